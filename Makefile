@@ -1,0 +1,30 @@
+# `make export` and `make test` need Python 3.10+ and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= out
+
+.PHONY: install export test lint clean
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[all]"
+	touch $@
+
+export: $(STAMP)
+	$(BIN)/sam3x export --target onnx -o $(OUT)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/typing/sam3x && ln -sfn $(CURDIR)/passes build/typing/sam3x/passes && ln -sfn $(CURDIR)/targets build/typing/sam3x/targets
+	for file in exporter/*.py; do ln -sf $(CURDIR)/$$file build/typing/sam3x/; done
+	$(BIN)/mypy -p sam3x
+
+clean:
+	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

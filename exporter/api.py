@@ -1,0 +1,230 @@
+"""``sam3x.export`` and ``sam3x.api.verify``: source → capture → passes → target → verified artifact."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import sam3x
+from sam3x.artifact import MANIFEST, STEM, Artifact, load, sha256_of
+from sam3x.capture import capture, dims_of
+from sam3x.errors import ArtifactError, SourceError, TargetUnavailableError
+from sam3x.fusion_encoder import FusionEncoder
+from sam3x.manifest import ExportManifest, MissedRecord, PassRecordModel, TensorSpec, VerificationRecord
+from sam3x.passes.default_pipeline import default_pipeline
+from sam3x.program import CapturedProgram
+from sam3x.samples import Sizes, samples_for, verification_sizes
+from sam3x.sources import Source, default_source, module_source
+from sam3x.spec import ExportSpec, make_spec
+from sam3x.targets.base import Runner, Target
+from sam3x.targets.registry import get_target
+from sam3x.verify import check_pass, compare, require
+
+Progress = Callable[[str], None]
+
+
+def export(
+    encoder: nn.Module | Sequence[nn.Module] | Source | None = None,
+    *,
+    target: str = "onnx",
+    output: str | Path,
+    progress: Progress | None = None,
+    disable_pass: Sequence[str] = (),
+    dump_graphs: str | Path | None = None,
+    **options: Any,
+) -> Artifact:
+    """Export a fusion encoder and verify what was written.
+
+    Args:
+        encoder: a ``TransformerEncoderFusion``, ``TransformerEncoder``, ``TransformerEncoderLayer``, list of layers, a ``Source``, or
+            None for SAM3's own hyper-parameters with seeded random weights. It is used as it is and never changed.
+        target: see ``sam3x targets``.
+        output: folder; replaced as a whole once everything is verified.
+        progress: told the name of each step as it begins.
+        disable_pass: passes to leave out. dump_graphs: folder for the graph after each pass.
+        options: the fields of ``ExportSpec``.
+
+    Returns:
+        The artifact, loaded from ``output``.
+
+    Raises:
+        Sam3xError: typed by step; nothing is left in ``output`` that was not there before.
+    """
+    tell = progress or (lambda _: None)
+    started, figures = time.perf_counter(), {}
+    spec = make_spec(**options)
+    back_end = get_target(target)
+    status = back_end.availability()
+    if not status.available:
+        raise TargetUnavailableError(
+            f"step 1/4 spec: target '{target}' cannot export here: {status.detail}. Install it: {status.install}"
+        )
+    pipeline = default_pipeline().then(*back_end.legalization_passes()).without(*disable_pass)
+    folder = Path(output)
+    with _staging(folder) as staging:
+        tell("source")
+        source = _as_source(encoder, spec)
+        tell("capture")
+        captured = _timed(figures, "capture_seconds", lambda: capture(source.module, spec))
+        tell("passes")
+        check = check_pass if spec.verify == "each" else None
+        dump = None if dump_graphs is None else Path(dump_graphs)
+        captured, records = _timed(figures, "passes_seconds", lambda: pipeline.run(captured, check=check, dump_graphs=dump))
+        tell(f"lower to {target}")
+        path = staging / f"{STEM}{back_end.suffix}"
+        _timed(figures, "lower_seconds", lambda: back_end.lower(captured, path))
+        runner = back_end.load_runner(path)
+        verification: tuple[VerificationRecord, ...] = ()
+        if spec.verify != "off":
+            tell("verify")
+            verification = _timed(figures, "verify_seconds", lambda: _verify(source, spec, runner))
+            require(verification, f"step 4/4 verify {target}")
+        figures["total_seconds"] = time.perf_counter() - started
+        figures["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        inputs, outputs = _tensor_specs(captured)
+        manifest = ExportManifest(
+            target=target,
+            opset=back_end.opset,
+            interface=spec.interface,
+            input_names=captured.input_names,
+            output_names=captured.output_names,
+            inputs=inputs,
+            outputs=outputs,
+            spec=spec.model_dump(mode="json"),
+            ranges={name: getattr(spec, name) for name in ("batch", "tokens", "prompt_length")},
+            origin=source.origin,
+            weights_sha256=source.weights_sha256,
+            versions={"sam3x": sam3x.__version__, **back_end.versions()},
+            passes=tuple(_pass_model(record) for record in records),
+            verification=verification,
+            verified=bool(verification),
+            verified_reason=None if verification else "verification was switched off (--verify off)",
+            files={item.name: sha256_of(item) for item in sorted(staging.iterdir())},
+            figures={name: round(value, 3) for name, value in figures.items()},
+            notes=captured.notes,
+        )
+        (staging / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        _replace(staging, folder)
+    return load(folder)
+
+
+def verify(folder: str | Path, source: nn.Module | Source | None = None, *, full: bool = False) -> list[VerificationRecord]:
+    """Run an artifact against the eager encoder again.
+
+    Args:
+        source: what it was exported from; None rebuilds the seeded default.
+        full: also at 72×72 tokens.
+
+    Raises:
+        ArtifactError: the source's weights are not those of the artifact.
+        VerificationError: an output is further off than allowed.
+    """
+    artifact = load(folder)
+    spec = ExportSpec(**artifact.manifest.spec)
+    spec = spec.model_copy(update={"verify": "full"}) if full else spec
+    given = _as_source(source, spec)
+    if given.weights_sha256 != artifact.manifest.weights_sha256:
+        raise ArtifactError(
+            f"verify: {folder} was exported from other weights ({artifact.manifest.origin}). Name the source it came from: --checkpoint or --module."
+        )
+    records = _verify(given, spec, artifact._runner)
+    require(records, f"verify {artifact.manifest.target}")
+    return list(records)
+
+
+def _as_source(encoder: Any, spec: ExportSpec) -> Source:
+    if encoder is None:
+        return default_source(spec.seed)
+    if isinstance(encoder, Source):
+        return encoder
+    if isinstance(encoder, (list, tuple)) and all(isinstance(layer, nn.Module) for layer in encoder):
+        return module_source(nn.ModuleList(encoder), f"list of {len(encoder)} layers")
+    if isinstance(encoder, nn.Module):
+        return module_source(encoder, f"{type(encoder).__module__}.{type(encoder).__qualname__}")
+    raise SourceError(f"step 1/4 source: expected an nn.Module, a list of layers or a Source, got {type(encoder).__name__}.")
+
+
+def _timed(figures: dict[str, float], name: str, work: Callable[[], Any]) -> Any:
+    started = time.perf_counter()
+    result = work()
+    figures[name] = time.perf_counter() - started
+    return result
+
+
+def _verify(source: Source, spec: ExportSpec, runner: Runner) -> tuple[VerificationRecord, ...]:
+    encoder = FusionEncoder(source.module, spec)
+    sizes: list[Sizes] = verification_sizes(spec)
+    samples = samples_for(encoder.input_names, encoder.flag_names, spec, encoder.d_model, len(encoder.layers), sizes)
+
+    def run(inputs: Any) -> dict[str, Tensor]:
+        return {
+            name: torch.from_numpy(np.array(value))
+            for name, value in runner.run({k: v.numpy() for k, v in inputs.items()}).items()
+        }
+
+    return compare(samples, run, encoder.eager)
+
+
+def _pass_model(record: Any) -> PassRecordModel:
+    missed = tuple(MissedRecord(node=item.node, reason=item.reason) for item in record.missed)
+    names = ("name", "modified", "rewrites", "nodes_before", "nodes_after", "max_change")
+    return PassRecordModel(**{name: getattr(record, name) for name in names}, seconds=round(record.seconds, 4), missed=missed)
+
+
+def _tensor_specs(captured: CapturedProgram) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    def describe(name: str, value: Tensor, dims: tuple[str | None, ...]) -> TensorSpec:
+        shape = [
+            size if isinstance(size, int) else dims[i] or captured.dim_names.get(str(size), str(size))
+            for i, size in enumerate(value.shape)
+        ]
+        return TensorSpec(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=tuple(shape))  # type: ignore[arg-type]
+
+    by_name = {node.name: node for node in captured.program.graph.nodes}
+    inputs = tuple(
+        describe(name, by_name[name].meta["val"], dims_of(name, by_name[name].meta["val"].dim()))
+        for name in captured.input_names
+    )
+    results = [node.meta["val"] for node in captured.program.graph.output_node().args[0]]
+    outputs = tuple(describe(n, v, (None,) * v.dim()) for n, v in zip(captured.output_names, results, strict=True))
+    return inputs, outputs
+
+
+class _staging:
+    """A temporary folder beside the output, on the same disk, removed whatever happens."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> Path:
+        try:
+            if self.folder.exists() and not self.folder.is_dir():
+                raise NotADirectoryError(0, "it is a file")
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.path = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}-", dir=self.folder.parent))
+        except OSError as error:
+            raise ArtifactError(
+                f"step 1/4 spec: {self.folder} cannot be written ({error.strerror}). Choose another --output."
+            ) from error
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _replace(staging: Path, folder: Path) -> None:
+    """Move the finished files in; the manifest goes last, so a folder with one is whole (its hashes say so)."""
+    folder.mkdir(exist_ok=True)
+    manifest = folder / MANIFEST
+    manifest.unlink(missing_ok=True)
+    for item in sorted(staging.iterdir(), key=lambda path: path.name == MANIFEST):
+        os.replace(item, folder / item.name)

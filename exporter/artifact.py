@@ -1,0 +1,139 @@
+"""An exported folder: load it, check it, run it. No torch needed for an ONNX artifact."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from sam3x.errors import ArtifactError
+from sam3x.manifest import SCHEMA_VERSION, ExportManifest
+from sam3x.targets.registry import get_target
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sam3x.targets.base import Runner
+
+MANIFEST = "manifest.json"
+STEM = "fusion_encoder"
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+
+
+def _digest(stream: Any) -> str:
+    digest = hashlib.sha256()
+    while piece := stream.read(1 << 20):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified export. ``folder`` holds the graph file and ``manifest.json``."""
+
+    folder: Path
+    manifest: ExportManifest
+
+    @property
+    def path(self) -> Path:
+        """The graph file."""
+        return self.folder / f"{STEM}{get_target(self.manifest.target).suffix}"
+
+    @functools.cached_property
+    def _runner(self) -> Runner:
+        return get_target(self.manifest.target).load_runner(self.path)
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Run once.
+
+        Args:
+            inputs: every name of ``manifest.input_names``: numpy arrays, torch tensors or Python bools for the flags.
+
+        Returns:
+            Output name → array.
+
+        Raises:
+            ArtifactError: a name, dtype, rank or size is not what the manifest says, or dac meets an odd dimension.
+        """
+        return self._runner.run(self._checked(inputs))
+
+    def _checked(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        names = self.manifest.input_names
+        missing, unknown = [n for n in names if n not in inputs], [n for n in inputs if n not in names]
+        if missing or unknown:
+            raise ArtifactError(f"run: inputs missing {missing}, unknown {unknown}. This artifact takes {list(names)}.")
+        sizes: dict[str, int] = {}
+        arrays = {}
+        for spec in self.manifest.inputs:
+            value = inputs[spec.name]
+            array = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+            if array.dtype != np.dtype(spec.dtype):
+                raise ArtifactError(f"run: '{spec.name}' has dtype {array.dtype}, expected {spec.dtype} {list(spec.shape)}.")
+            if array.ndim != len(spec.shape):
+                raise ArtifactError(f"run: '{spec.name}' has shape {list(array.shape)}, expected {list(spec.shape)}.")
+            for size, dim in zip(array.shape, spec.shape, strict=True):
+                wanted = sizes.setdefault(dim, size) if isinstance(dim, str) else dim
+                low, high = self.manifest.ranges.get(str(dim), (wanted, wanted))
+                if size != wanted or not low <= size <= high:
+                    bounds = f"; '{dim}' is {low} to {high} and the same in every input" if isinstance(dim, str) else ""
+                    raise ArtifactError(
+                        f"run: '{spec.name}' has shape {list(array.shape)}, expected {list(spec.shape)}{bounds}."
+                    )
+            arrays[spec.name] = array
+        self._check_dac(arrays)
+        return arrays
+
+    def _check_dac(self, arrays: dict[str, np.ndarray]) -> None:
+        dac = bool(arrays["dac"]) if "dac" in arrays else self.manifest.spec.get("dac") is True
+        first = self.manifest.input_names[0]
+        size = (
+            arrays[first].shape[self.manifest.spec.get("dac_dim", 0)]
+            if self.manifest.interface == "tokens"
+            else arrays[first].shape[0]
+        )
+        if dac and size % 2:
+            raise ArtifactError(
+                f"run: dac halves dimension {self.manifest.spec['dac_dim']} of '{first}', which has the odd size {size}. Pass dac=False."
+            )
+
+
+def load(folder: str | Path) -> Artifact:
+    """Open an exported folder, checking every file's sha256.
+
+    Raises:
+        ArtifactError: no manifest, a manifest of another schema, a missing or edited file.
+    """
+    root = Path(folder)
+    try:
+        manifest = ExportManifest.model_validate_json((root / MANIFEST).read_text())
+    except OSError as error:
+        raise ArtifactError(
+            f"load: {root / MANIFEST} cannot be read ({error.strerror}). Export first: sam3x export -o {root}"
+        ) from error
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise ArtifactError(
+            f"load: {root / MANIFEST} is no sam3x manifest ({str(error).splitlines()[0]}). Export again."
+        ) from error
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"load: manifest schema {manifest.schema_version}, this sam3x reads {SCHEMA_VERSION}. Export again."
+        )
+    for name, expected in manifest.files.items():
+        path = root / name
+        if Path(name).name != name or path.is_symlink():
+            raise ArtifactError(f"load: the manifest names '{name}', which is outside {root}. Export again.")
+        if not path.is_file():
+            raise ArtifactError(f"load: {path} is missing. Export again.")
+        if sha256_of(path) != expected:
+            raise ArtifactError(f"load: {path} was changed after the export (sha256 differs). Export again.")
+    return Artifact(folder=root, manifest=manifest)

@@ -1,0 +1,343 @@
+"""The command line: ``sam3x export | verify | inspect | targets``. torch is imported only once there is something to run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from sam3x.errors import Sam3xError, SpecError, TargetUnavailableError
+
+if TYPE_CHECKING:
+    from sam3x.cli_views import Steps
+    from sam3x.sources import Source
+
+app = typer.Typer(
+    help="Export SAM3's fusion encoder out of PyTorch, every branch verified against the eager encoder.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: Rich alone would take a third of the time --help may take
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Interface(str, Enum):
+    TOKENS = "tokens"
+    FEATURE_MAPS = "feature-maps"
+
+
+class Dac(str, Enum):
+    RUNTIME = "runtime"
+    ON = "on"
+    OFF = "off"
+
+
+class PreNorm(str, Enum):
+    RUNTIME = "runtime"
+    ON = "on"
+    OFF = "off"
+    MODULE = "module"
+    PER_LAYER = "per-layer"
+
+
+class MaskDtype(str, Enum):
+    BOOL = "bool"
+    FLOAT32 = "float32"
+
+
+class Verify(str, Enum):
+    OFF = "off"
+    FINAL = "final"
+    EACH = "each"
+    FULL = "full"
+
+
+Folder = Annotated[Path, typer.Argument(help="An exported folder.", metavar="FOLDER")]
+Checkpoint = Annotated[Path | None, typer.Option("--checkpoint", help="SAM3 or EfficientSAM3 .pt, .pth or .safetensors.")]
+Module = Annotated[
+    str | None,
+    typer.Option("--module", metavar="PKG.MOD:FACTORY", help="A callable that returns the encoder, or the encoder itself."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more, and the traceback of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; progress goes to stderr.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import sam3x
+
+        typer.echo(f"sam3x {sam3x.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def export(
+    target: Annotated[str, typer.Option("--target", "-t", help="Back end; see `sam3x targets`.")] = "onnx",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("out"),
+    checkpoint: Checkpoint = None,
+    module: Module = None,
+    interface: Annotated[Interface | None, typer.Option(help="Signature of the graph; default tokens.")] = None,
+    inputs: Annotated[str | None, typer.Option(metavar="A,B,C", help="Tensor inputs; default: those SAM3 uses.")] = None,
+    dac: Annotated[Dac | None, typer.Option(help="runtime (default) makes it a graph input.")] = None,
+    pre_norm: Annotated[PreNorm | None, typer.Option(help="runtime (default) makes it a graph input.")] = None,
+    dac_dim: Annotated[int | None, typer.Option(min=0, max=1, help="Dimension of tgt that dac halves; default 0.")] = None,
+    batch: Annotated[str | None, typer.Option(metavar="N|MIN:MAX", help="Batch size; default 1:8.")] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="N|MIN:MAX", help="Image tokens; default 16:9216.")] = None,
+    prompt_length: Annotated[str | None, typer.Option(metavar="N|MIN:MAX", help="Prompt tokens; default 1:77.")] = None,
+    feature_sizes: Annotated[
+        str | None, typer.Option(metavar="HxW,HxW", help="One size a level, with --interface feature-maps; default 72x72.")
+    ] = None,
+    mask_dtype: Annotated[MaskDtype | None, typer.Option(help="Of tgt_mask and memory_mask; default bool.")] = None,
+    verify: Annotated[Verify | None, typer.Option(help="What is compared with eager; default final.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of random weights and of the verification inputs; default 0.")] = None,
+    external_data: Annotated[bool, typer.Option("--external-data", help="Weights beside the graph file.")] = False,
+    disable_pass: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Leave a pass out; repeatable.")] = None,
+    dump_graphs: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the graph after each pass.")] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Export the fusion encoder and verify what was written.
+
+    Without --checkpoint or --module the weights are random: SAM3's own hyper-parameters, seeded.
+    """
+    with _errors(verbose):
+        options: dict[str, Any] = {
+            "interface": interface and interface.value.replace("-", "_"),
+            "inputs": inputs,
+            "dac": _flag(dac),
+            "pre_norm": _flag(pre_norm),
+            "dac_dim": dac_dim,
+            "batch": batch,
+            "tokens": tokens,
+            "prompt_length": prompt_length,
+            "feature_sizes": None if feature_sizes is None else _feature_sizes(feature_sizes),
+            "mask_dtype": mask_dtype and mask_dtype.value,
+            "verify": verify and verify.value,
+            "seed": seed,
+            "external_data": external_data or None,
+        }
+        options = {name: value for name, value in options.items() if value is not None}  # ExportSpec's defaults rule
+        _check_early(target, options, checkpoint, module)
+        with _steps(quiet) as steps:
+            if checkpoint is None and module is None:
+                steps.say(
+                    "No --checkpoint or --module: SAM3's hyper-parameters with RANDOM weights, not a trained model.", warn=True
+                )
+            steps.begin("import torch")
+            with _hushed(verbose):
+                from sam3x import api
+
+                encoder = _source(checkpoint, module, steps)
+                passes = {"disable_pass": tuple(disable_pass or ()), "dump_graphs": dump_graphs}
+                artifact = api.export(encoder, target=target, output=output, progress=steps.begin, **passes, **options)
+            steps.end()
+        if as_json:
+            typer.echo(artifact.manifest.model_dump_json(indent=2))
+        elif not quiet:
+            from sam3x import cli_views
+
+            cli_views.show(cli_views.export_summary(artifact.manifest, output, verbose=verbose))
+
+
+@app.command()
+def verify(
+    folder: Folder,
+    checkpoint: Checkpoint = None,
+    module: Module = None,
+    full: Annotated[bool, typer.Option("--full", help="Also at 72x72 tokens.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Run an artifact against the eager encoder again."""
+    with _errors(verbose):
+        _exclusive(checkpoint, module)
+        import sam3x
+
+        sam3x.load(folder)  # a damaged folder is told before torch is imported
+        with _steps(quiet) as steps:
+            steps.begin("import torch")
+            with _hushed(verbose):
+                from sam3x import api
+
+                source = _source(checkpoint, module, steps)
+                steps.begin("verify")
+                records = api.verify(folder, source, full=full)
+            steps.end()
+        if as_json:
+            document = {
+                "folder": str(folder),
+                "passed": True,
+                "records": [record.model_dump(mode="json") for record in records],
+            }
+            typer.echo(json.dumps(document, indent=2))
+        elif not quiet:
+            from sam3x import cli_views
+
+            cli_views.show([cli_views.verification_table(records, verbose=verbose)])
+
+
+@app.command()
+def inspect(folder: Folder, verbose: Verbose = False, as_json: Json = False) -> None:
+    """Show what an exported folder holds: inputs, outputs, passes, branches, figures. Needs no torch."""
+    with _errors(verbose):
+        import sam3x
+
+        manifest = sam3x.load(folder).manifest
+        if as_json:
+            typer.echo(manifest.model_dump_json(indent=2))
+        else:
+            from sam3x import cli_views
+
+            cli_views.show(cli_views.manifest_view(manifest, folder, verbose=verbose))
+
+
+@app.command()
+def targets(as_json: Json = False, verbose: Verbose = False) -> None:
+    """List the back ends, whether they work here, and how to install the others."""
+    with _errors(verbose):
+        import dataclasses
+
+        from sam3x.targets.registry import describe_targets
+
+        statuses = describe_targets()
+        if as_json:
+            typer.echo(json.dumps([dataclasses.asdict(status) for status in statuses], indent=2))
+        else:
+            from sam3x import cli_views
+
+            cli_views.show([cli_views.targets_table(statuses)])
+
+
+def _flag(value: Dac | PreNorm | None) -> str | bool | None:
+    """``on`` and ``off`` are the spec's True and False."""
+    return None if value is None else {"on": True, "off": False}.get(value.value, value.value)
+
+
+def _feature_sizes(text: str) -> tuple[tuple[int, int], ...]:
+    sizes = []
+    for part in text.split(","):
+        height, _, width = part.strip().lower().partition("x")
+        if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+            raise SpecError(f"step 1/4 spec: --feature-sizes: expected HxW for each level, as in 72x72,36x36, got {text!r}.")
+        sizes.append((int(height), int(width)))
+    return tuple(sizes)
+
+
+def _exclusive(checkpoint: Path | None, module: str | None) -> None:
+    if checkpoint is not None and module is not None:
+        raise SpecError("step 1/4 spec: --checkpoint and --module both name the encoder. Give one of them.")
+
+
+def _check_early(target: str, options: dict[str, Any], checkpoint: Path | None, module: str | None) -> None:
+    """Everything that can be refused before torch is imported."""
+    from sam3x.spec import make_spec
+    from sam3x.targets.registry import get_target
+
+    _exclusive(checkpoint, module)
+    make_spec(**options)
+    status = get_target(target).availability()
+    if not status.available:
+        raise TargetUnavailableError(
+            f"step 1/4 spec: target '{target}' cannot export here: {status.detail}. Install it: {status.install}"
+        )
+
+
+def _source(checkpoint: Path | None, module: str | None, steps: Steps) -> Source | None:
+    """None is the seeded default, which the API builds."""
+    steps.begin("source")
+    if checkpoint is None and module is None:
+        return None
+    from sam3x import sources
+
+    return sources.factory_source(module) if module is not None else sources.checkpoint_source(str(checkpoint))
+
+
+@contextlib.contextmanager
+def _steps(quiet: bool) -> Iterator[Steps]:
+    from sam3x.cli_views import Steps
+
+    with Steps(quiet=quiet) as steps:
+        yield steps
+
+
+@contextlib.contextmanager
+def _hushed(verbose: bool) -> Iterator[None]:
+    """What others print goes to stderr, away from --json; torch's own warnings are shown with -v only."""
+    import logging
+
+    loggers = {} if verbose else {name: logging.getLogger(name).level for name in ("torch.onnx", "torch.export")}
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        if not verbose:
+            import torch  # noqa: F401 - its import sets the levels again
+
+            warnings.simplefilter("ignore")
+        for name in loggers:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in loggers.items():
+                logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def _errors(verbose: bool) -> Iterator[None]:
+    """One message on stderr and an exit code: 2 for what the user can mend, 1 for a bug, 130 for Ctrl-C."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
+    except KeyboardInterrupt:
+        _fail("interrupted.", 130, verbose=False)
+    except Sam3xError as error:
+        _fail(str(error), error.exit_code, verbose)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "sam3x":
+            _unexpected(error, verbose)
+        extra = "sam3" if package == "sam3" else "onnx"
+        _fail(f"package '{package}' is not installed. Install it: pip install \"sam3x[{extra}]\"", 2, verbose)
+    except Exception as error:
+        _unexpected(error, verbose)
+
+
+def _unexpected(error: Exception, verbose: bool) -> NoReturn:
+    fact = next(iter(str(error).strip().splitlines()), "")
+    hint = "" if verbose else " Run again with -v for the traceback."
+    _fail(f"unexpected {type(error).__name__}: {fact.rstrip('.')}.{hint}", 1, verbose)
+
+
+def _fail(message: str, code: int, verbose: bool) -> NoReturn:
+    if verbose:
+        import traceback
+
+        traceback.print_exc()
+    typer.secho(f"sam3x: {message}", err=True, fg="red")
+    raise typer.Exit(code) from None
+
+
+def main() -> None:
+    """Entry point of the ``sam3x`` command."""
+    app(prog_name="sam3x")
+
+
+if __name__ == "__main__":
+    main()

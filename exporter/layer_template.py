@@ -1,0 +1,106 @@
+"""Trace one layer of each kind once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+LayerCall = Callable[..., Tensor]
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTemplate:
+    """One traced layer.
+
+    Attributes:
+        program: its inputs are those of the operator it replaces, in the same order.
+        weights: names of the layer's parameters and buffers, in the order of the operator's ``weights``.
+    """
+
+    program: ExportedProgram
+    weights: tuple[str, ...]
+
+
+class _OneLayer(nn.Module):
+    def __init__(self, layer: nn.Module, call: LayerCall) -> None:
+        super().__init__()
+        self.layer = layer
+        self._call = call
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self._call(*tensors)
+
+
+def weights_of(layer: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, those registered under two names once."""
+    return {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+
+
+def kind_of(layer: nn.Module, signature: Sequence[object]) -> str:
+    """Equal for layers that one trace can stand for: the same classes, plain attributes, tensor shapes and call ``signature``.
+
+    ``layer_idx`` of the layer itself is left out, so this must only be asked of layers known not to read it (``is_stock``).
+    """
+    facts: list[object] = [*signature]
+    for path, module in layer.named_modules():
+        facts.append((path, type(module).__module__, type(module).__qualname__))
+        for name, value in sorted(module.__dict__.items()):
+            if name.startswith("_") or (path == "" and name == "layer_idx"):
+                continue
+            # what is no plain value may hold anything: alike only when it is the same object
+            facts.append((path, name, repr(value) if isinstance(value, _PLAIN) else _identity(value)))
+    by_tensor: dict[int, str] = {}
+    for name, tensor in (*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)):
+        first = by_tensor.setdefault(id(tensor), name)
+        facts.append((name, first, tuple(tensor.shape), tensor.dtype, tensor.stride()))
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _identity(value: Any) -> object:
+    if isinstance(value, (tuple, list)) and all(isinstance(item, _PLAIN) for item in value):
+        return repr(value)
+    if isinstance(value, (set, frozenset, dict)) and not value:
+        return type(value).__name__
+    return (
+        id(getattr(value, "__func__", value)) if not hasattr(value, "__self__") else (id(value.__func__), type(value.__self__))
+    )
+
+
+def trace_template(
+    layer: nn.Module, calls: Sequence[LayerCall], operands: Sequence[Node], decompositions: dict
+) -> LayerTemplate:
+    """Export and decompose one layer at the sizes of the operator's operands in the encoder's graph.
+
+    Args:
+        layer: owner of the weights.
+        calls: ways to run it, the preferred one first; the next is tried where one needs to know a size that depends on a flag.
+        operands: nodes of the encoder's graph that the operator takes as ``inputs``.
+    """
+    example, dynamic = zip(*(_example(node.meta["val"]) for node in operands), strict=True)
+    for position, call in enumerate(calls):
+        try:
+            program = torch.export.export(_OneLayer(layer, call), example, dynamic_shapes=(dynamic,), strict=False)
+            program = program.run_decompositions(decompositions)
+            return LayerTemplate(program=program, weights=tuple(weights_of(layer)))
+        except GuardOnDataDependentSymNode:
+            if position + 1 == len(calls):
+                raise
+    raise ValueError("no way to call the layer")
+
+
+def _example(value: Tensor) -> tuple[Tensor, dict[int, Any] | None]:
+    shape = [size if isinstance(size, int) else size.node.hint for size in value.shape]
+    dims = {i: Dim.DYNAMIC for i, size in enumerate(value.shape) if not isinstance(size, int)}
+    if value.dtype == torch.bool:
+        return torch.zeros(shape, dtype=torch.bool), dims or None
+    return torch.zeros(shape, dtype=value.dtype), dims or None

@@ -1,0 +1,88 @@
+"""What flows between capture, passes and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from sam3x.spec import ExportSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One set of graph inputs with a readable description.
+
+    Attributes:
+        branch: e.g. ``"dac=True pre_norm=False"``: the value of every runtime flag, or ``"fixed"``.
+        case: sizes and padding, e.g. ``"batch 2, tokens 37, prompt 7, padded"``.
+        inputs: graph input name → tensor, flags included as bool tensors, in graph order.
+    """
+
+    branch: str
+    case: str
+    inputs: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapturedProgram:
+    """An ``ExportedProgram`` with all that is needed to change it safely.
+
+    Attributes:
+        program: functional (no in-place op), near core ATen; ``aten.linear``, ``aten.layer_norm``, ``aten.matmul`` and
+            ``aten.scaled_dot_product_attention`` are kept whole; branches are ``torch.ops.higher_order.cond``.
+        spec: the request it was captured for.
+        input_names, output_names: graph order; every input is a tensor, runtime flags are bool.
+        dim_names: symbol name in the graph (``s15``) → what it means (``batch``).
+        samples: one sample for every combination of runtime flags, at sizes small enough to run after each pass.
+        eager: maps named inputs to named outputs with the eager module, in the dtype of the given floats (float32 or
+            float64); the definition everything is compared with.
+        notes: facts a user should know, for the manifest.
+    """
+
+    program: ExportedProgram
+    spec: ExportSpec
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    dim_names: Mapping[str, str]
+    samples: tuple[Sample, ...]
+    eager: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    notes: tuple[str, ...] = field(default=())
+
+    def with_program(self, program: ExportedProgram) -> CapturedProgram:
+        """The same capture around another program."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return CapturedProgram(**{**values, "program": program})
+
+
+def sync_outputs(program: ExportedProgram) -> None:
+    """Let the signature name the nodes that the graph returns, after nodes were replaced."""
+    for item, node in zip(program.graph_signature.output_specs, program.graph.output_node().args[0], strict=True):
+        if isinstance(node, torch.fx.Node):
+            item.arg.name = node.name
+
+
+def run_program(program: ExportedProgram, inputs: Mapping[str, Tensor], output_names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Run an exported program's graph on named inputs, at any size, without torch.export's range guards."""
+    signature = program.graph_signature
+    state: dict[str, Any] = {**program.state_dict, **program.constants}
+    named: Iterator[Any] = iter(program.graph_signature.input_specs)
+    args = []
+    for item in named:
+        if item.target is not None and item.target in state:
+            args.append(state[item.target])
+        else:
+            args.append(inputs[item.arg.name])
+    with torch.no_grad():
+        outputs = torch.fx.Interpreter(program.graph_module).run(*args)
+    user_outputs = [
+        value for value, item in zip(outputs, signature.output_specs, strict=True) if item.kind.name == "USER_OUTPUT"
+    ]
+    return dict(zip(output_names, user_outputs, strict=True))

@@ -1,0 +1,169 @@
+"""What the user asked for, validated where it is made. Imports neither torch nor any back end."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+
+from sam3x.errors import SpecError
+
+Flag = Literal["runtime"] | bool
+PreNormFlag = Literal["runtime", "per-layer", "module"] | bool
+Interface = Literal["tokens", "feature_maps"]
+VerifyPolicy = Literal["off", "final", "each", "full"]
+
+TOKENS_INPUTS = (
+    "tgt",
+    "memory",
+    "tgt_mask",
+    "memory_mask",
+    "tgt_key_padding_mask",
+    "memory_key_padding_mask",
+    "pos",
+    "query_pos",
+)
+"""Tensor inputs of the ``tokens`` interface, in graph order (upstream ``TransformerEncoderLayer.forward``)."""
+
+DEFAULT_TOKENS_INPUTS = ("tgt", "memory", "memory_key_padding_mask", "query_pos")
+"""What SAM3's own fusion encoder is called with."""
+
+FEATURE_MAP_INPUTS = ("src", "src_key_padding_mask", "src_pos", "prompt", "prompt_key_padding_mask")
+"""Inputs of the ``feature_maps`` interface; the ``src*`` ones stand once a level, as ``src_0``, ``src_1``, …"""
+
+DEFAULT_FEATURE_MAP_INPUTS = ("src", "src_pos", "prompt", "prompt_key_padding_mask")
+
+
+def _range(value: Any) -> Any:
+    """Accept ``5``, ``(1, 8)``, ``[1, 8]``, ``"5"`` and ``"1:8"``; anything else is left for pydantic to refuse."""
+    if isinstance(value, bool):
+        raise ValueError("expected an integer or (min, max), not a bool")
+    if isinstance(value, str):
+        parts = value.split(":")
+        if len(parts) > 2 or not all(part.strip().isdigit() for part in parts):
+            raise ValueError(f"expected N or MIN:MAX, got {value!r}")
+        numbers = [int(part) for part in parts]
+        return (numbers[0], numbers[-1])
+    if isinstance(value, int):
+        return (value, value)
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+def _check_range(value: tuple[int, int]) -> tuple[int, int]:
+    low, high = value
+    if low < 1:
+        raise ValueError(f"a dimension is at least 1, got {low}")
+    if low > high:
+        raise ValueError(f"minimum {low} is above maximum {high}")
+    return value
+
+
+def _checked(value: Any) -> Any:
+    value = _range(value)
+    if isinstance(value, tuple) and len(value) == 2 and all(type(v) is int for v in value):
+        return _check_range(value)
+    raise ValueError(f"expected an integer or (min, max), got {value!r}")
+
+
+Range = Annotated[tuple[int, int], BeforeValidator(_checked)]
+"""Inclusive (min, max) of one dimension; equal ends make it static."""
+
+
+class ExportSpec(BaseModel):
+    """One export request. Ranges are inclusive; equal ends make a dimension static.
+
+    Attributes:
+        interface: ``tokens`` (upstream layer's signature) or ``feature_maps`` (``TransformerEncoderFusion``'s).
+        inputs: tensor inputs of the graph; others are ``None`` in the eager call. Empty: the interface's default.
+        dac: ``"runtime"`` makes it a bool scalar input; True or False fixes it.
+        pre_norm: ``"runtime"`` (bool scalar input), ``"per-layer"`` (bool vector input, one a layer), True, False, or
+            ``"module"`` (every layer keeps its own ``pre_norm``).
+        dac_dim: dimension of ``tgt`` that dac halves: 0 as upstream's code, 1 as the seed document describes.
+        batch, tokens, prompt_length: sizes of dimension 0, of ``tgt``'s and of ``memory``'s dimension 1.
+        feature_sizes: (height, width) of each level of the ``feature_maps`` interface; static.
+        mask_dtype: dtype of ``tgt_mask`` and ``memory_mask``: ``bool`` (True: may not attend) or ``float32`` (added to the
+            scores). Key padding masks are always bool, True for padding.
+        verify: ``off``, ``final`` (the artifact), ``each`` (after every pass too), ``full`` (also at 72×72 tokens).
+        seed: seed of random default weights and of the verification inputs.
+        external_data: write weights beside the graph file; automatic past 2 GB.
+
+    Raises:
+        SpecError: through ``make_spec``, for contradictory or unknown values.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    interface: Interface = "tokens"
+    inputs: tuple[str, ...] = ()
+    dac: Flag = "runtime"
+    pre_norm: PreNormFlag = "runtime"
+    dac_dim: Literal[0, 1] = 0
+    batch: Range = (1, 8)
+    tokens: Range = (16, 9216)
+    prompt_length: Range = (1, 77)
+    feature_sizes: tuple[tuple[int, int], ...] = ((72, 72),)
+    mask_dtype: Literal["bool", "float32"] = "bool"
+    verify: VerifyPolicy = "final"
+    seed: int = 0
+    external_data: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_inputs(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        inputs = data.get("inputs") or ()
+        if isinstance(inputs, str):
+            inputs = tuple(name.strip() for name in inputs.split(",") if name.strip())
+        if not inputs:
+            maps = data.get("interface", "tokens") == "feature_maps"
+            inputs = DEFAULT_FEATURE_MAP_INPUTS if maps else DEFAULT_TOKENS_INPUTS
+        data["inputs"] = tuple(inputs)
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExportSpec:
+        known = FEATURE_MAP_INPUTS if self.interface == "feature_maps" else TOKENS_INPUTS
+        required = ("src", "src_pos", "prompt") if self.interface == "feature_maps" else ("tgt", "memory")
+        for name in self.inputs:
+            if name not in known:
+                raise ValueError(f"inputs: '{name}' is not an input of the {self.interface} interface ({', '.join(known)})")
+        if len(set(self.inputs)) != len(self.inputs):
+            raise ValueError("inputs: a name is given twice")
+        for name in required:
+            if name not in self.inputs:
+                raise ValueError(f"inputs: '{name}' is required by the {self.interface} interface")
+        # graph order, whatever order the user typed
+        object.__setattr__(self, "inputs", tuple(name for name in known if name in self.inputs))
+        if self.dac is not False:
+            axis, (low, high) = ("batch", self.batch) if self.dac_dim == 0 else ("tokens", self.halved_range)
+            if low == high and low % 2 and (self.dac is True or low > 1 or axis == "tokens"):
+                raise ValueError(f"dac halves the {axis}, and the {axis} is fixed at the odd size {low}")
+            if self.dac is True and high < 2:
+                raise ValueError(f"dac halves the {axis}, and the {axis} is at most {high}")
+        if self.dac is True and self.pre_norm is False:
+            raise ValueError("dac=True with pre_norm=False: upstream's post-norm layer ignores dac; leave one of them out")
+        return self
+
+    @property
+    def halved_range(self) -> tuple[int, int]:
+        """Range of ``tgt``'s dimension 1 in the chosen interface."""
+        if self.interface == "feature_maps":
+            total = sum(height * width for height, width in self.feature_sizes)
+            return (total, total)
+        return self.tokens
+
+
+def make_spec(**options: Any) -> ExportSpec:
+    """Build an ``ExportSpec``, turning pydantic's errors into one ``SpecError``."""
+    try:
+        return ExportSpec(**options)
+    except ValidationError as error:
+        facts = []
+        for item in error.errors():
+            where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("literal"))
+            message = item["msg"].removeprefix("Value error, ")
+            given = f" (got {item['input']!r})" if where and item["type"] != "value_error" else ""
+            facts.append(f"{where}: {message}{given}" if where else message)
+        raise SpecError("step 1/4 spec: " + "; ".join(dict.fromkeys(facts)) + ". See sam3x export --help.") from None

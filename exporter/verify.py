@@ -1,0 +1,87 @@
+"""Comparison of an artifact with the eager encoder, every branch, by the tightest rule float32 allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from sam3x.errors import VerificationError
+from sam3x.manifest import VerificationRecord
+from sam3x.program import CapturedProgram, Sample, run_program
+
+ABSOLUTE = 2e-5
+"""Six layers of unit scale: float32 eager is 5e-6 from float64, and another order of summation doubles that at most."""
+
+EAGER_FACTOR = 4.0
+"""Peaked attention or larger activations: no further from float64 than this many times eager float32 itself."""
+
+Run = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+Eager = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+def _distance(left: Tensor, right: Tensor) -> float:
+    """Largest absolute difference; equal infinities and NaN on both sides agree, on one side they never do."""
+    left, right = left.double(), right.double()
+    same = (left == right) | (left.isnan() & right.isnan())
+    gap = torch.where(same, torch.zeros((), dtype=torch.float64), (left - right).abs())
+    if gap.numel() == 0:
+        return 0.0
+    return float("inf") if bool(gap.isnan().any()) else float(gap.max())
+
+
+def _double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def compare(samples: Iterable[Sample], run: Run, eager: Eager) -> tuple[VerificationRecord, ...]:
+    """Run every sample three times (artifact, eager float32, eager float64) and measure each output."""
+    records = []
+    for sample in samples:
+        single, double, actual = eager(sample.inputs), eager(_double(sample.inputs)), run(sample.inputs)
+        for name, expected in single.items():
+            got = actual[name]
+            shaped = tuple(got.shape) == tuple(expected.shape) and got.dtype == expected.dtype
+            gap = _distance(got, expected) if shaped else float("inf")
+            far = _distance(got, double[name]) if shaped else float("inf")
+            own = _distance(expected, double[name])
+            largest = float(expected.double().nan_to_num(0.0, 0.0, 0.0).abs().max()) if expected.numel() else 0.0
+            records.append(
+                VerificationRecord(
+                    branch=sample.branch,
+                    case=sample.case,
+                    output=name,
+                    max_abs=gap,
+                    max_rel=gap / largest if largest else gap,
+                    from_float64=far,
+                    eager_from_float64=own,
+                    allowed=ABSOLUTE,
+                    passed=gap <= ABSOLUTE or far <= EAGER_FACTOR * own,
+                )
+            )
+    return tuple(records)
+
+
+def require(records: Iterable[VerificationRecord], step: str) -> None:
+    """Raise ``VerificationError`` for the worst failed record: branch, output, how far off."""
+    failed = [record for record in records if not record.passed]
+    if failed:
+        worst = max(failed, key=lambda record: record.max_abs)
+        raise VerificationError(
+            f"{step}: branch {worst.branch} at {worst.case}: output '{worst.output}' is {worst.max_abs:.1e} from eager, "
+            f"allowed {worst.allowed:.0e} ({len(failed)} comparisons failed). Re-run with --verify each to find the pass."
+        )
+
+
+def check_pass(before: CapturedProgram, after: CapturedProgram, pass_: object, earlier: tuple[str, ...]) -> float:
+    """Largest change a pass made on the branch samples; raises when the result left the tolerance (``--verify each``)."""
+    largest = 0.0
+    for sample in after.samples:
+        old = run_program(before.program, sample.inputs, before.output_names)
+        new = run_program(after.program, sample.inputs, after.output_names)
+        largest = max([largest, *(_distance(new[name], old[name]) for name in old)])
+    name = getattr(pass_, "name", str(pass_))
+    records = compare(after.samples, lambda x: run_program(after.program, x, after.output_names), after.eager)
+    require(records, f"step 3/4 passes: '{name}' after {list(earlier)}")
+    return largest

@@ -1,0 +1,373 @@
+"""Emit canonical attention: one plain ``aten.scaled_dot_product_attention`` on (L, N, D), (L, S, D), (L, S, E)."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from sam3x.passes.attention_pattern import (
+    CASTS,
+    NOOPS,
+    PERMUTES,
+    RESHAPES,
+    Attention,
+    Axis,
+    Constant,
+    Layout,
+    MaskStep,
+    NotAttentionError,
+    aten,
+    dtype_of,
+    number_factor,
+    permutation,
+    same_shape,
+    same_size,
+    shape_of,
+)
+
+SDPA = aten.scaled_dot_product_attention.default
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
+_HALF = (torch.float16, torch.bfloat16)
+_FOLDABLE = {
+    getattr(getattr(aten, name), overload)
+    for name, overload in (
+        *(("full", "default"), ("full_like", "default"), ("scalar_tensor", "default"), ("lift_fresh_copy", "default")),
+        *(("sqrt", "default"), ("rsqrt", "default"), ("reciprocal", "default"), ("neg", "default"), ("exp", "default")),
+        *(("mul", "Tensor"), ("div", "Tensor"), ("pow", "Tensor_Scalar"), ("_to_copy", "default"), ("clone", "default")),
+        *(("alias", "default"), ("detach", "default"), ("view", "default"), ("expand", "default")),
+    )
+}
+
+
+class Constants:
+    """Numbers known at export time, through lifted constants, foldable arithmetic and the operands of ``cond``."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self._known: dict[Node, torch.Tensor | None] = {}
+        signature = program.graph_signature
+        lifted = {**signature.inputs_to_lifted_tensor_constants}
+        for node in program.graph.nodes:
+            if node.op == "placeholder" and node.name in lifted:
+                tensor = program.constants.get(lifted[node.name])
+                self._known[node] = tensor.detach() if isinstance(tensor, torch.Tensor) and tensor.numel() == 1 else None
+        self._bind(program.graph_module)
+
+    def _bind(self, module: GraphModule) -> None:
+        for node in module.graph.nodes:
+            if node.target is not torch.ops.higher_order.cond:
+                continue
+            for branch in node.args[1:3]:
+                child = getattr(module, branch.target)
+                inner = [item for item in child.graph.nodes if item.op == "placeholder"]
+                for placeholder, operand in zip(inner, node.args[3], strict=True):
+                    value = self._tensor(operand)
+                    # a graph that two conds share is a constant only where both agree
+                    if placeholder in self._known and not _equal(self._known[placeholder], value):
+                        value = None
+                    self._known[placeholder] = value
+                self._bind(child)
+
+    def __call__(self, operand: Any) -> float | None:
+        """The number ``operand`` stands for (every element of a constant tensor), or None."""
+        if isinstance(operand, (bool, torch.SymInt, torch.SymFloat)) or operand is None:
+            return None
+        value = self._tensor(operand)
+        return None if value is None else float(value)
+
+    def _tensor(self, operand: Any) -> torch.Tensor | None:
+        if isinstance(operand, (int, float)):
+            return torch.tensor(operand, dtype=torch.float64)
+        if not isinstance(operand, Node):
+            return None
+        if operand not in self._known:
+            self._known[operand] = self._fold(operand)
+        return self._known[operand]
+
+    def _fold(self, node: Node) -> torch.Tensor | None:
+        if node.op != "call_function" or node.target not in _FOLDABLE:
+            return None
+        if node.target in (aten.full.default, aten.full_like.default, aten.scalar_tensor.default):
+            value = node.args[0] if node.target is aten.scalar_tensor.default else node.args[1]
+            return None if isinstance(value, Node) else torch.tensor(value, dtype=dtype_of(node))
+        first = self._tensor(node.args[0])
+        if first is None:
+            return None
+        if node.target in RESHAPES | NOOPS | CASTS | {aten.lift_fresh_copy.default}:
+            return first.reshape(()).to(dtype_of(node))
+        rest = [self._tensor(argument) for argument in node.args[1:]]
+        if node.kwargs or any(value is None for value in rest):
+            return None
+        if node.target is aten.pow.Tensor_Scalar:
+            return torch.pow(first, float(rest[0])).to(dtype_of(node))  # type: ignore[arg-type]
+        return node.target(first, *rest).reshape(()).to(dtype_of(node))  # type: ignore[operator]
+
+
+def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is not None and b is not None and a.dtype == b.dtype and bool(a == b)
+
+
+class Emitter:
+    """Adds nodes before one node, each with its ``meta["val"]``, without adding guards on symbols."""
+
+    def __init__(self, module: GraphModule, before: Node, dying: Sequence[Node] = ()) -> None:
+        self.graph, self.before, self._dying = module.graph, before, set(dying)
+        self.new: list[Node] = []
+        fake = torch._guards.detect_fake_mode([node.meta.get("val") for node in before.all_input_nodes])
+        self._fake_mode: Any = fake if fake is not None else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _quietly(self) -> Iterator[None]:
+        env = getattr(self._fake_mode, "shape_env", None)
+        with self._fake_mode, env.suppress_guards() if env is not None else contextlib.nullcontext():
+            yield
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Add ``target(*args, **kwargs)``."""
+        values = torch.fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
+        with self._quietly():
+            result = target(*values[0], **values[1])
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = result
+        self.new.append(node)
+        return node
+
+    def undo(self) -> None:
+        """Remove every node added so far."""
+        for node in reversed(self.new):
+            self.graph.erase_node(node)
+        self.new.clear()
+
+    def size(self, value: Any) -> Any:
+        """``value`` as an int or as a node that gives it."""
+        if not isinstance(value, torch.SymInt):
+            return value
+        for node in self.graph.nodes:
+            if node is self.before:
+                break
+            found = node.meta.get("val")
+            # a size taken from the scores would keep them alive
+            stays = not self._dying.intersection(node.all_input_nodes)
+            if stays and isinstance(found, torch.SymInt) and statically_known_true(found == value):
+                return node
+        for node in itertools.takewhile(lambda node: node is not self.before, list(self.graph.nodes)):
+            if isinstance(node.meta.get("val"), torch.Tensor) and node not in self._dying and node.target not in NOOPS:
+                for dim, size in enumerate(shape_of(node)):
+                    if same_size(size, value):
+                        return self(aten.sym_size.int, node, dim)
+        raise NotAttentionError(f"no tensor has the size {value} that the rewrite needs")
+
+    def sizes(self, values: Sequence[Any]) -> list[Any]:
+        """Every size as an int or a node."""
+        return [self.size(value) for value in values]
+
+    def cast(self, node: Node, dtype: torch.dtype) -> Node:
+        """``node`` in ``dtype``."""
+        if dtype_of(node) is dtype:
+            return node
+        return self(aten._to_copy.default, node, dtype=dtype)
+
+    def permute(self, node: Node, order: list[int]) -> Node:
+        """``node`` with its dimensions in ``order``, on top of a permute that is already there."""
+        inner = permutation(node)
+        if inner is not None:
+            node, order = node.args[0], [inner[dim] for dim in order]  # type: ignore[assignment]
+        return node if order == sorted(order) else self(aten.permute.default, node, order)
+
+    def reshape(self, node: Node, shape: Sequence[Any]) -> Node:
+        """``node`` with ``shape``: an earlier tensor of that shape under views and clones, or a view."""
+        source: Any = node
+        while True:
+            if same_shape(shape_of(source), shape):
+                return source
+            if source.target not in _VIEWS | NOOPS:
+                break
+            source = source.args[0]
+        sizes = self.sizes(shape)
+        with self._quietly():
+            contiguous = node.meta["val"].is_contiguous()
+        if not contiguous:
+            node = self(aten.clone.default, node, memory_format=torch.contiguous_format)
+        return self(aten.view.default, node, sizes)
+
+    def arrange(self, node: Node, layout: Layout, wanted: Layout, *, full: bool) -> Node:
+        """``node``, dimensions ``layout``, as dimensions ``wanted``; ``full`` expands those it broadcasts over."""
+        sizes = shape_of(node)
+        layout = tuple(() if same_size(size, 1) else axes for size, axes in zip(sizes, layout[-len(sizes) :], strict=True))
+        have = tuple(itertools.chain(*layout))
+        if not full and layout == wanted[-len(layout) :]:
+            return node
+        target = [axis for group in wanted for axis in group if axis in have]
+        node = self.reshape(node, [axis.size for axis in have])
+        node = self.permute(node, [have.index(axis) for axis in target])
+        grown: list[Axis] = []
+        for group in wanted:
+            if full or any(axis in have for axis in group):
+                grown += group
+        if grown != target:
+            node = self.reshape(node, [axis.size if axis in have else 1 for axis in grown])
+            node = self(aten.expand.default, node, self.sizes([axis.size for axis in grown]))
+        return self.reshape(node, [math.prod(a.size for a in group) if set(group) & set(grown) else 1 for group in wanted])
+
+    def unscaled(self, node: Node, constant: Constant) -> tuple[Node, float]:
+        """(x, c) with node = c·x: constant factors found under reshapes, permutes and casts are taken out."""
+        factor, moves, kept = 1.0, [], 0
+        below: Any = node
+        source: Any = node
+        while below.op == "call_function":
+            scaled = number_factor(below, constant)
+            if scaled is not None and math.isfinite(scaled[1]):
+                below, factor = scaled[0], factor * scaled[1]
+                source, kept = below, len(moves)
+            elif below.target in RESHAPES | PERMUTES | NOOPS or (below.target in CASTS and dtype_of(below).is_floating_point):
+                moves.append(below)
+                below = below.args[0]
+            else:
+                break
+        for move in reversed(moves[:kept]):
+            source = self(move.target, source, *move.args[1:], **move.kwargs)
+        return source, factor
+
+    def mask(self, masks: Sequence[tuple[MaskStep, Layout]], wanted: Layout, dtype: torch.dtype) -> Node | None:
+        """One mask of all steps: bool (True = may attend) when each hides with -inf, otherwise float."""
+        if not masks:
+            return None
+        steps = [step for step, _ in masks]
+        tensors = [self.arrange(step.tensor, layout, wanted, full=False) for step, layout in masks]
+        if all(step.fill == -math.inf for step in steps):
+            return self._allowed(steps, tensors)
+        lowest = torch.finfo(dtype).min if _one_fill(steps) else None
+        if lowest is None and not all(step.fill is None or abs(step.fill) * torch.finfo(dtype).eps >= 64 for step in steps):
+            raise NotAttentionError("masks with different finite values: rows masked everywhere would change")
+        result: Node | None = None
+        for step, tensor in zip(steps, tensors, strict=True):
+            if step.fill is None:
+                tensor = self._narrow(tensor, dtype)
+                tensor = tensor if step.factor == 1.0 else self(aten.mul.Tensor, tensor, step.factor)
+                result = tensor if result is None else self(aten.add.Tensor, result, tensor)
+                continue
+            # so low a number swallows the scores, and a row masked everywhere stays uniform, as it is with a fill
+            fill = step.fill if lowest is None or math.isinf(step.fill) else lowest
+            filled = self._scalar(fill, dtype, tensor)
+            other = result if result is not None else self._scalar(0.0, dtype, tensor)
+            result = self(aten.where.self, tensor, *((other, filled) if step.inverted else (filled, other)))
+        return result
+
+    def _allowed(self, steps: Sequence[MaskStep], tensors: Sequence[Node]) -> Node:
+        result: Node | None = None
+        for step, tensor in zip(steps, tensors, strict=True):
+            if step.inverted:
+                keep = tensor
+            elif tensor.target is aten.logical_not.default and dtype_of(tensor.args[0]) is torch.bool:  # type: ignore[arg-type]
+                keep = tensor.args[0]  # type: ignore[assignment]
+            else:
+                keep = self(aten.logical_not.default, tensor)
+            result = keep if result is None else self(aten.logical_and.default, result, keep)
+        assert result is not None
+        return result
+
+    def _scalar(self, value: float, dtype: torch.dtype, like: Node) -> Node:
+        return self(aten.full.default, [], value, dtype=dtype, device=like.meta["val"].device)
+
+    def _narrow(self, mask: Node, dtype: torch.dtype) -> Node:
+        """A float mask in ``dtype``: below its range becomes its lowest number, so no finite mask turns into -inf."""
+        have = dtype_of(mask)
+        if have.is_floating_point and torch.finfo(have).min < torch.finfo(dtype).min:
+            mask = self(aten.clamp.default, mask, torch.finfo(dtype).min)
+        return self.cast(mask, dtype)
+
+
+def _one_fill(steps: Sequence[MaskStep]) -> bool:
+    """Whether all finite fills are one value and nothing is added to a filled score, so that the value does not matter."""
+    finite = [at for at, step in enumerate(steps) if step.fill is not None and math.isfinite(step.fill)]
+    return len({steps[at].fill for at in finite}) <= 1 and not any(
+        step.fill is None for step in steps[min(finite, default=0) :]
+    )
+
+
+def rewrite(emit: Emitter, found: Attention, constant: Constant) -> Node:
+    """Emit ``found`` as canonical attention and return the node that replaces its output.
+
+    Raises:
+        NotAttentionError: when a size cannot be named; nothing of it is left in the graph.
+    """
+    try:
+        return _rewrite(emit, found, constant)
+    except NotAttentionError:
+        emit.undo()
+        raise
+
+
+def _rewrite(emit: Emitter, found: Attention, constant: Constant) -> Node:
+    q, on_q = emit.unscaled(found.query[0], constant)
+    k, on_k = emit.unscaled(found.key[0], constant)
+    scale = found.scale * on_q * on_k
+    q = emit.arrange(q, found.query[1], (*found.lead, found.queries, found.channels), full=True)
+    k = emit.arrange(k, found.key[1], (*found.lead, found.keys, found.channels), full=True)
+    v = emit.arrange(found.value[0], found.value[1], (*found.lead, found.keys, found.value_channels), full=True)
+    dtype = torch.promote_types(torch.promote_types(dtype_of(q), dtype_of(k)), dtype_of(v))
+    fills = [step.fill for step, _ in found.masks if step.fill is not None]
+    if dtype in _HALF and any(math.isfinite(fill) for fill in fills):
+        dtype = torch.float32  # half kernels add masks in float32, where half's lowest number does not swallow the scores
+    mask = emit.mask(found.masks, (*found.lead, found.queries, found.keys), dtype)
+    q, k, v = (emit.cast(node, dtype) for node in (q, k, v))
+    output, layout = found.output
+    result = attend(emit, q, k, v, mask, scale)
+    result = emit.cast(result, dtype_of(output))
+    return _finish(emit, result, output, (*found.lead, found.queries, found.value_channels), layout)
+
+
+def attend(emit: Emitter, q: Node, k: Node, v: Node, mask: Node | None, scale: float) -> Node:
+    """The one plain node; kernels take the maximum before the scale, so only a positive scale goes there."""
+    if not scale > 0:
+        q, scale = emit(aten.mul.Tensor, q, scale), 1.0
+    return emit(SDPA, q, k, v, mask, 0.0, False, scale=float(scale))
+
+
+def _finish(emit: Emitter, result: Node, output: Node, have: Layout, wanted: Layout) -> Node:
+    """``result`` in the layout of the product it replaces, laid out in memory as that was where a view follows."""
+    if _viewed(output):
+        result = emit(aten.clone.default, result, memory_format=torch.contiguous_format)
+    final = emit.arrange(result, have, wanted, full=True)
+    if not same_shape(shape_of(final), shape_of(output)):
+        final = emit.reshape(final, shape_of(output))
+    if final is not result and final.target is aten.view.default:
+        for user in [user for user in output.users if user.target in _VIEWS]:
+            if same_shape(shape_of(user), shape_of(result)) and final.args[0] is result:
+                user.replace_all_uses_with(result)
+    return final
+
+
+def _viewed(node: Node) -> bool:
+    """Whether a view depends on the memory layout of ``node``, directly or through permutes."""
+    return any(
+        user.target in _VIEWS or (user.target in PERMUTES | {aten.alias.default, aten.detach.default} and _viewed(user))
+        for user in node.users
+    )
+
+
+def explicit_causal(emit: Emitter, queries: Any, keys: Any, device: torch.device) -> Node:
+    """(N, S) bool, True where key ≤ query: what ``is_causal`` means to torch, for any N and S."""
+    rows = emit(aten.arange.default, emit.size(queries), device=device, pin_memory=False)
+    columns = emit(aten.arange.default, emit.size(keys), device=device, pin_memory=False)
+    return emit(aten.le.Tensor, columns, emit(aten.unsqueeze.default, rows, -1))
+
+
+def repeat_heads(emit: Emitter, node: Node, heads: int) -> Node:
+    """(…, G, S, D) to (…, heads, S, D): each head repeated heads/G times in a row."""
+    *outer, groups, length, width = shape_of(node)
+    if same_size(groups, heads):
+        return node
+    node = emit(aten.unsqueeze.default, node, -3)
+    node = emit(aten.expand.default, node, emit.sizes([*outer, groups, heads // operator.index(groups), length, width]))
+    node = emit(aten.clone.default, node, memory_format=torch.contiguous_format)
+    return emit(aten.view.default, node, emit.sizes([*outer, heads, length, width]))

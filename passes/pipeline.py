@@ -1,0 +1,180 @@
+"""The ordered pipeline of passes: checks each pass's contract and keeps one record a pass."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sam3x.errors import PassError, PostconditionError, PreconditionError, SpecError
+from sam3x.program import CapturedProgram, sync_outputs
+from sam3x.passes.base import Missed, Pass, count_ops, graph_modules
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassRecord:
+    """What one pass did: rewrites, refusals, node counts before and after (branches included) and seconds.
+
+    ``max_change`` is the largest absolute change of any output over the branch samples, where it was measured.
+    """
+
+    name: str
+    modified: bool
+    rewrites: int
+    nodes_before: int
+    nodes_after: int
+    seconds: float
+    missed: tuple[Missed, ...] = ()
+    max_change: float | None = None
+
+
+Check = Callable[[CapturedProgram, CapturedProgram, Pass, tuple[str, ...]], float | None]
+"""Compares a program after a pass with the one before: (before, after, pass, names of earlier passes) → largest change."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassPipeline:
+    """An immutable, ordered list of passes.
+
+    Raises:
+        SpecError: when the order breaks a pass's ``run_after`` (every breach is listed), or a name stands twice.
+    """
+
+    passes: tuple[Pass, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = self.names
+        breaches = [
+            f"'{item.name}' must run after '{earlier}'"
+            for index, item in enumerate(self.passes)
+            for earlier in item.run_after
+            if earlier in names[index:]
+        ]
+        breaches += [f"'{name}' stands {names.count(name)} times" for name in dict.fromkeys(names) if names.count(name) > 1]
+        if breaches:
+            raise SpecError(f"step 3/4 passes: the pipeline {list(names)} is out of order: {'; '.join(breaches)}. Reorder it.")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Pass ids in order."""
+        return tuple(item.name for item in self.passes)
+
+    def _index(self, name: str) -> int:
+        if name not in self.names:
+            raise SpecError(f"step 3/4 passes: no pass '{name}' in the pipeline; it has {', '.join(self.names) or 'none'}.")
+        return self.names.index(name)
+
+    def without(self, *names: str) -> PassPipeline:
+        """The pipeline less the named passes."""
+        for name in names:
+            self._index(name)
+        return PassPipeline(tuple(item for item in self.passes if item.name not in names))
+
+    def insert_after(self, name: str, pass_: Pass) -> PassPipeline:
+        """The pipeline with ``pass_`` right after the pass called ``name``."""
+        at = self._index(name) + 1
+        return PassPipeline((*self.passes[:at], pass_, *self.passes[at:]))
+
+    def then(self, *passes: Pass) -> PassPipeline:
+        """The pipeline with more passes at the end."""
+        return PassPipeline((*self.passes, *passes))
+
+    def run(
+        self,
+        captured: CapturedProgram,
+        *,
+        check: Check | None = None,
+        dump_graphs: Path | None = None,
+        on_pass: Callable[[str], None] | None = None,
+    ) -> tuple[CapturedProgram, tuple[PassRecord, ...]]:
+        """Run every pass on a private copy of the graph.
+
+        Args:
+            captured: left as it is; the result shares its weights but no graph.
+            check: called after each pass that modified the program (``--verify each``).
+            dump_graphs: folder for one readable text file a stage.
+            on_pass: told the name of each pass before it runs.
+
+        Raises:
+            PassError: naming the pass and the passes before it.
+        """
+        current = captured.with_program(_private_copy(captured.program))
+        records: list[PassRecord] = []
+        _dump(dump_graphs, 0, "captured", current)
+        for position, item in enumerate(self.passes, start=1):
+            if on_pass is not None:
+                on_pass(item.name)
+            before = captured.with_program(_private_copy(current.program)) if check is not None else current
+            current, record = _run_one(item, current, before, self.names[: position - 1], check)
+            records.append(record)
+            _dump(dump_graphs, position, item.name, current)
+        return current, tuple(records)
+
+
+def _run_one(
+    item: Pass, current: CapturedProgram, before: CapturedProgram, earlier: tuple[str, ...], check: Check | None
+) -> tuple[CapturedProgram, PassRecord]:
+    nodes_before = sum(count_ops(current.program).values())
+    started = time.perf_counter()
+    try:
+        item.requires(current.program)
+        result = item.call(current.program)
+        for _, module in graph_modules(result.program):
+            module.graph.lint()
+            module.recompile()
+        sync_outputs(result.program)
+        try:
+            result.program.validate()
+        except Exception as error:
+            raise PostconditionError(f"the graph does not validate: {error}") from error
+        item.ensures(result)
+    except PassError as error:
+        kind = type(error) if isinstance(error, (PreconditionError, PostconditionError)) else PassError
+        raise kind(f"step 3/4 passes: '{item.name}' after {list(earlier)}: {error}. Try --disable-pass {item.name}.") from error
+    except Exception as error:
+        raise PassError(
+            f"step 3/4 passes: '{item.name}' failed after {list(earlier)}: {type(error).__name__}: {error}. "
+            f"Re-run with --dump-graphs DIR, or --disable-pass {item.name}."
+        ) from error
+    seconds = time.perf_counter() - started
+    after = current.with_program(result.program)
+    change = check(before, after, item, earlier) if check is not None and result.modified else None
+    record = PassRecord(
+        name=item.name,
+        modified=result.modified,
+        rewrites=result.rewrites,
+        nodes_before=nodes_before,
+        nodes_after=sum(count_ops(result.program).values()),
+        seconds=seconds,
+        missed=result.missed,
+        max_change=change,
+    )
+    return after, record
+
+
+def _private_copy(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Copy the graphs, share the weights."""
+    tensors = {id(value): value for value in [*program.state_dict.values(), *program.constants.values()]}
+    module = copy.deepcopy(program.graph_module, tensors)  # deepcopy's memo keeps every weight the same object
+    return torch.export.ExportedProgram(
+        root=module,
+        graph=module.graph,
+        graph_signature=copy.deepcopy(program.graph_signature),
+        state_dict=program.state_dict,
+        range_constraints=copy.copy(program.range_constraints),
+        module_call_graph=copy.deepcopy(program.module_call_graph),
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
+
+
+def _dump(folder: Path | None, position: int, name: str, captured: CapturedProgram) -> None:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = captured.program.graph_module.print_readable(print_output=False)
+        (folder / f"{position:02d}_{name}.txt").write_text(text)

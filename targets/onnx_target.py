@@ -1,0 +1,170 @@
+"""ONNX, opset 18, standard domain: torch.onnx's converter, readable names, ONNX Runtime to run it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import re
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sam3x.errors import LoweringError, TargetUnavailableError
+from sam3x.targets.base import TargetStatus
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+    from sam3x.passes.base import Pass
+    from sam3x.program import CapturedProgram
+
+_EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
+_LARGEST_PROTO = 2_000_000_000  # protobuf's 2 GiB, less room for the graph
+
+
+class OnnxTarget:
+    """``fusion_encoder.onnx`` with ``If`` for the branches."""
+
+    name = "onnx"
+    suffix = ".onnx"
+    opset = 18
+
+    def availability(self) -> TargetStatus:
+        missing = [name for name in _EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
+        detail = f"missing {', '.join(missing)}" if missing else "exports and runs"
+        if missing and "onnxruntime" not in missing:
+            detail = f"runs artifacts; to export, {detail}"
+        return TargetStatus(name=self.name, available=not missing, detail=detail, install='pip install "sam3x[onnx]"')
+
+    def legalization_passes(self) -> tuple[Pass, ...]:
+        from torch.onnx._internal.exporter import _decomp, _registration
+
+        from sam3x.passes.decompose_attention import DecomposeAttentionPass
+        from sam3x.passes.legalize_operators import LegalizeOperatorsPass
+
+        words = set(_decomp.get_onnx_implemented_overloads(_registration.ONNXRegistry.from_torchlib()))
+        table = _decomp.create_onnx_friendly_decomposition_table(words)
+        return (
+            DecomposeAttentionPass(),
+            LegalizeOperatorsPass(lambda op: op in words or "assert" in op.name() or "sym_constrain" in op.name(), table),
+        )
+
+    def lower(self, captured: CapturedProgram, path: Path) -> None:
+        import onnx
+        import onnx_ir as ir
+        import torch
+        from torch.onnx._internal.exporter import _core, _fx_passes, _registration
+
+        try:
+            # the public torch.onnx.export decomposes, which traces every torch.cond again; this program is decomposed already
+            with torch.no_grad(), _quiet():
+                _fx_passes.remove_assertion_nodes(captured.program.graph_module)  # ONNX has no word for them
+                built = _core._exported_program_to_onnx_program(
+                    captured.program, registry=_registration.ONNXRegistry.from_torchlib(), lower="at_conversion"
+                )
+                model = built.model
+                built.optimize()
+                _name(model, captured)
+                _set_opset(model, self.opset)
+        except Exception as error:
+            root: BaseException = error
+            while root.__cause__ is not None:
+                root = root.__cause__
+            raise LoweringError(
+                f"step 4/4 onnx: the graph cannot be converted: {type(root).__name__}: {str(root).splitlines()[0] if str(root) else ''}. "
+                "Re-run with --dump-graphs DIR to see the graph."
+            ) from error
+        size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+        external = f"{path.name}.data" if captured.spec.external_data or size > _LARGEST_PROTO else None
+        ir.save(model, path, external_data=external)
+        onnx.checker.check_model(str(path), full_check=True)
+
+    def load_runner(self, path: Path) -> OnnxRunner:
+        return OnnxRunner(path)
+
+    def versions(self) -> dict[str, Any]:
+        names = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
+        return {name: version(name) for name in names}
+
+
+class OnnxRunner:
+    """An ONNX Runtime CPU session."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import onnxruntime
+        except ImportError:
+            raise TargetUnavailableError(
+                'step load: running an ONNX artifact needs onnxruntime. Install it: pip install "sam3x[runtime]"'
+            ) from None
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._outputs = [item.name for item in self._session.get_outputs()]
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The optimizer warns once a Split, the converter once a node without a stack trace; put their levels back afterwards."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "torch.onnx._internal.exporter._core")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def _name(model: ir.Model, captured: CapturedProgram) -> None:
+    """Public names for outputs and dimensions; what the exporter derives from symbols is spelt with the same names."""
+    import onnx_ir as ir
+
+    model.graph.name = "fusion_encoder"
+    model.producer_name = "sam3x"
+    inputs = {value.name for value in model.graph.inputs}
+    for value, name in zip(model.graph.outputs, captured.output_names, strict=True):
+        for other in ir.traversal.RecursiveGraphIterator(model.graph):
+            for output in other.outputs:
+                if output.name == name and output is not value:
+                    output.name = f"{name}_inner"
+        if value.name not in inputs:
+            value.name = name
+    symbols = captured.dim_names
+
+    def renamed(value: ir.Value) -> None:
+        if value.shape is None:
+            return
+        for index, dim in enumerate(value.shape):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                text = re.sub(r"\bs\d+\b", lambda m: symbols.get(m.group(), m.group()), str(dim.value))
+                value.shape[index] = ir.SymbolicDim(text)
+
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None:
+            value.shape = value.shape.copy(frozen=False) if hasattr(value.shape, "copy") else ir.Shape(value.shape.dims)
+        renamed(value)
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        for output in node.outputs:
+            if output.shape is not None:
+                output.shape = ir.Shape(output.shape.dims)
+                renamed(output)
+
+
+def _set_opset(model: ir.Model, opset: int) -> None:
+    """Drop domains nothing uses; the converter writes opset 18 already."""
+    import onnx_ir as ir
+
+    used = {node.domain for node in ir.traversal.RecursiveGraphIterator(model.graph)}
+    for domain in list(model.opset_imports):
+        if domain and domain not in used:
+            del model.opset_imports[domain]
+    if model.opset_imports.get("") != opset or set(model.opset_imports) - {""}:
+        raise LoweringError(f"opset imports are {dict(model.opset_imports)}, expected {{'': {opset}}}")

@@ -1,0 +1,42 @@
+"""Names of targets to where they live, imported only when named."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from importlib.metadata import entry_points
+
+from sam3x.errors import UnknownTargetError
+from sam3x.targets.base import Target, TargetStatus
+
+_TARGETS = {"onnx": "sam3x.targets.onnx_target:OnnxTarget"}
+GROUP = "sam3x.targets"
+
+
+def target_names() -> tuple[str, ...]:
+    """Built-in targets, then those of other packages (entry-point group ``sam3x.targets``)."""
+    return (*_TARGETS, *(item.name for item in entry_points(group=GROUP) if item.name not in _TARGETS))
+
+
+def get_target(name: str) -> Target:
+    """The target of that name.
+
+    Raises:
+        UnknownTargetError: with a suggestion and the listing command.
+    """
+    if name in _TARGETS:
+        module, _, attribute = _TARGETS[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)()
+    for item in entry_points(group=GROUP):
+        if item.name == name:
+            return item.load()()
+    close = difflib.get_close_matches(name, target_names(), n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    raise UnknownTargetError(
+        f"step 1/4 spec: no target '{name}'; there are {', '.join(target_names())}.{hint} List them with: sam3x targets"
+    )
+
+
+def describe_targets() -> list[TargetStatus]:
+    """Status of every target."""
+    return [get_target(name).availability() for name in target_names()]

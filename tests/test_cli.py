@@ -1,0 +1,415 @@
+"""The command line: what it hands to ``sam3x.api.export``, what it prints, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from sam3x import __version__, api, cli, errors, sources
+from sam3x.manifest import ExportManifest, MissedRecord, PassRecordModel, TensorSpec, VerificationRecord
+
+HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy", "rich")
+PROBE = f"""
+import sys
+from sam3x.cli import main
+try:
+    main()
+except SystemExit as end:
+    print(end.code or 0, sorted(set(sys.modules) & set({HEAVY})))
+"""
+SMALL_MODULE = """
+from sam3x.fusion_config import FusionConfig
+from sam3x.sources import build_encoder, draw_weights
+
+def make():
+    print("the factory prints")
+    encoder = build_encoder(FusionConfig(d_model=32, num_layers=1, num_heads=4, dim_feedforward=64)).eval()
+    draw_weights(encoder, seed=3)
+    return encoder
+"""
+MANIFEST = ExportManifest(
+    target="onnx",
+    opset=18,
+    interface="tokens",
+    input_names=("tgt", "dac"),
+    output_names=("output",),
+    inputs=(
+        TensorSpec(name="tgt", dtype="float32", shape=("batch", "tokens", 32)),
+        TensorSpec(name="dac", dtype="bool", shape=()),
+    ),
+    outputs=(TensorSpec(name="output", dtype="float32", shape=("batch", "tokens", 32)),),
+    spec={"dac": "runtime", "pre_norm": "runtime", "dac_dim": 0},
+    ranges={"batch": (1, 8)},
+    origin="random weights, seed 0",
+    weights_sha256="ab" * 32,
+    versions={"sam3x": __version__},
+    passes=(
+        PassRecordModel(
+            name="canonicalize_attention", modified=True, rewrites=11, nodes_before=40, nodes_after=30, seconds=0.1,
+            missed=(MissedRecord(node="softmax_3", reason="scores [B, H] used elsewhere"),), max_change=1e-7,
+        ),
+    ),
+    verification=(
+        VerificationRecord(
+            branch="dac=True", case="batch 2", output="output", max_abs=1.3e-6, max_rel=1e-7, from_float64=1e-6,
+            eager_from_float64=1e-6, allowed=2e-5, passed=True,
+        ),
+    ),
+    verified=True,
+    files={"fusion_encoder.onnx": "cd" * 32},
+    figures={"total_seconds": 12.5, "peak_rss_mb": 1090.4, "something_new": 3.0},
+    notes=("a note [in brackets]",),
+)  # fmt: skip
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.app, [str(item) for item in arguments], prog_name="sam3x")
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """What ``api.export`` was called with; nothing is exported."""
+    calls: dict[str, Any] = {}
+
+    def fake(encoder: object = None, **keywords: Any) -> SimpleNamespace:
+        calls.update(keywords, encoder=encoder)
+        for step in ("source", "capture", "passes", "lower to onnx", "verify"):
+            calls["progress"](step)
+        print("a library prints")
+        return SimpleNamespace(manifest=MANIFEST)
+
+    monkeypatch.setattr(api, "export", fake)
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
+# ---- quick and light
+
+
+def best_of_five(*arguments: str) -> float:
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def test_help_is_quick() -> None:
+    bare = best_of_five("-c", "pass")
+    assert best_of_five("-m", "sam3x", "--help") - bare < 0.3
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["export", "--help"], ["inspect", "--help"]])
+def test_help_and_version_import_nothing_heavy(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", PROBE, *arguments], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0 []"
+
+
+def test_inspect_and_bad_input_import_no_torch(tmp_path: Path) -> None:
+    for arguments in (["inspect", "nowhere"], ["export", "-t", "onx"], ["export", "--batch", "8:1"], ["targets"]):
+        done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, cwd=tmp_path)
+        code, _, imported = done.stdout.splitlines()[-1].partition(" ")
+        assert code == ("0" if arguments == ["targets"] else "2") and "torch" not in imported
+
+
+@pytest.mark.parametrize("command", ["export", "verify", "inspect", "targets"])
+def test_every_command_has_help(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0 and "Usage: sam3x" in result.stdout
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"sam3x {__version__}\n"
+
+
+# ---- options become keywords of api.export
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {}),
+        (["--interface", "tokens"], {"interface": "tokens"}),
+        (["--interface", "feature-maps"], {"interface": "feature_maps"}),
+        (["--inputs", "tgt, memory,pos"], {"inputs": "tgt, memory,pos"}),
+        (["--dac", "runtime"], {"dac": "runtime"}),
+        (["--dac", "on"], {"dac": True}),
+        (["--dac", "off"], {"dac": False}),
+        (["--pre-norm", "runtime"], {"pre_norm": "runtime"}),
+        (["--pre-norm", "on"], {"pre_norm": True}),
+        (["--pre-norm", "off"], {"pre_norm": False}),
+        (["--pre-norm", "module"], {"pre_norm": "module"}),
+        (["--pre-norm", "per-layer"], {"pre_norm": "per-layer"}),
+        (["--dac-dim", "0"], {"dac_dim": 0}),
+        (["--dac-dim", "1"], {"dac_dim": 1}),
+        (["--batch", "1:8", "--tokens", "5184"], {"batch": "1:8", "tokens": "5184"}),
+        (["--prompt-length", "1:77"], {"prompt_length": "1:77"}),
+        (["--feature-sizes", "72x72,36X36"], {"feature_sizes": ((72, 72), (36, 36))}),
+        (["--mask-dtype", "float32"], {"mask_dtype": "float32"}),
+        (["--verify", "off"], {"verify": "off"}),
+        (["--verify", "full"], {"verify": "full"}),
+        (["--seed", "0"], {"seed": 0}),
+        (["--external-data"], {"external_data": True}),
+    ],
+)  # fmt: skip
+def test_options_reach_the_api_and_unset_ones_do_not(
+    seen: dict[str, Any], arguments: list[str], expected: dict[str, Any]
+) -> None:
+    result = run("export", *arguments)
+    assert result.exit_code == 0, result.stderr
+    del seen["progress"]
+    rest = {"encoder": None, "target": "onnx", "output": Path("out"), "disable_pass": (), "dump_graphs": None}
+    assert seen == {**rest, **expected}
+
+
+def test_passes_graphs_and_output_reach_the_api(seen: dict[str, Any]) -> None:
+    result = run("export", "-o", "there", "--disable-pass", "a", "--disable-pass", "b", "--dump-graphs", "graphs")
+    assert result.exit_code == 0, result.stderr
+    assert (seen["output"], seen["disable_pass"], seen["dump_graphs"]) == (Path("there"), ("a", "b"), Path("graphs"))
+
+
+@pytest.mark.parametrize(
+    ("option", "maker", "value"),
+    [("--checkpoint", "checkpoint_source", "sam3.pt"), ("--module", "factory_source", "pkg.mod:make")],
+)
+def test_a_named_encoder_is_loaded_and_no_random_weights_are_announced(
+    seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch, option: str, maker: str, value: str
+) -> None:
+    monkeypatch.setattr(sources, maker, lambda given: f"source of {given}")
+    result = run("export", option, value)
+    assert result.exit_code == 0, result.stderr
+    assert seen["encoder"] == f"source of {value}"
+    assert "RANDOM" not in result.output
+
+
+# ---- what is printed
+
+
+def test_export_says_random_weights_steps_with_times_and_a_summary(seen: dict[str, Any]) -> None:
+    result = run("export")
+    assert "RANDOM weights" in result.stderr
+    for step in ("source", "capture", "passes", "lower to onnx", "verify"):
+        assert any(line.startswith(step) and line.rstrip().endswith(" s") for line in result.stderr.splitlines()), step
+    assert "out/fusion_encoder.onnx" in result.stdout and "1.3e-06" in result.stdout
+    assert "a library prints" not in result.stdout
+
+
+def test_quiet_prints_nothing(seen: dict[str, Any]) -> None:
+    result = run("export", "-q")
+    assert (result.exit_code, result.stdout, result.stderr.replace("a library prints\n", "")) == (0, "", "")
+
+
+def test_verbose_shows_the_pass_records(seen: dict[str, Any]) -> None:
+    assert "scores [B, H] used elsewhere" in run("export", "-v").stdout
+    assert "canonicalize_attention" not in run("export").stdout
+
+
+def test_json_is_the_manifest_and_nothing_else(seen: dict[str, Any]) -> None:
+    result = run("export", "--json")
+    assert ExportManifest.model_validate_json(result.stdout) == MANIFEST
+
+
+def test_the_summary_says_when_nothing_was_verified(seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = MANIFEST.model_copy(update={"verification": (), "verified": False, "verified_reason": "switched off"})
+    monkeypatch.setattr(api, "export", lambda *_, **__: SimpleNamespace(manifest=bare))
+    assert "NOT verified: switched off" in run("export").stdout
+
+
+def test_inspect_shows_everything_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sam3x.load", lambda folder: SimpleNamespace(manifest=MANIFEST), raising=False)
+    text = run("inspect", "out").stdout
+    for fact in (
+        "random weights, seed 0", "ab" * 32, "(batch, tokens, 32)", "scalar", "canonicalize_attention", "11", "softmax_3",
+        "scores [B, H] used elsewhere", "dac=True", "1.3e-06", "fusion_encoder.onnx", "cd" * 32, "12.5 s", "1,090 MB",
+        "something_new", "a note [in brackets]", "opset 18",
+    ):  # fmt: skip
+        assert fact in text, fact
+    assert "batch 2" in run("inspect", "out", "-v").stdout  # each comparison
+    assert ExportManifest.model_validate_json(run("inspect", "out", "--json").stdout) == MANIFEST
+
+
+def test_targets() -> None:
+    assert "onnx" in run("targets").stdout
+    listed = json.loads(run("targets", "--json").stdout)
+    assert {"name", "available", "detail", "install"} <= set(listed[0]) and listed[0]["name"] == "onnx"
+
+
+# ---- bad input: exit code 2, one message, nothing written
+
+BAD_EXPORTS = {
+    "unknown target": (["-t", "onx"], "Did you mean 'onnx'?"),
+    "range upside down": (["--batch", "8:1"], "minimum 8 is above maximum 1"),
+    "no range": (["--tokens", "many"], "expected N or MIN:MAX"),
+    "dac over an odd batch": (["--dac", "on", "--batch", "3"], "odd size 3"),
+    "dac without pre-norm": (["--dac", "on", "--pre-norm", "off"], "ignores dac"),
+    "unknown input": (["--inputs", "tgt,memory,colour"], "'colour' is not an input"),
+    "missing input": (["--inputs", "tgt"], "'memory' is required"),
+    "unknown interface": (["--interface", "video"], "--interface"),
+    "unknown switch": (["--dac", "maybe"], "--dac"),
+    "dac dimension": (["--dac-dim", "2"], "--dac-dim"),
+    "feature size": (["--feature-sizes", "72by72"], "expected HxW"),
+    "empty feature size": (["--feature-sizes", "0x72"], "expected HxW"),
+    "unknown option": (["--colour", "red"], "--colour"),
+    "two encoders": (["--checkpoint", "a.pt", "--module", "a:b"], "Give one of them"),
+    "missing checkpoint": (["--checkpoint", "missing.pt"], "missing.pt"),
+    "corrupt checkpoint": (["--checkpoint", "corrupt.pt"], "corrupt.pt"),
+    "empty checkpoint": (["--checkpoint", "empty.safetensors"], "empty.safetensors"),
+    "keys of another model": (["--checkpoint", "other.pt"], "other.pt"),
+    "pickle with code": (["--checkpoint", "code.pt"], "code.pt"),
+    "no factory name": (["--module", "small"], "small"),
+    "no such module": (["--module", "nowhere:make"], "nowhere"),
+    "no such factory": (["--module", "small:nothing"], "nothing"),
+    "no fusion encoder": (["--module", "torch.nn:Identity"], "Identity is no fusion encoder"),
+    "unknown pass": (["--disable-pass", "fuse_everything"], "fuse_everything"),
+    "output is a file": (["-o", "small.py"], "small.py"),
+    "output under a file": (["-o", "small.py/out"], "cannot be written"),
+    "refused after staging": (["--module", "small:odd", "-o", "new/folder/out"], "d_model"),
+}
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("exploded",)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current directory with good and bad sources in it."""
+    odd = "\nclass Odd(torch.nn.Linear):\n    def forward(self, tgt, memory): return tgt\n\nodd = lambda: Odd(8, 8)\n"
+    (tmp_path / "small.py").write_text(
+        f"import torch\n{SMALL_MODULE}{odd.replace('return tgt', 'return super().forward(tgt)')}"
+    )
+    (tmp_path / "corrupt.pt").write_bytes(b"PK\x03\x04" + bytes(range(200)))
+    (tmp_path / "empty.safetensors").touch()
+    torch.save({"model": {"backbone.weight": torch.zeros(2)}}, tmp_path / "other.pt")
+    (tmp_path / "code.pt").write_bytes(pickle.dumps({"model": Bomb()}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "small", raising=False)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("case", BAD_EXPORTS)
+def test_bad_exports(case: str, workplace: Path) -> None:
+    arguments, fact = BAD_EXPORTS[case]
+    before = contents(workplace)
+    result = run("export", *arguments)
+    assert result.exit_code == 2, (result.exit_code, result.stderr, result.exception)
+    assert fact in result.stderr and "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert contents(workplace) == before
+
+
+def test_an_earlier_export_survives_a_failed_one(workplace: Path) -> None:
+    (workplace / "out").mkdir()
+    (workplace / "out" / "fusion_encoder.onnx").write_text("earlier")
+    before = contents(workplace)
+    assert run("export", "--checkpoint", "corrupt.pt").exit_code == 2
+    assert run("export", "--module", "small:odd").exit_code == 2
+    assert contents(workplace) == before
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+@pytest.mark.parametrize("damage", ["no folder", "no manifest", "no json", "other schema", "edited file", "missing file"])
+def test_bad_folders(command: str, damage: str, default_artifact: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    if damage != "no folder":
+        shutil.copytree(default_artifact, folder)
+    manifest, graph = folder / "manifest.json", folder / "fusion_encoder.onnx"
+    if damage == "no manifest":
+        manifest.unlink()
+    elif damage == "no json":
+        manifest.write_text("{")
+    elif damage == "other schema":
+        manifest.write_text(manifest.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    elif damage == "edited file":
+        graph.write_bytes(graph.read_bytes() + b"\0")
+    elif damage == "missing file":
+        graph.unlink()
+    result = run(command, folder)
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.startswith("sam3x: load: ")
+    assert "99" in result.stderr if damage == "other schema" else str(folder) in result.stderr
+
+
+def test_a_command_that_is_none() -> None:
+    assert run("exprot").exit_code == 2
+
+
+# ---- other exits
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (errors.VerificationError("step 4/4 verify: [branch] off"), 2, "sam3x: step 4/4 verify: [branch] off\n"),
+        (KeyboardInterrupt(), 130, "sam3x: interrupted.\n"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 2, 'Install it: pip install "sam3x[onnx]"\n'),
+        (ModuleNotFoundError("No module named 'sam3.model'", name="sam3.model"), 2, 'pip install "sam3x[sam3]"\n'),
+        (ZeroDivisionError("two\nlines"), 1, "unexpected ZeroDivisionError: two. Run again with -v for the traceback.\n"),
+    ],
+)
+def test_exit_codes(
+    seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(api, "export", fail)
+    result = run("export")
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.stderr.endswith(message) and "Traceback" not in result.stderr
+    if code != 130:
+        assert "Traceback" in run("export", "-v").stderr
+
+
+def test_without_torch_one_sentence_says_what_to_install(seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else real(name, *rest))
+    result = run("export")
+    assert result.exit_code == 2 and 'pip install "sam3x[onnx]"' in result.stderr and seen == {}
+
+
+# ---- on a real artifact
+
+
+def test_inspect_and_verify_a_real_artifact(default_artifact: Path, workplace: Path) -> None:
+    manifest = json.loads(run("inspect", default_artifact, "--json").stdout)
+    assert manifest["output_names"] == ["output"]
+    for name in manifest["input_names"]:
+        assert name in run("inspect", default_artifact).stdout
+    result = run("verify", default_artifact, "--module", "small:make", "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["passed"] and len({record["branch"] for record in document["records"]}) == 4
+    assert "dac=True pre_norm=False" in run("verify", default_artifact, "--module", "small:make").stdout
+    wrong = run("verify", default_artifact)  # the seeded default has other weights
+    assert wrong.exit_code == 2 and "other weights" in wrong.stderr
+
+
+def test_export_from_the_command_line(workplace: Path) -> None:
+    result = run("export", "--module", "small:make", "-o", "out", "--json", "--batch", "2", "--pre-norm", "module")
+    assert result.exit_code == 0, result.stderr
+    manifest = json.loads(result.stdout)
+    assert manifest["ranges"]["batch"] == [2, 2] and "pre_norm" not in manifest["input_names"]
+    assert sorted(path.name for path in (workplace / "out").iterdir()) == ["fusion_encoder.onnx", "manifest.json"]

@@ -1,0 +1,210 @@
+"""The house rules: what the wheel holds, which way imports go, what ``import sam3x`` costs, what no file may say."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"exporter": "sam3x", "passes": "sam3x.passes", "targets": "sam3x.targets"}
+
+
+def module_name(path: Path) -> str:
+    """``passes/base.py`` → ``sam3x.passes.base``."""
+    return f"{FOLDERS[path.parent.name]}.{path.stem}".removesuffix(".__init__")
+
+
+SOURCES = {module_name(path): path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))}
+
+
+# ---- the wheel
+
+
+def test_the_wheel_holds_exactly_the_three_folders(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"  # a copy: an old build/lib beside the sources would end up in the wheel
+    tree.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(tree)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        assert "sam3x = sam3x.cli:main" in archive.read(entry_points).decode()
+    expected = {
+        f"{FOLDERS[path.relative_to(tree).parts[0]].replace('.', '/')}/{'/'.join(path.relative_to(tree).parts[1:])}"
+        for folder in FOLDERS
+        for path in (tree / folder).rglob("*")
+        if path.is_file()
+    }
+    assert packed == expected
+
+
+# ---- imports go one way
+
+CORE = {"errors", "spec", "program", "verify", "manifest"}
+TOP = {"", "__main__", "api", "cli", "cli_views"}
+"""May import anything; ``""`` is ``sam3x`` itself. ``artifact`` may import targets, whose runners it opens."""
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import statement, those inside functions and ``if TYPE_CHECKING`` too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, item.name) for item in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}:{node.lineno}: relative import"
+            for item in node.names:  # ``from sam3x import api`` names a module, ``from sam3x.api import export`` does not
+                full = f"{node.module}.{item.name}"
+                yield node.lineno, full if full in SOURCES else str(node.module)
+
+
+def layer(name: str) -> str:
+    """core, exporter, artifact, passes, targets or top."""
+    part, _, rest = name.removeprefix("sam3x").removeprefix(".").partition(".")
+    if part in ("passes", "targets"):
+        return part
+    if part in TOP and not rest:
+        return "top"
+    return "core" if part in CORE else "artifact" if part == "artifact" else "exporter"
+
+
+ALLOWED = {
+    "core": {"core"},
+    "passes": {"core", "passes"},
+    "targets": {"core", "passes", "targets"},
+    "exporter": {"core", "exporter"},
+    "artifact": {"core", "targets"},
+    "top": {"core", "passes", "targets", "exporter", "artifact", "top"},
+}
+
+
+def breaches(sources: dict[str, Path]) -> list[str]:
+    found = []
+    for name, path in sources.items():
+        for line, target in imported(path):
+            if target == "sam3x" and layer(name) == "top":
+                continue  # the version
+            if target.partition(".")[0] in FOLDERS:
+                found.append(f"{path.name}:{line} imports the folder {target}")
+            elif target.partition(".")[0] == "sam3x" and layer(target) not in ALLOWED[layer(name)]:
+                found.append(f"{name} ({layer(name)}), line {line}, imports {target} ({layer(target)})")
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    assert breaches(SOURCES) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "line"),
+    [
+        ("passes", "def f():\n    from sam3x.targets.base import Target"),
+        ("passes", "from sam3x import api"),
+        ("passes", "import sam3x.cli as c"),
+        ("passes", "from sam3x import export"),
+        ("targets", "from sam3x.artifact import load"),
+        ("exporter", "if X:\n    from sam3x.passes import base"),
+        ("exporter", "import passes.base"),
+    ],
+)
+def test_a_wrong_import_is_found(folder: str, line: str, tmp_path: Path) -> None:
+    path = tmp_path / folder / "wrong.py"
+    path.parent.mkdir()
+    path.write_text(line)
+    assert len(breaches({module_name(path): path})) == 1
+
+
+def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *options, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("folder", ["passes", "targets"])
+def test_a_folder_is_not_importable_by_its_own_name(folder: str) -> None:
+    done = python(f"import {folder}")  # -c puts the repository root first on sys.path
+    assert done.returncode == 1 and f"import this package as 'sam3x.{folder}'" in done.stderr
+
+
+def test_importing_sam3x_is_quick_and_imports_no_torch() -> None:
+    done = python("import sys, sam3x; print(sorted({'torch', 'numpy', 'onnx', 'onnxruntime', 'pydantic'} & set(sys.modules)))")
+    assert done.stdout.strip() == "[]", done.stderr
+    assert best("import sam3x") - best("pass") < 0.3
+
+
+def best(code: str) -> float:
+    """Fewest seconds of five fresh interpreters."""
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        assert python(code).returncode == 0
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def test_loading_and_describing_targets_imports_no_torch() -> None:
+    done = python("import sys; from sam3x.targets import registry; registry.describe_targets(); print('torch' in sys.modules)")
+    assert done.stdout.strip() == "False", done.stderr
+
+
+# ---- text
+
+FORBIDDEN = {
+    "a path of one machine": r"(?<![\w.<])/(?:work|root|home|Users)/\w",
+    "an index address": r"(?:--(?:extra-)?index-url|PIP_INDEX_URL|/simple\b|https?://(?:localhost|\d+\.\d+\.\d+\.\d+))",
+}
+
+
+def tracked() -> list[Path]:
+    done = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in done.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def test_no_file_names_a_machine_or_an_index() -> None:
+    found = []
+    for path in tracked():
+        if path == Path(__file__):
+            continue
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+            found += [
+                f"{path.relative_to(ROOT)}:{number}: {what}" for what, pattern in FORBIDDEN.items() if re.search(pattern, line)
+            ]
+    assert found == []
+
+
+def test_the_changelog_has_the_version_or_an_unreleased_part() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert "## [Unreleased]" in text
+
+
+@pytest.mark.parametrize(
+    "page", sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+)
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    links = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", path.read_text())
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_the_pages_name_only_files_that_exist() -> None:
+    missing = []
+    for path in [ROOT / "README.md", ROOT / "docs" / "architecture.md"]:
+        named = re.findall(r"`((?:exporter|passes|targets|tests|docs)/[\w/.-]+\.(?:py|md))`", path.read_text())
+        missing += [f"{path.name}: {name}" for name in named if not (ROOT / name).exists()]
+    assert missing == []
