@@ -145,8 +145,15 @@ def export(
                 from sam3x import api
 
                 encoder = _source(checkpoint, module, steps)
-                passes = {"disable_pass": tuple(disable_pass or ()), "dump_graphs": dump_graphs}
-                artifact = api.export(encoder, target=target, output=output, progress=steps.begin, **passes, **options)
+                artifact = api.export(
+                    encoder,
+                    target=target,
+                    output=output,
+                    progress=steps.begin,
+                    disable_pass=tuple(disable_pass or ()),
+                    dump_graphs=dump_graphs,
+                    **options,
+                )
             steps.end()
         if as_json:
             typer.echo(artifact.manifest.model_dump_json(indent=2))

@@ -33,6 +33,7 @@ SOFTMAXES = {aten._softmax.default, aten.softmax.int, aten._safe_softmax.default
 PERMUTES = {aten.permute.default, aten.transpose.int}
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default}
 ASSERTIONS = {aten._assert_tensor_metadata.default}
+SIZE_READERS = {aten.sym_size.int, aten.full_like.default}
 MASKED_AT_MOST = -1e4
 
 
@@ -267,8 +268,8 @@ def permutation(node: Node) -> list[int] | None:
 
 
 def live_users(node: Node) -> list[Node]:
-    """Users other than assertions on the tensor's metadata."""
-    return [user for user in node.users if user.target not in ASSERTIONS]
+    """Users of the tensor's values: not assertions on its metadata, nor what reads its sizes."""
+    return [user for user in node.users if user.target not in ASSERTIONS | SIZE_READERS]
 
 
 def number_factor(node: Node, constant: Constant) -> tuple[Node, float] | None:

@@ -237,17 +237,31 @@ class Emitter:
             source = self(move.target, source, *move.args[1:], **move.kwargs)
         return source, factor
 
-    def mask(self, masks: Sequence[tuple[MaskStep, Layout]], wanted: Layout, dtype: torch.dtype) -> Node | None:
-        """One mask of all steps: bool (True = may attend) when each hides with -inf, otherwise float."""
+    def mask(
+        self, masks: Sequence[tuple[MaskStep, Layout]], wanted: Layout, dtype: torch.dtype
+    ) -> tuple[Node | None, Node | None]:
+        """(mask of all steps, rows): bool (True = may attend) when each hides with -inf, otherwise float.
+
+        ``rows``, (…, N, 1) bool or None: where False, finite values fill the whole row and its scores must become zeros.
+        """
         if not masks:
-            return None
+            return None, None
         steps = [step for step, _ in masks]
         tensors = [self.arrange(step.tensor, layout, wanted, full=False) for step, layout in masks]
+        finite = [at for at, step in enumerate(steps) if step.fill is not None and math.isfinite(step.fill)]
         if all(step.fill == -math.inf for step in steps):
-            return self._allowed(steps, tensors)
-        lowest = torch.finfo(dtype).min if _one_fill(steps) else None
-        if lowest is None and not all(step.fill is None or abs(step.fill) * torch.finfo(dtype).eps >= 64 for step in steps):
-            raise NotAttentionError("masks with different finite values: rows masked everywhere would change")
+            return self._allowed(steps, tensors), None
+        # one value that nothing is added to: the lowest number swallows the scores, so a filled row stays uniform
+        after = steps[finite[0] :] if finite else steps
+        swallow = dtype not in _HALF and len({steps[at].fill for at in finite}) == 1 and all(s.fill is not None for s in after)
+        rows = None
+        if finite and not swallow:
+            filling = [(step, tensor) for step, tensor in zip(steps, tensors, strict=True) if step.fill is not None]
+            allowed = self._allowed([step for step, _ in filling], [tensor for _, tensor in filling])
+            rows = self(aten.any.dim, allowed, -1, True)
+            if len(finite) == len(steps) and len({step.fill for step in steps}) == 1:
+                return self(aten.logical_or.default, allowed, self(aten.logical_not.default, rows)), rows
+        lowest = torch.finfo(dtype).min
         result: Node | None = None
         for step, tensor in zip(steps, tensors, strict=True):
             if step.fill is None:
@@ -255,12 +269,11 @@ class Emitter:
                 tensor = tensor if step.factor == 1.0 else self(aten.mul.Tensor, tensor, step.factor)
                 result = tensor if result is None else self(aten.add.Tensor, result, tensor)
                 continue
-            # so low a number swallows the scores, and a row masked everywhere stays uniform, as it is with a fill
-            fill = step.fill if lowest is None or math.isinf(step.fill) else lowest
+            fill = step.fill if math.isinf(step.fill) else lowest if swallow else max(step.fill, lowest)
             filled = self._scalar(fill, dtype, tensor)
             other = result if result is not None else self._scalar(0.0, dtype, tensor)
             result = self(aten.where.self, tensor, *((other, filled) if step.inverted else (filled, other)))
-        return result
+        return result, rows
 
     def _allowed(self, steps: Sequence[MaskStep], tensors: Sequence[Node]) -> Node:
         result: Node | None = None
@@ -286,14 +299,6 @@ class Emitter:
         return self.cast(mask, dtype)
 
 
-def _one_fill(steps: Sequence[MaskStep]) -> bool:
-    """Whether all finite fills are one value and nothing is added to a filled score, so that the value does not matter."""
-    finite = [at for at, step in enumerate(steps) if step.fill is not None and math.isfinite(step.fill)]
-    return len({steps[at].fill for at in finite}) <= 1 and not any(
-        step.fill is None for step in steps[min(finite, default=0) :]
-    )
-
-
 def rewrite(emit: Emitter, found: Attention, constant: Constant) -> Node:
     """Emit ``found`` as canonical attention and return the node that replaces its output.
 
@@ -315,11 +320,13 @@ def _rewrite(emit: Emitter, found: Attention, constant: Constant) -> Node:
     k = emit.arrange(k, found.key[1], (*found.lead, found.keys, found.channels), full=True)
     v = emit.arrange(found.value[0], found.value[1], (*found.lead, found.keys, found.value_channels), full=True)
     dtype = torch.promote_types(torch.promote_types(dtype_of(q), dtype_of(k)), dtype_of(v))
-    fills = [step.fill for step, _ in found.masks if step.fill is not None]
-    if dtype in _HALF and any(math.isfinite(fill) for fill in fills):
-        dtype = torch.float32  # half kernels add masks in float32, where half's lowest number does not swallow the scores
-    mask = emit.mask(found.masks, (*found.lead, found.queries, found.keys), dtype)
+    fills = {step.fill for step, _ in found.masks} - {-math.inf}
+    if dtype in _HALF and len(fills) > 1:
+        dtype = torch.float32  # a finite fill plus a float mask, and the distance of two fills, may not fit a half type
+    mask, rows = emit.mask(found.masks, (*found.lead, found.queries, found.keys), dtype)
     q, k, v = (emit.cast(node, dtype) for node in (q, k, v))
+    if rows is not None:
+        q = emit(aten.where.self, rows, q, emit(aten.full.default, [], 0.0, dtype=dtype, device=q.meta["val"].device))
     output, layout = found.output
     result = attend(emit, q, k, v, mask, scale)
     result = emit.cast(result, dtype_of(output))
@@ -342,9 +349,25 @@ def _finish(emit: Emitter, result: Node, output: Node, have: Layout, wanted: Lay
         final = emit.reshape(final, shape_of(output))
     if final is not result and final.target is aten.view.default:
         for user in [user for user in output.users if user.target in _VIEWS]:
-            if same_shape(shape_of(user), shape_of(result)) and final.args[0] is result:
+            returned = any(item.op == "output" for item in user.users)  # its name stands in the signature
+            if not returned and same_shape(shape_of(user), shape_of(result)) and final.args[0] is result:
                 user.replace_all_uses_with(result)
     return final
+
+
+def release_shapes(module: GraphModule, dying: Sequence[Node]) -> None:
+    """Give what only reads the sizes of ``dying`` nodes another source, so that they can go."""
+    for node in dying:
+        for user in list(node.users):
+            emit = Emitter(module, user, dying)
+            with contextlib.suppress(NotAttentionError):
+                if user.target is aten.sym_size.int:
+                    user.replace_all_uses_with(emit.size(user.meta["val"]))
+                elif user.target is aten.full_like.default and not set(user.users) <= set(dying):
+                    like = user.meta["val"]
+                    sizes = emit.sizes(shape_of(user))
+                    new = emit(aten.full.default, sizes, user.args[1], dtype=like.dtype, device=like.device)
+                    user.replace_all_uses_with(new)
 
 
 def _viewed(node: Node) -> bool:

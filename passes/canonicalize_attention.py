@@ -22,7 +22,16 @@ from sam3x.passes.attention_pattern import (
     same_size,
     shape_of,
 )
-from sam3x.passes.attention_rewrite import SDPA, Constants, Emitter, attend, explicit_causal, repeat_heads, rewrite
+from sam3x.passes.attention_rewrite import (
+    SDPA,
+    Constants,
+    Emitter,
+    attend,
+    explicit_causal,
+    release_shapes,
+    repeat_heads,
+    rewrite,
+)
 from sam3x.passes.base import Exactness, Missed, Pass, PassResult, graph_modules
 
 MaskKind = Literal["bool_keep", "bool_hide", "float"]
@@ -143,6 +152,7 @@ class CanonicalizeAttentionPass(Pass):
                         found = match(node, constants)
                         old = found.output[0]
                         new = rewrite(Emitter(module, old, found.dead), found, constants)
+                        release_shapes(module, found.dead)
                         for dead in found.dead:
                             _drop_assertions(dead)
                     elif node.target is SDPA:
@@ -161,6 +171,7 @@ class CanonicalizeAttentionPass(Pass):
                     program.graph_signature.replace_all_uses(old.name, new.name)
                 old.replace_all_uses_with(new)
                 _drop_assertions(old)
+                module.graph.erase_node(old)  # SDPA may draw random numbers, so dead code elimination keeps it
                 rewrites, changed = rewrites + 1, True
             if changed:
                 module.graph.eliminate_dead_code()
