@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from sam3x.program import CapturedProgram
 from sam3x.samples import Sizes, samples_for, verification_sizes
 from sam3x.sources import Source, default_source, module_source
 from sam3x.spec import ExportSpec, make_spec
-from sam3x.targets.base import Runner, Target
+from sam3x.targets.base import Runner
 from sam3x.targets.registry import get_target
 from sam3x.verify import check_pass, compare, require
 
@@ -61,7 +62,8 @@ def export(
         Sam3xError: typed by step; nothing is left in ``output`` that was not there before.
     """
     tell = progress or (lambda _: None)
-    started, figures = time.perf_counter(), {}
+    started = time.perf_counter()
+    figures: dict[str, float] = {}
     spec = make_spec(**options)
     back_end = get_target(target)
     status = back_end.availability()
@@ -199,32 +201,65 @@ def _tensor_specs(captured: CapturedProgram) -> tuple[tuple[TensorSpec, ...], tu
     return inputs, outputs
 
 
-class _staging:
-    """A temporary folder beside the output, on the same disk, removed whatever happens."""
+@contextlib.contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside the output, on the same disk. It goes whatever happens, and after an error what was made for it too."""
+    made = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(0, "it is a file")
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(0, "no permission")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        path = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        _remove_empty(made)
+        raise ArtifactError(f"step 1/4 spec: {folder} cannot be written ({error.strerror}). Choose another --output.") from error
+    try:
+        yield path
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        _remove_empty(made)
+        raise
+    shutil.rmtree(path, ignore_errors=True)
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
 
-    def __enter__(self) -> Path:
-        try:
-            if self.folder.exists() and not self.folder.is_dir():
-                raise NotADirectoryError(0, "it is a file")
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.path = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}-", dir=self.folder.parent))
-        except OSError as error:
-            raise ArtifactError(
-                f"step 1/4 spec: {self.folder} cannot be written ({error.strerror}). Choose another --output."
-            ) from error
-        return self.path
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:  # innermost first
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _replace(staging: Path, folder: Path) -> None:
-    """Move the finished files in; the manifest goes last, so a folder with one is whole (its hashes say so)."""
+    """Swap an earlier export in ``folder`` for the finished one, or put everything back; other files there are left alone."""
     folder.mkdir(exist_ok=True)
-    manifest = folder / MANIFEST
-    manifest.unlink(missing_ok=True)
-    for item in sorted(staging.iterdir(), key=lambda path: path.name == MANIFEST):
-        os.replace(item, folder / item.name)
+    new = sorted(item.name for item in staging.iterdir())
+    backup = Path(tempfile.mkdtemp(prefix="earlier-", dir=staging.parent))
+    moved: list[str] = []
+    saved: list[str] = []
+    try:
+        for name in dict.fromkeys([MANIFEST, *_earlier_files(folder), *new]):
+            if (folder / name).exists():
+                os.replace(folder / name, backup / name)
+                saved.append(name)
+        for name in sorted(new, key=lambda item: item == MANIFEST):  # the manifest last: a folder with one is whole
+            os.replace(staging / name, folder / name)
+            moved.append(name)
+    except BaseException as error:
+        for name in moved:
+            (folder / name).unlink(missing_ok=True)
+        for name in saved:
+            os.replace(backup / name, folder / name)
+        if isinstance(error, OSError):
+            raise ArtifactError(f"step 4/4 verify: {folder} cannot be written ({error.strerror}). Choose another --output.") from error
+        raise
+    finally:
+        shutil.rmtree(backup, ignore_errors=True)
+
+
+def _earlier_files(folder: Path) -> list[str]:
+    try:
+        files = ExportManifest.model_validate_json((folder / MANIFEST).read_text()).files
+    except (OSError, ValueError):
+        return []
+    return [name for name in files if Path(name).name == name]

@@ -12,7 +12,7 @@ from sam3x.errors import CaptureError, Sam3xError
 from sam3x.fusion_encoder import FusionEncoder
 from sam3x.inline import inline_layers
 from sam3x.layer_op import LAYER_OP
-from sam3x.layer_template import LayerTemplate, kind_of, trace_template
+from sam3x.layer_template import LayerTemplate, Operand, kind_of, trace_template
 from sam3x.program import CapturedProgram
 from sam3x.samples import Sizes, branch_values, make_inputs, samples_for, trace_sizes
 from sam3x.spec import ExportSpec
@@ -74,6 +74,7 @@ def capture(source: nn.Module | Sequence[nn.Module], spec: ExportSpec) -> Captur
             program = torch.export.export(encoder, example, dynamic_shapes=(tuple(dynamic),), strict=False)
             program = program.run_decompositions(_decompositions())
             inline_layers(program, _templates(encoder, program))
+            _free_layouts(program.graph_module)
     except Sam3xError:
         raise
     except Exception as error:
@@ -116,9 +117,28 @@ def _templates(encoder: FusionEncoder, shell: ExportedProgram) -> dict[int, Laye
         shapes = [(str(n.meta["val"].dtype), tuple(map(str, n.meta["val"].shape))) for n in operands]
         kind: object = kind_of(layer, (call.names, call.fixed, shapes)) if encoder.stock[index] else index
         if kind not in kinds:
-            kinds[kind] = trace_template(layer, encoder.layer_calls(index), operands, _decompositions())
+            inputs = [_operand(name, n.meta["val"], encoder.spec) for name, n in zip(call.names, operands, strict=True)]
+            kinds[kind] = trace_template(layer, encoder.layer_calls(index), inputs, _decompositions())
         result[index] = kinds[kind]
     return result
+
+
+def _free_layouts(root: torch.fx.GraphModule) -> None:
+    """``view`` → ``reshape``, branches too: a pass may change a tensor's strides, never its elements."""
+    for module in root.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                if node.target in (_aten.view.default, _aten._unsafe_view.default):
+                    node.target = _aten.reshape.default
+            module.recompile()
+
+
+def _operand(name: str, value: torch.Tensor, spec: ExportSpec) -> Operand:
+    halved = ("batch", "tokens")[spec.dac_dim] if spec.dac == "runtime" else None
+    size = {"batch": 6, "tokens": 22, None: 0}[halved]
+    dims = dims_of(name, value.dim())
+    fixed = [i for i, meaning in enumerate(dims) if meaning and meaning == halved and isinstance(value.shape[i], int)]
+    return Operand(value=value, freed={index: size for index in fixed if value.shape[index] > 1})
 
 
 def _small(spec: ExportSpec) -> Sizes:

@@ -70,6 +70,8 @@ def _rows(half: LayerFlag, x: Tensor, dim: int) -> int:
     vector = x.select(2, 0).select(1 - dim, 0)
     chosen = branch(half, lambda v: v.narrow(0, 0, v.shape[0] // 2).clone(), lambda v: v.clone(), vector).shape[0]
     torch._check(chosen <= size)
+    # what torch assumes of every dynamic size while tracing (0 and 1 broadcast); the checks themselves do not stay in the graph
+    torch._check(chosen >= 2)
     return chosen
 
 

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from sam3x.errors import CaptureError
 from sam3x.layer_op import LAYER_OP
@@ -35,6 +36,7 @@ def inline_layers(shell: ExportedProgram, templates: Mapping[int, LayerTemplate]
     for node in [n for n in module.graph.nodes if n.op == "call_function" and n.target is LAYER_OP]:
         inputs, weights, index = node.args
         _Inliner(shell, node, index, templates[index]).run(inputs, weights)
+    module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
     sync_outputs(shell)
@@ -49,6 +51,7 @@ class _Inliner:
         self.module: GraphModule = shell.graph_module
         self.fake_mode = node.meta["val"].fake_mode
         self.shape_env: ShapeEnv = self.fake_mode.shape_env
+        self.template_env = next(n for n in template.program.graph.nodes if "val" in n.meta).meta["val"].fake_mode.shape_env
         self.symbols: dict[sympy.Symbol, sympy.Expr] = {}
         self.nodes: dict[Node, Node] = {}
 
@@ -112,6 +115,8 @@ class _Inliner:
                 continue
             if node.op == "output":
                 return self.nodes[node.args[0][0]]
+            if node.target is torch.ops.aten._assert_scalar.default:
+                continue  # tracing's own assumptions: dac's half is 1 at batch 2, and right there
             new = self.module.graph.node_copy(node, lambda n: self.nodes[n])
             new.meta = self._meta(node.meta)
             if node.op == "get_attr":
@@ -140,10 +145,17 @@ class _Inliner:
                     with self.shape_env.ignore_fresh_unbacked_symbols():  # bound to the node below, not to a running trace
                         fresh = self.shape_env.create_unbacked_symint()
                     self.symbols[symbol] = fresh.node.expr
+                    self.shape_env.var_to_range[fresh.node.expr] = self._range(symbol)
             kept["unbacked_bindings"] = {self.symbols[symbol]: path for symbol, path in bindings.items()}
         if "val" in meta:
             kept["val"] = torch.utils._pytree.tree_map(self._value, meta["val"])
         return kept
+
+    def _range(self, symbol: sympy.Symbol) -> ValueRanges:
+        """As traced; but half of a size that is fixed in the shell may be 1, and 2 would then be the only value left."""
+        bounds = self.template_env.var_to_range[symbol]
+        fixed = any(isinstance(expression, sympy.Integer) for expression in self.symbols.values())
+        return ValueRanges(1, bounds.upper) if fixed else bounds
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, torch.SymInt):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 LayerCall = Callable[..., Tensor]
@@ -77,16 +76,16 @@ def _identity(value: Any) -> object:
 
 
 def trace_template(
-    layer: nn.Module, calls: Sequence[LayerCall], operands: Sequence[Node], decompositions: dict
+    layer: nn.Module, calls: Sequence[LayerCall], operands: Sequence[Operand], decompositions: dict
 ) -> LayerTemplate:
-    """Export and decompose one layer at the sizes of the operator's operands in the encoder's graph.
+    """Export and decompose one layer.
 
     Args:
         layer: owner of the weights.
         calls: ways to run it, the preferred one first; the next is tried where one needs to know a size that depends on a flag.
-        operands: nodes of the encoder's graph that the operator takes as ``inputs``.
+        operands: what the operator takes as ``inputs`` in the encoder's graph.
     """
-    example, dynamic = zip(*(_example(node.meta["val"]) for node in operands), strict=True)
+    example, dynamic = zip(*(operand.example() for operand in operands), strict=True)
     for position, call in enumerate(calls):
         try:
             program = torch.export.export(_OneLayer(layer, call), example, dynamic_shapes=(dynamic,), strict=False)
@@ -98,9 +97,22 @@ def trace_template(
     raise ValueError("no way to call the layer")
 
 
-def _example(value: Tensor) -> tuple[Tensor, dict[int, Any] | None]:
-    shape = [size if isinstance(size, int) else size.node.hint for size in value.shape]
-    dims = {i: Dim.DYNAMIC for i, size in enumerate(value.shape) if not isinstance(size, int)}
-    if value.dtype == torch.bool:
-        return torch.zeros(shape, dtype=torch.bool), dims or None
-    return torch.zeros(shape, dtype=value.dtype), dims or None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operand:
+    """One input of a layer, ``value`` as the encoder's graph knows it.
+
+    ``freed`` maps dimensions that are fixed there and halved by a runtime flag to the size to trace them at: half of a fixed 2 is 1,
+    and a size that is 1 or 2 by a flag would be taken for 2.
+    """
+
+    value: Tensor
+    freed: Mapping[int, int]
+
+    def example(self) -> tuple[Tensor, dict[int, Any] | None]:
+        shape, dims = [], {}
+        for index, size in enumerate(self.value.shape):
+            known = isinstance(size, int) and index not in self.freed
+            shape.append(size if known else self.freed.get(index) or size.node.hint)
+            if not known:
+                dims[index] = Dim.DYNAMIC
+        return torch.zeros(shape, dtype=self.value.dtype), dims or None

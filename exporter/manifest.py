@@ -46,6 +46,7 @@ class VerificationRecord(_Record):
 
     ``max_abs`` and ``max_rel`` compare the artifact with eager float32. ``from_float64`` and ``eager_from_float64`` are both runs'
     distances from eager float64. Passed when ``max_abs`` ≤ ``allowed``, or the artifact is within 4 times eager's own distance.
+    ``undefined`` elements are NaN in eager itself, which only an all-padded prompt may cause; they are not compared.
     """
 
     branch: str
@@ -57,6 +58,7 @@ class VerificationRecord(_Record):
     eager_from_float64: float
     allowed: float
     passed: bool
+    undefined: int = 0
 
 
 class ExportManifest(_Record):

@@ -23,12 +23,14 @@ class Sample:
     Attributes:
         branch: e.g. ``"dac=True pre_norm=False"``: the value of every runtime flag, or ``"fixed"``.
         case: sizes and padding, e.g. ``"batch 2, tokens 37, prompt 7, padded"``.
+        all_padded: whether every key of the prompt is padding; eager attention may give NaN there.
         inputs: graph input name → tensor, flags included as bool tensors, in graph order.
     """
 
     branch: str
     case: str
     inputs: dict[str, Tensor]
+    all_padded: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,7 +40,7 @@ def _range(value: Any) -> Any:
         raise ValueError("expected an integer or (min, max), not a bool")
     if isinstance(value, str):
         parts = value.split(":")
-        if len(parts) > 2 or not all(part.strip().isdigit() for part in parts):
+        if len(parts) > 2 or not all(part.strip().isascii() and part.strip().isdecimal() for part in parts):
             raise ValueError(f"expected N or MIN:MAX, got {value!r}")
         numbers = [int(part) for part in parts]
         return (numbers[0], numbers[-1])
@@ -119,6 +119,8 @@ class ExportSpec(BaseModel):
         if not inputs:
             maps = data.get("interface", "tokens") == "feature_maps"
             inputs = DEFAULT_FEATURE_MAP_INPUTS if maps else DEFAULT_TOKENS_INPUTS
+        if not isinstance(inputs, (tuple, list)):
+            raise ValueError(f"inputs: expected names, got {inputs!r}")
         data["inputs"] = tuple(inputs)
         return data
 
@@ -126,6 +128,12 @@ class ExportSpec(BaseModel):
     def _consistent(self) -> ExportSpec:
         known = FEATURE_MAP_INPUTS if self.interface == "feature_maps" else TOKENS_INPUTS
         required = ("src", "src_pos", "prompt") if self.interface == "feature_maps" else ("tgt", "memory")
+        if not self.feature_sizes or any(min(size) < 1 for size in self.feature_sizes):
+            raise ValueError("feature_sizes: give one HxW of at least 1x1 a level")
+        unused = ("feature_sizes",) if self.interface == "tokens" else ("tokens", "mask_dtype")
+        for name in unused:
+            if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: the {self.interface} interface has no use for it; leave it out or choose the other interface")
         for name in self.inputs:
             if name not in known:
                 raise ValueError(f"inputs: '{name}' is not an input of the {self.interface} interface ({', '.join(known)})")

@@ -21,10 +21,12 @@ Run = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 Eager = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
-def _distance(left: Tensor, right: Tensor) -> float:
-    """Largest absolute difference; equal infinities and NaN on both sides agree, on one side they never do."""
+def _distance(left: Tensor, right: Tensor, defined: Tensor | None = None) -> float:
+    """Largest absolute difference where ``defined``; equal infinities and NaN on both sides agree, on one side they never do."""
     left, right = left.double(), right.double()
     same = (left == right) | (left.isnan() & right.isnan())
+    if defined is not None:
+        same |= ~defined
     gap = torch.where(same, torch.zeros((), dtype=torch.float64), (left - right).abs())
     if gap.numel() == 0:
         return 0.0
@@ -43,9 +45,11 @@ def compare(samples: Iterable[Sample], run: Run, eager: Eager) -> tuple[Verifica
         for name, expected in single.items():
             got = actual[name]
             shaped = tuple(got.shape) == tuple(expected.shape) and got.dtype == expected.dtype
-            gap = _distance(got, expected) if shaped else float("inf")
-            far = _distance(got, double[name]) if shaped else float("inf")
-            own = _distance(expected, double[name])
+            defined = ~expected.isnan() if expected.is_floating_point() else torch.ones_like(expected, dtype=torch.bool)
+            undefined = int((~defined).sum())
+            gap = _distance(got, expected, defined) if shaped else float("inf")
+            far = _distance(got, double[name], defined) if shaped else float("inf")
+            own = _distance(expected, double[name], defined)
             largest = float(expected.double().nan_to_num(0.0, 0.0, 0.0).abs().max()) if expected.numel() else 0.0
             records.append(
                 VerificationRecord(
@@ -57,7 +61,8 @@ def compare(samples: Iterable[Sample], run: Run, eager: Eager) -> tuple[Verifica
                     from_float64=far,
                     eager_from_float64=own,
                     allowed=ABSOLUTE,
-                    passed=gap <= ABSOLUTE or far <= EAGER_FACTOR * own,
+                    passed=(gap <= ABSOLUTE or far <= EAGER_FACTOR * own) and (sample.all_padded or not undefined),
+                    undefined=undefined,
                 )
             )
     return tuple(records)

@@ -87,7 +87,7 @@ class Scores:
 class Attention:
     """``softmax(scale · q @ kᵀ + masks) @ v``, each operand as (node, layout); ``output`` likewise, to be replaced.
 
-    ``lead``: the groups of axes that become the leading dimensions, at most two where the first product is not of rank 4.
+    ``lead``: the groups of axes that become the leading dimensions, two at most.
     ``dead``: the nodes that nothing needs once ``output`` is replaced.
     """
 
@@ -243,7 +243,7 @@ def _prefix(sizes: Sequence[Any], wanted: Any) -> int:
 def _mask_layout(mask: MaskStep, at: Layout) -> Layout:
     """The mask's own layout: the scores' trailing dimensions, () where it broadcasts."""
     sizes, full = shape_of(mask.tensor), shape_of(mask.at)
-    dims = []
+    dims: list[tuple[Axis, ...]] = []
     for offset in range(-len(sizes), 0):
         if same_size(sizes[offset], 1):
             dims.append(())

@@ -27,6 +27,7 @@ from sam3x.passes.attention_pattern import (
     NotAttentionError,
     aten,
     dtype_of,
+    leaves,
     number_factor,
     permutation,
     same_shape,
@@ -49,16 +50,20 @@ _FOLDABLE = {
 
 
 class Constants:
-    """Numbers known at export time, through lifted constants, foldable arithmetic and the operands of ``cond``."""
+    """Numbers known at export time: constants, buffers (parameters are not), arithmetic on them, operands of ``cond``."""
 
     def __init__(self, program: ExportedProgram) -> None:
         self._known: dict[Node, torch.Tensor | None] = {}
         signature = program.graph_signature
-        lifted = {**signature.inputs_to_lifted_tensor_constants}
+        changing = set(signature.buffers_to_mutate.values())
+        buffers = {name: target for name, target in signature.inputs_to_buffers.items() if target not in changing}
+        fixed = {**buffers, **signature.inputs_to_lifted_tensor_constants}
+        values = {**program.state_dict, **program.constants}
         for node in program.graph.nodes:
-            if node.op == "placeholder" and node.name in lifted:
-                tensor = program.constants.get(lifted[node.name])
-                self._known[node] = tensor.detach() if isinstance(tensor, torch.Tensor) and tensor.numel() == 1 else None
+            if node.op == "placeholder" and node.name in fixed:
+                tensor = values.get(fixed[node.name])
+                known = isinstance(tensor, torch.Tensor) and tensor.numel() == 1 and tensor.device.type != "meta"
+                self._known[node] = tensor.detach().cpu().reshape(()) if known else None  # type: ignore[union-attr]
         self._bind(program.graph_module)
 
     def _bind(self, module: GraphModule) -> None:
@@ -192,6 +197,10 @@ class Emitter:
             if source.target not in _VIEWS | NOOPS:
                 break
             source = source.args[0]
+        if same_shape([1, *shape_of(node)], shape):
+            return self(aten.unsqueeze.default, node, 0)
+        if same_shape(shape_of(node), [1, *shape]):
+            return self(aten.squeeze.dims, node, [0])
         sizes = self.sizes(shape)
         with self._quietly():
             contiguous = node.meta["val"].is_contiguous()
@@ -202,25 +211,37 @@ class Emitter:
     def arrange(self, node: Node, layout: Layout, wanted: Layout, *, full: bool) -> Node:
         """``node``, dimensions ``layout``, as dimensions ``wanted``; ``full`` expands those it broadcasts over."""
         sizes = shape_of(node)
-        layout = tuple(() if same_size(size, 1) else axes for size, axes in zip(sizes, layout[-len(sizes) :], strict=True))
-        have = tuple(itertools.chain(*layout))
-        if not full and layout == wanted[-len(layout) :]:
-            return node
-        target = [axis for group in wanted for axis in group if axis in have]
-        node = self.reshape(node, [axis.size for axis in have])
-        node = self.permute(node, [have.index(axis) for axis in target])
-        grown: list[Axis] = []
-        for group in wanted:
-            if full or any(axis in have for axis in group):
-                grown += group
+        layout = tuple(leaves(dim) for dim in layout[len(layout) - len(sizes) :])
+        wanted = tuple(leaves(dim) for dim in wanted)
+        place = {axis: at for at, axis in enumerate(itertools.chain(*wanted))}
+        # whole dimensions first: a permute on top of a permute often cancels, and most layouts need no more
+        keys = [-1]
+        for dim in layout:
+            keys.append(2 * place[dim[0]] if dim else keys[-1] | 1)
+        order = sorted(range(len(layout)), key=keys[1:].__getitem__)
+        node = self.permute(node, order)
+        layout = tuple(layout[dim] for dim in order)
+        groups = [math.prod(axis.size for axis in group) for group in wanted]
+        if layout == wanted[len(wanted) - len(layout) :]:
+            if not full or same_shape(shape_of(node), groups):
+                return node
+            same = [-1 if same_size(a, b) else b for a, b in zip(shape_of(node), groups[-len(layout) :], strict=True)]
+            return self(aten.expand.default, node, self.sizes([*groups[: len(groups) - len(layout)], *same]))
+        have = [axis for size, dim in zip(shape_of(node), layout, strict=True) if not same_size(size, 1) for axis in dim]
+        target = [axis for axis in place if axis in have]
+        grown = [axis for group in wanted if full or set(group) & set(have) for axis in group]
+        if have != target or grown != target:
+            node = self.reshape(node, [axis.size for axis in have])
+            node = self.permute(node, [have.index(axis) for axis in target])
         if grown != target:
             node = self.reshape(node, [axis.size if axis in have else 1 for axis in grown])
             node = self(aten.expand.default, node, self.sizes([axis.size for axis in grown]))
-        return self.reshape(node, [math.prod(a.size for a in group) if set(group) & set(grown) else 1 for group in wanted])
+        return self.reshape(node, [size if set(group) & set(grown) else 1 for size, group in zip(groups, wanted, strict=True)])
 
     def unscaled(self, node: Node, constant: Constant) -> tuple[Node, float]:
         """(x, c) with node = c·x: constant factors found under reshapes, permutes and casts are taken out."""
-        factor, moves, kept = 1.0, [], 0
+        factor, kept = 1.0, 0
+        moves: list[Node] = []
         below: Any = node
         source: Any = node
         while below.op == "call_function":
@@ -313,24 +334,42 @@ def rewrite(emit: Emitter, found: Attention, constant: Constant) -> Node:
 
 
 def _rewrite(emit: Emitter, found: Attention, constant: Constant) -> Node:
+    lead = _lead(found)
     q, on_q = emit.unscaled(found.query[0], constant)
     k, on_k = emit.unscaled(found.key[0], constant)
     scale = found.scale * on_q * on_k
-    q = emit.arrange(q, found.query[1], (*found.lead, found.queries, found.channels), full=True)
-    k = emit.arrange(k, found.key[1], (*found.lead, found.keys, found.channels), full=True)
-    v = emit.arrange(found.value[0], found.value[1], (*found.lead, found.keys, found.value_channels), full=True)
+    q = emit.arrange(q, found.query[1], (*lead, found.queries, found.channels), full=True)
+    k = emit.arrange(k, found.key[1], (*lead, found.keys, found.channels), full=True)
+    v = emit.arrange(found.value[0], found.value[1], (*lead, found.keys, found.value_channels), full=True)
     dtype = torch.promote_types(torch.promote_types(dtype_of(q), dtype_of(k)), dtype_of(v))
     fills = {step.fill for step, _ in found.masks} - {-math.inf}
     if dtype in _HALF and len(fills) > 1:
         dtype = torch.float32  # a finite fill plus a float mask, and the distance of two fills, may not fit a half type
-    mask, rows = emit.mask(found.masks, (*found.lead, found.queries, found.keys), dtype)
+    mask, rows = emit.mask(found.masks, (*lead, found.queries, found.keys), dtype)
     q, k, v = (emit.cast(node, dtype) for node in (q, k, v))
     if rows is not None:
         q = emit(aten.where.self, rows, q, emit(aten.full.default, [], 0.0, dtype=dtype, device=q.meta["val"].device))
     output, layout = found.output
     result = attend(emit, q, k, v, mask, scale)
     result = emit.cast(result, dtype_of(output))
-    return _finish(emit, result, output, (*found.lead, found.queries, found.value_channels), layout)
+    return _finish(emit, result, output, (*lead, found.queries, found.value_channels), layout)
+
+
+def _lead(found: Attention) -> Layout:
+    """Two groups of leading axes: batch and heads, as joined further up in the query where they come as one."""
+    axes = tuple(itertools.chain(*found.lead))
+    if len(found.lead) == 2:
+        return found.lead
+    if not axes:
+        return ((), ())
+    source: Any = found.query[0]
+    while source.op == "call_function" and source.target in _VIEWS | NOOPS:
+        source = source.args[0]
+        batch, heads = shape_of(source)[:2] if len(shape_of(source)) == 4 else (1, 1)
+        if not same_size(batch, 1) and not same_size(heads, 1) and same_size(batch * heads, axes[0].size):
+            axes[0].parts = (Axis(batch), Axis(heads))
+            return tuple((part,) for part in axes[0].parts)
+    return ((), axes)
 
 
 def attend(emit: Emitter, q: Node, k: Node, v: Node, mask: Node | None, scale: float) -> Node:

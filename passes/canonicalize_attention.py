@@ -19,6 +19,7 @@ from sam3x.passes.attention_pattern import (
     aten,
     dtype_of,
     match,
+    same_shape,
     same_size,
     shape_of,
 )
@@ -67,7 +68,8 @@ def register_attention_op(
     """Say that the operator ``name`` ("mylib::attention") computes attention, so that it becomes SDPA.
 
     Args:
-        query, key, value, mask: position or name of the argument; ``mask`` broadcasts to (B, H, N, S).
+        query, key, value, mask: position or name of the argument; ``mask`` broadcasts to (B, H, N, S), without the B or H
+            that the layout lacks.
         mask_kind: "bool_keep" (True = may attend), "bool_hide" (True = may not) or "float" (added to the scores).
         scale: a float is the scale itself; an int or a str is the position or name of the argument that gives it; None is
             1/sqrt(D).
@@ -89,11 +91,11 @@ def register_attention_op(
     for role, where in arguments.items():
         if where is None and role == "mask":
             continue
-        ok = isinstance(where, (int, str)) and not isinstance(where, bool)
-        if not ok or not any(_position(schema, where) is not None for schema in schemas):
+        wrong = not isinstance(where, (int, str)) or isinstance(where, bool)
+        if wrong or all(_position(schema, where) is None for schema in schemas):  # type: ignore[arg-type]
             raise SpecError(f"{step}: {role}={where!r} is no argument of {schemas[0]}. Give its position or its name.")
-    tensors = [where for role, where in arguments.items() if role != "scale" and where is not None]
-    if len({_position(schemas[0], where) for where in tensors}) != len(tensors):
+    places = [_position(schemas[0], where) for role, where in arguments.items() if role != "scale" and where is not None]
+    if len(set(places)) != len(places):
         raise SpecError(f"{step}: two of query, key, value and mask are the same argument. Give each its own.")
     if isinstance(scale, float) and not math.isfinite(scale):
         raise SpecError(f"{step}: scale={scale} is not finite. Give a number, an argument, or None for 1/sqrt(D).")
@@ -216,6 +218,9 @@ def _plain(module: GraphModule, node: Node) -> Node:
     if _given(node, 4, "dropout_p", 0.0):
         raise NotAttentionError("the attention drops weights at random")
     emit = Emitter(module, node)
+    query: Any
+    key: Any
+    value: Any
     query, key, value = node.args[:3]
     mask = _given(node, 3, "attn_mask")
     try:
@@ -229,7 +234,7 @@ def _plain(module: GraphModule, node: Node) -> Node:
     except NotAttentionError:
         emit.undo()
         raise
-    scale = node.kwargs.get("scale")
+    scale: Any = node.kwargs.get("scale")
     return attend(emit, query, key, value, mask, 1.0 / math.sqrt(shape_of(query)[-1]) if scale is None else scale)
 
 
@@ -263,6 +268,8 @@ def _registered(module: GraphModule, node: Node, constants: Constants) -> tuple[
     order = [spec.layout.index(letter) for letter in "BHND" if letter in spec.layout]
     try:
         q, k, v = (emit.permute(tensor, order) for tensor in tensors)
+        for _ in range(4 - len(order)):
+            q, k, v = (emit(aten.unsqueeze.default, tensor, 0) for tensor in (q, k, v))
         if "H" in spec.layout:
             heads = shape_of(q)[-3]
             for tensor in (k, v):
@@ -271,9 +278,13 @@ def _registered(module: GraphModule, node: Node, constants: Constants) -> tuple[
                 if not whole and not same_size(groups, heads):
                     raise NotAttentionError("the query's heads are no multiple of the key's")
             k, v = repeat_heads(emit, k, heads), repeat_heads(emit, v, heads)
-        mask = _registered_mask(emit, spec, argument(spec.mask), dtype_of(q))
+        mask = _registered_mask(emit, spec, argument(spec.mask), [*shape_of(q)[:-1], shape_of(k)[-2]], dtype_of(q))
         new = attend(emit, q, k, v, mask, 1.0 / math.sqrt(shape_of(q)[-1]) if scale is None else scale)
-        new = emit.permute(new, [sorted(order, key=order.index).index(dim) for dim in range(len(order))])
+        for _ in range(4 - len(order)):
+            new = emit(aten.squeeze.dims, new, [0])
+        new = emit.permute(new, [order.index(dim) for dim in range(len(order))])
+        if not same_shape(shape_of(new), shape_of(old)) or dtype_of(new) is not dtype_of(old):
+            raise NotAttentionError(f"the result is not of the registered layout {spec.layout}")
         # the operator promised this memory layout, and views may count on it
         return old, emit(aten.clone.default, new, memory_format=torch.contiguous_format)
     except NotAttentionError:
@@ -281,9 +292,14 @@ def _registered(module: GraphModule, node: Node, constants: Constants) -> tuple[
         raise
 
 
-def _registered_mask(emit: Emitter, spec: AttentionOp, mask: Any, dtype: torch.dtype) -> Node | None:
+def _registered_mask(emit: Emitter, spec: AttentionOp, mask: Any, scores: list[Any], dtype: torch.dtype) -> Node | None:
     if not isinstance(mask, Node):
         return None
+    sizes = shape_of(mask)
+    # sizes that the operator itself relates are unrelated symbols here: only a plain contradiction is refused
+    pairs = zip(sizes[::-1], scores[::-1], strict=False)
+    if len(sizes) > len(scores) or any(isinstance(a, int) and isinstance(b, int) and a not in (1, b) for a, b in pairs):
+        raise NotAttentionError(f"the mask {sizes} does not broadcast to {scores}")
     if (spec.mask_kind == "float") != dtype_of(mask).is_floating_point:
         raise NotAttentionError(f"the mask is {dtype_of(mask)}, registered as {spec.mask_kind}")
     if spec.mask_kind == "float":

@@ -102,7 +102,7 @@ def _dropout_source(node: Node) -> Node | None:
 
 def _steps(node: Node) -> bool:
     """Whether a slice of the same size could still skip elements: never, except with a step that is not 1."""
-    return node.target is _aten.slice.Tensor and len(node.args) > 4 and node.args[4] != 1
+    return node.target is _aten.slice.Tensor and len(node.args) > 4 and bool(node.args[4] != 1)
 
 
 def _alike(node: Node, source: Node) -> bool:

@@ -38,5 +38,13 @@ def get_target(name: str) -> Target:
 
 
 def describe_targets() -> list[TargetStatus]:
-    """Status of every target."""
-    return [get_target(name).availability() for name in target_names()]
+    """Status of every target; one that cannot be loaded says so."""
+    return [_status(name) for name in target_names()]
+
+
+def _status(name: str) -> TargetStatus:
+    try:
+        return get_target(name).availability()
+    except Exception as error:  # another package's code must not take the list down
+        detail = f"cannot be loaded: {type(error).__name__}: {error}"
+        return TargetStatus(name=name, available=False, detail=detail, install="update or remove the package that provides it")

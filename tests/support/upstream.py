@@ -1,0 +1,94 @@
+"""Meta's own encoder with distinct weights, and its layers run as Meta runs them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sam3x.fusion_config import FusionConfig
+from sam3x.sources import build_encoder, draw_weights
+
+
+def encoder_of(num_layers: int = 1, *, seed: int = 3, peaked: float = 1.0, **config: Any) -> nn.Module:
+    """A ``TransformerEncoderFusion`` of width 32; ``peaked`` multiplies the attention scores."""
+    values = {"d_model": 32, "num_heads": 4, "dim_feedforward": 64, "num_layers": num_layers, **config}
+    encoder = build_encoder(FusionConfig(**values)).eval()
+    draw_weights(encoder, seed=seed)
+    with torch.no_grad():
+        for module in encoder.modules():
+            if isinstance(module, nn.MultiheadAttention) and peaked != 1.0:
+                width = module.embed_dim
+                module.in_proj_weight[:width] *= peaked
+    return encoder
+
+
+def run_layers(
+    layers: Sequence[nn.Module], inputs: Mapping[str, Tensor], *, dac: bool, pre_norm: bool | Sequence[bool] | None, dac_dim: int = 0
+) -> Tensor:
+    """The documented definition: upstream's ``forward_pre`` and ``forward_post``, with what dac needs sliced as ``tgt`` is.
+
+    Upstream itself runs wherever it can; only pre-norm with dac is spelt out, statement by statement as upstream has it.
+    """
+    given = {name: value for name, value in inputs.items() if name not in ("dac", "pre_norm")}
+    tgt, memory = given.pop("tgt"), given.pop("memory")
+    dtype = tgt.dtype
+    with torch.no_grad():
+        for index, layer in enumerate(layers):
+            layer = copy.deepcopy(layer).to(dtype)
+            pre = layer.pre_norm if pre_norm is None else pre_norm[index] if isinstance(pre_norm, Sequence) else pre_norm
+            layer.pre_norm = pre
+            if dac and pre:
+                tgt = _dac_pre(layer, tgt, memory, dac_dim, given)
+            else:
+                tgt = layer(tgt, memory, **{**dict.fromkeys(_POSITIONS), **_positions(layer, given, tgt, memory)}, dac=dac)
+    return tgt
+
+
+_POSITIONS = ("tgt_mask", "memory_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "pos", "query_pos")
+
+
+def _positions(layer: nn.Module, given: dict[str, Tensor], tgt: Tensor, memory: Tensor) -> dict[str, Tensor]:
+    """Upstream adds ``None`` where a flag asks for an encoding that is not there; the definition adds nothing."""
+    filled = dict(given)
+    filled.setdefault("query_pos", torch.zeros_like(tgt))
+    filled.setdefault("pos", torch.zeros_like(memory))
+    return filled
+
+
+def _dac_pre(layer: Any, tgt: Tensor, memory: Tensor, dim: int, given: dict[str, Tensor]) -> Tensor:
+    half = tgt.shape[dim] // 2
+    first, other = tgt.narrow(dim, 0, half), tgt.narrow(dim, half, half)
+    query_pos, mask, padding = given.get("query_pos"), given.get("tgt_mask"), given.get("tgt_key_padding_mask")
+    if mask is not None and dim == 1:
+        mask = mask[:half, :half]
+    if padding is not None:
+        padding = padding.narrow(dim, 0, half)
+    y = layer.norm1(first)
+    q = y + query_pos.narrow(dim, 0, half) if layer.pos_enc_at_attn and query_pos is not None else y
+    first = first + layer.self_attn(q, q, value=y, attn_mask=mask, key_padding_mask=padding)[0]
+    tgt = torch.cat((first, other), dim=dim)
+    y = layer.norm2(tgt)
+    query = y + query_pos if layer.pos_enc_at_cross_attn_queries and query_pos is not None else y
+    pos = given.get("pos")
+    key = memory + pos if layer.pos_enc_at_cross_attn_keys and pos is not None else memory
+    masks = {"attn_mask": given.get("memory_mask"), "key_padding_mask": given.get("memory_key_padding_mask")}
+    tgt = tgt + layer.cross_attn_image(query=query, key=key, value=memory, **masks)[0]
+    return tgt + layer.linear2(layer.activation(layer.linear1(layer.norm3(tgt))))
+
+
+def double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same inputs with floats in float64."""
+    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def assert_equal_to_upstream(got: Any, layers: Sequence[nn.Module], inputs: Mapping[str, Tensor], **branch: Any) -> None:
+    """2e-5 of Meta's float32, or no further from its float64 than 4 times float32 itself (peaked attention)."""
+    got = torch.as_tensor(got)
+    expected, exact = run_layers(layers, inputs, **branch), run_layers(layers, double(inputs), **branch)
+    off, eager_off = (got.double() - exact).abs().max(), (expected.double() - exact).abs().max()
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= 2e-5 or off <= 4 * eager_off, f"{branch}: {off:.1e} from float64, eager {eager_off:.1e}"
