@@ -26,7 +26,7 @@ from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.program import CapturedProgram
 from sam3x.samples import Sizes, samples_for, verification_sizes
 from sam3x.sources import Source, default_source, module_source
-from sam3x.spec import ExportSpec, make_spec
+from sam3x.spec import ExportSpec, checked, make_spec, split_options
 from sam3x.targets.base import Runner
 from sam3x.targets.registry import get_target
 from sam3x.verify import check_pass, compare, require
@@ -53,7 +53,7 @@ def export(
         output: folder; replaced as a whole once everything is verified.
         progress: told the name of each step as it begins.
         disable_pass: passes to leave out. dump_graphs: folder for the graph after each pass.
-        options: the fields of ``ExportSpec``.
+        options: the fields of ``ExportSpec``, and of the target's own options (``targets/<name>_target.py``).
 
     Returns:
         The artifact, loaded from ``output``.
@@ -64,14 +64,15 @@ def export(
     tell = progress or (lambda _: None)
     started = time.perf_counter()
     figures: dict[str, float] = {}
-    spec = make_spec(**options)
     back_end = get_target(target)
+    of_spec, of_target = split_options(options, target, back_end.options_type.model_fields)
+    spec, target_options = make_spec(**of_spec), checked(back_end.options_type, of_target)
     status = back_end.availability()
     if not status.available:
         raise TargetUnavailableError(
             f"step 1/4 spec: target '{target}' cannot export here: {status.detail}. Install it: {status.install}"
         )
-    pipeline = default_pipeline().then(*back_end.legalization_passes()).without(*disable_pass)
+    pipeline = default_pipeline().then(*back_end.legalization_passes(target_options)).without(*disable_pass)
     folder = Path(output)
     with _staging(folder) as staging:
         tell("source")
@@ -84,7 +85,7 @@ def export(
         captured, records = _timed(figures, "passes_seconds", lambda: pipeline.run(captured, check=check, dump_graphs=dump))
         tell(f"lower to {target}")
         path = staging / f"{STEM}{back_end.suffix}"
-        _timed(figures, "lower_seconds", lambda: back_end.lower(captured, path))
+        _timed(figures, "lower_seconds", lambda: back_end.lower(captured, path, target_options))
         runner = back_end.load_runner(path)
         verification: tuple[VerificationRecord, ...] = ()
         if spec.verify != "off":
@@ -103,6 +104,7 @@ def export(
             inputs=inputs,
             outputs=outputs,
             spec=spec.model_dump(mode="json"),
+            target_options=target_options.model_dump(mode="json"),
             ranges={name: getattr(spec, name) for name in ("batch", "tokens", "prompt_length")},
             origin=source.origin,
             weights_sha256=source.weights_sha256,
@@ -214,7 +216,9 @@ def _staging(folder: Path) -> Iterator[Path]:
         path = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         _remove_empty(made)
-        raise ArtifactError(f"step 1/4 spec: {folder} cannot be written ({error.strerror}). Choose another --output.") from error
+        raise ArtifactError(
+            f"step 1/4 spec: {folder} cannot be written ({error.strerror}). Choose another --output."
+        ) from error
     try:
         yield path
     except BaseException:
@@ -251,7 +255,9 @@ def _replace(staging: Path, folder: Path) -> None:
         for name in saved:
             os.replace(backup / name, folder / name)
         if isinstance(error, OSError):
-            raise ArtifactError(f"step 4/4 verify: {folder} cannot be written ({error.strerror}). Choose another --output.") from error
+            raise ArtifactError(
+                f"step 4/4 verify: {folder} cannot be written ({error.strerror}). Choose another --output."
+            ) from error
         raise
     finally:
         shutil.rmtree(backup, ignore_errors=True)

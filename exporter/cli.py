@@ -255,12 +255,15 @@ def _exclusive(checkpoint: Path | None, module: str | None) -> None:
 
 def _check_early(target: str, options: dict[str, Any], checkpoint: Path | None, module: str | None) -> None:
     """Everything that can be refused before torch is imported."""
-    from sam3x.spec import make_spec
+    from sam3x.spec import checked, make_spec, split_options
     from sam3x.targets.registry import get_target
 
     _exclusive(checkpoint, module)
-    make_spec(**options)
-    status = get_target(target).availability()
+    back_end = get_target(target)
+    of_spec, of_target = split_options(options, target, back_end.options_type.model_fields)
+    make_spec(**of_spec)
+    checked(back_end.options_type, of_target)
+    status = back_end.availability()
     if not status.available:
         raise TargetUnavailableError(
             f"step 1/4 spec: target '{target}' cannot export here: {status.detail}. Install it: {status.install}"

@@ -18,10 +18,24 @@ from torch.overrides import TorchFunctionMode
 
 LayerFlag = bool | Tensor
 OPTIONAL_INPUTS = ("tgt_mask", "memory_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "pos", "query_pos")
-_STOCK_ATTRIBUTES = (
-    "self_attn cross_attn_image linear1 linear2 norm1 norm2 norm3 dropout dropout1 dropout2 dropout3 activation "
-    "pre_norm pos_enc_at_attn pos_enc_at_cross_attn_queries pos_enc_at_cross_attn_keys"
-).split()
+_STOCK_ATTRIBUTES = [
+    "self_attn",
+    "cross_attn_image",
+    "linear1",
+    "linear2",
+    "norm1",
+    "norm2",
+    "norm3",
+    "dropout",
+    "dropout1",
+    "dropout2",
+    "dropout3",
+    "activation",
+    "pre_norm",
+    "pos_enc_at_attn",
+    "pos_enc_at_cross_attn_queries",
+    "pos_enc_at_cross_attn_keys",
+]
 
 
 def branch(flag: LayerFlag, if_true: Callable[..., Tensor], if_false: Callable[..., Tensor], *operands: Tensor) -> Tensor:

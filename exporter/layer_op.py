@@ -1,7 +1,8 @@
 """``sam3x::fusion_layer``: one operator that stands for a whole fusion layer while the encoder around it is traced.
 
-Tracing one ``torch.cond`` costs about 0.4 s, and six layers are alike: the encoder is traced with this operator in place of each layer,
-each *kind* of layer once on its own (``layer_template``), and ``inline`` puts copies of that graph where the operator stood.
+Tracing one ``torch.cond`` costs about 0.4 s, and six layers are alike: the encoder is traced with this operator in place of
+each layer, each *kind* of layer once on its own (``layer_template``), and ``inline`` puts copies of that graph where the
+operator stood.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ def trace_template(
 class Operand:
     """One input of a layer, ``value`` as the encoder's graph knows it.
 
-    ``freed`` maps dimensions that are fixed there and halved by a runtime flag to the size to trace them at: half of a fixed 2 is 1,
-    and a size that is 1 or 2 by a flag would be taken for 2.
+    ``freed`` maps dimensions that are fixed there and halved by a runtime flag to the size to trace them at: half of a
+    fixed 2 is 1, and a size that is 1 or 2 by a flag would be taken for 2.
     """
 
     value: Tensor

@@ -44,8 +44,8 @@ class PassRecordModel(_Record):
 class VerificationRecord(_Record):
     """One branch at one size, one output.
 
-    ``max_abs`` and ``max_rel`` compare the artifact with eager float32. ``from_float64`` and ``eager_from_float64`` are both runs'
-    distances from eager float64. Passed when ``max_abs`` ≤ ``allowed``, or the artifact is within 4 times eager's own distance.
+    ``max_abs`` and ``max_rel`` compare the artifact with eager float32. ``from_float64`` and ``eager_from_float64`` are both
+    runs' distances from eager float64. Passed when ``max_abs`` ≤ ``allowed``, or the artifact is within 4 times eager's own distance.
     ``undefined`` elements are NaN in eager itself, which only an all-padded prompt may cause; they are not compared.
     """
 
@@ -73,6 +73,7 @@ class ExportManifest(_Record):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     spec: dict[str, Any]
+    target_options: dict[str, Any] = {}
     ranges: dict[str, tuple[int, int]]
     origin: str
     weights_sha256: str

@@ -150,5 +150,7 @@ def samples_for(
         inputs = make_inputs(plain, spec, d_model, size, spec.seed + position)
         for label, flags in branch_values(flag_names, spec, num_layers):
             if can_run(spec, size, flags):
-                result.append(Sample(branch=label, case=str(size), inputs={**inputs, **flags}, all_padded=size.padding == "all"))
+                result.append(
+                    Sample(branch=label, case=str(size), inputs={**inputs, **flags}, all_padded=size.padding == "all")
+                )
     return result

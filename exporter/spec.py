@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
@@ -85,7 +87,6 @@ class ExportSpec(BaseModel):
             scores). Key padding masks are always bool, True for padding.
         verify: ``off``, ``final`` (the artifact), ``each`` (after every pass too), ``full`` (also at 72×72 tokens).
         seed: seed of random default weights and of the verification inputs.
-        external_data: write weights beside the graph file; automatic past 2 GB.
 
     Raises:
         SpecError: through ``make_spec``, for contradictory or unknown values.
@@ -105,7 +106,6 @@ class ExportSpec(BaseModel):
     mask_dtype: Literal["bool", "float32"] = "bool"
     verify: VerifyPolicy = "final"
     seed: int = 0
-    external_data: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -133,7 +133,9 @@ class ExportSpec(BaseModel):
         unused = ("feature_sizes",) if self.interface == "tokens" else ("tokens", "mask_dtype")
         for name in unused:
             if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name}: the {self.interface} interface has no use for it; leave it out or choose the other interface")
+                raise ValueError(
+                    f"{name}: the {self.interface} interface has no use for it; leave it out or choose the other interface"
+                )
         for name in self.inputs:
             if name not in known:
                 raise ValueError(f"inputs: '{name}' is not an input of the {self.interface} interface ({', '.join(known)})")
@@ -165,8 +167,20 @@ class ExportSpec(BaseModel):
 
 def make_spec(**options: Any) -> ExportSpec:
     """Build an ``ExportSpec``, turning pydantic's errors into one ``SpecError``."""
+    return checked(ExportSpec, options)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def checked(model: type[Model], options: Mapping[str, Any]) -> Model:
+    """Validate options from outside.
+
+    Raises:
+        SpecError: every breach in one sentence.
+    """
     try:
-        return ExportSpec(**options)
+        return model(**options)
     except ValidationError as error:
         facts = []
         for item in error.errors():
@@ -175,3 +189,26 @@ def make_spec(**options: Any) -> ExportSpec:
             given = f" (got {item['input']!r})" if where and item["type"] != "value_error" else ""
             facts.append(f"{where}: {message}{given}" if where else message)
         raise SpecError("step 1/4 spec: " + "; ".join(dict.fromkeys(facts)) + ". See sam3x export --help.") from None
+
+
+def split_options(
+    options: Mapping[str, Any], target: str, target_fields: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Which keywords are the spec's and which the target's own.
+
+    Raises:
+        SpecError: a name that neither knows, with the nearest that one does.
+    """
+    own = set(target_fields)
+    unknown = [name for name in options if name not in own and name not in ExportSpec.model_fields]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], [*ExportSpec.model_fields, *own], n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise SpecError(
+            f"step 1/4 spec: {', '.join(unknown)}: no option of an export to {target}.{hint} "
+            f"Options of {target} alone: {', '.join(sorted(own)) or 'none'}. See sam3x export --help."
+        )
+    return (
+        {name: value for name, value in options.items() if name not in own},
+        {name: value for name, value in options.items() if name in own},
+    )

@@ -22,7 +22,7 @@ Eager = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 def _distance(left: Tensor, right: Tensor, defined: Tensor | None = None) -> float:
-    """Largest absolute difference where ``defined``; equal infinities and NaN on both sides agree, on one side they never do."""
+    """Largest absolute difference where ``defined``; equal infinities and NaN on both sides agree, on one side never."""
     left, right = left.double(), right.double()
     same = (left == right) | (left.isnan() & right.isnan())
     if defined is not None:

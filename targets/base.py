@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pydantic import BaseModel, ConfigDict
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -23,6 +25,15 @@ class TargetStatus:
     install: str
 
 
+class TargetOptions(BaseModel):
+    """Options of one target alone; ``sam3x.export`` hands over every keyword that ``ExportSpec`` does not know.
+
+    A subclass states each as a field with a default. A name that neither knows is refused.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
 class Runner(Protocol):
     """Runs an artifact: named arrays in, named arrays out."""
 
@@ -36,14 +47,15 @@ class Target(Protocol):
     name: str
     suffix: str
     opset: int | None
+    options_type: type[TargetOptions]
 
     def availability(self) -> TargetStatus:
         """Without importing anything heavy."""
 
-    def legalization_passes(self) -> tuple[Pass, ...]:
+    def legalization_passes(self, options: TargetOptions) -> tuple[Pass, ...]:
         """Passes after the default pipeline."""
 
-    def lower(self, captured: CapturedProgram, path: Path) -> None:
+    def lower(self, captured: CapturedProgram, path: Path, options: TargetOptions) -> None:
         """Write the artifact at ``path`` (and files beside it).
 
         Raises:

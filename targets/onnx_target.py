@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sam3x.errors import LoweringError, TargetUnavailableError
-from sam3x.targets.base import TargetStatus
+from sam3x.targets.base import TargetOptions, TargetStatus
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,12 +25,19 @@ _EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 _LARGEST_PROTO = 2_000_000_000  # protobuf's 2 GiB, less room for the graph
 
 
+class OnnxOptions(TargetOptions):
+    """``external_data``: write weights beside the graph file; past 2 GB that happens anyway."""
+
+    external_data: bool = False
+
+
 class OnnxTarget:
     """``fusion_encoder.onnx`` with ``If`` for the branches."""
 
     name = "onnx"
     suffix = ".onnx"
     opset = 18
+    options_type = OnnxOptions
 
     def availability(self) -> TargetStatus:
         missing = [name for name in _EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
@@ -39,7 +46,7 @@ class OnnxTarget:
             detail = f"runs artifacts; to export, {detail}"
         return TargetStatus(name=self.name, available=not missing, detail=detail, install='pip install "sam3x[onnx]"')
 
-    def legalization_passes(self) -> tuple[Pass, ...]:
+    def legalization_passes(self, options: OnnxOptions) -> tuple[Pass, ...]:
         from torch.onnx._internal.exporter import _decomp, _registration
 
         from sam3x.passes.decompose_attention import DecomposeAttentionPass
@@ -52,7 +59,7 @@ class OnnxTarget:
             LegalizeOperatorsPass(lambda op: op in words or "assert" in op.name() or "sym_constrain" in op.name(), table),
         )
 
-    def lower(self, captured: CapturedProgram, path: Path) -> None:
+    def lower(self, captured: CapturedProgram, path: Path, options: OnnxOptions) -> None:
         import onnx
         import onnx_ir as ir
         import torch
@@ -74,11 +81,11 @@ class OnnxTarget:
             while root.__cause__ is not None:
                 root = root.__cause__
             raise LoweringError(
-                f"step 4/4 onnx: the graph cannot be converted: {type(root).__name__}: {str(root).splitlines()[0] if str(root) else ''}. "
+                f"step 4/4 onnx: the graph cannot be converted: {type(root).__name__}: {str(root).partition(chr(10))[0]}. "
                 "Re-run with --dump-graphs DIR to see the graph."
             ) from error
         size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-        external = f"{path.name}.data" if captured.spec.external_data or size > _LARGEST_PROTO else None
+        external = f"{path.name}.data" if options.external_data or size > _LARGEST_PROTO else None
         ir.save(model, path, external_data=external)
         onnx.checker.check_model(str(path), full_check=True)
 

@@ -10,12 +10,12 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from support.upstream import assert_equal_to_upstream, encoder_of
 from torch import nn
 
 import sam3x
 from sam3x.samples import Sizes, make_inputs
 from sam3x.spec import make_spec
+from support.upstream import assert_equal_to_upstream, encoder_of
 
 BRANCHES = list(itertools.product((False, True), (False, True)))
 

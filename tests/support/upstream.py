@@ -27,7 +27,12 @@ def encoder_of(num_layers: int = 1, *, seed: int = 3, peaked: float = 1.0, **con
 
 
 def run_layers(
-    layers: Sequence[nn.Module], inputs: Mapping[str, Tensor], *, dac: bool, pre_norm: bool | Sequence[bool] | None, dac_dim: int = 0
+    layers: Sequence[nn.Module],
+    inputs: Mapping[str, Tensor],
+    *,
+    dac: bool,
+    pre_norm: bool | Sequence[bool] | None,
+    dac_dim: int = 0,
 ) -> Tensor:
     """The documented definition: upstream's ``forward_pre`` and ``forward_post``, with what dac needs sliced as ``tgt`` is.
 
@@ -91,4 +96,6 @@ def assert_equal_to_upstream(got: Any, layers: Sequence[nn.Module], inputs: Mapp
     expected, exact = run_layers(layers, inputs, **branch), run_layers(layers, double(inputs), **branch)
     off, eager_off = (got.double() - exact).abs().max(), (expected.double() - exact).abs().max()
     assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= 2e-5 or off <= 4 * eager_off, f"{branch}: {off:.1e} from float64, eager {eager_off:.1e}"
+    assert (got - expected).abs().max() <= 2e-5 or off <= 4 * eager_off, (
+        f"{branch}: {off:.1e} from float64, eager {eager_off:.1e}"
+    )
