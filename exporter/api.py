@@ -47,8 +47,8 @@ def export(
     """Export a fusion encoder and verify what was written.
 
     Args:
-        encoder: a ``TransformerEncoderFusion``, ``TransformerEncoder``, ``TransformerEncoderLayer``, list of layers, a ``Source``, or
-            None for SAM3's own hyper-parameters with seeded random weights. It is used as it is and never changed.
+        encoder: a ``TransformerEncoderFusion``, ``TransformerEncoder``, ``TransformerEncoderLayer``, list of layers, a
+            ``Source``, or None for SAM3's own hyper-parameters with seeded random weights. Used as it is, never changed.
         target: see ``sam3x targets``.
         output: folder; replaced as a whole once everything is verified.
         progress: told the name of each step as it begins.
@@ -139,7 +139,8 @@ def verify(folder: str | Path, source: nn.Module | Source | None = None, *, full
     given = _as_source(source, spec)
     if given.weights_sha256 != artifact.manifest.weights_sha256:
         raise ArtifactError(
-            f"verify: {folder} was exported from other weights ({artifact.manifest.origin}). Name the source it came from: --checkpoint or --module."
+            f"verify: {folder} was exported from other weights ({artifact.manifest.origin}). "
+            "Name the source it came from: --checkpoint or --module."
         )
     records = _verify(given, spec, artifact._runner)
     require(records, f"verify {artifact.manifest.target}")
@@ -205,7 +206,7 @@ def _tensor_specs(captured: CapturedProgram) -> tuple[tuple[TensorSpec, ...], tu
 
 @contextlib.contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside the output, on the same disk. It goes whatever happens, and after an error what was made for it too."""
+    """A temporary folder beside the output, on the same disk. It always goes, and after an error what was made for it too."""
     made = [parent for parent in folder.parents if not parent.exists()]
     try:
         if folder.exists() and not folder.is_dir():

@@ -103,7 +103,8 @@ class Artifact:
         )
         if dac and size % 2:
             raise ArtifactError(
-                f"run: dac halves dimension {self.manifest.spec['dac_dim']} of '{first}', which has the odd size {size}. Pass dac=False."
+                f"run: dac halves dimension {self.manifest.spec['dac_dim']} of '{first}', "
+                f"which has the odd size {size}. Pass dac=False."
             )
 
 

@@ -167,8 +167,9 @@ def _dim_names(placeholders: list, names: tuple[str, ...], dynamic: list) -> dic
             size = node.meta["val"].shape[index]
             if isinstance(size, int):
                 raise CaptureError(
-                    f"step 2/4 capture: '{name}' dimension {index} ({meaning}) came out fixed at {size}: the module bakes it in. "
-                    f"Fix it with --{str(meaning).replace('_', '-')} {size}, or make the module read it from the tensor's shape."
+                    f"step 2/4 capture: '{name}' dimension {index} ({meaning}) came out fixed at {size}: the module "
+                    f"bakes it in. Fix it with --{str(meaning).replace('_', '-')} {size}, or make "
+                    "the module read it from the tensor's shape."
                 )
             found[str(size)] = str(meaning)
     return found

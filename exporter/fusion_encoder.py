@@ -71,7 +71,7 @@ def layers_of(module: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
     if isinstance(module, (list, tuple, nn.ModuleList)):
         layers = list(module)
     elif isinstance(getattr(module, "layers", None), (nn.ModuleList, list, tuple)):
-        layers = list(module.layers)  # type: ignore[arg-type]
+        layers = list(module.layers)  # type: ignore[arg-type, union-attr]
     else:
         layers = [module]  # type: ignore[list-item]
     if not layers:
@@ -80,8 +80,9 @@ def layers_of(module: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
         names = inspect.signature(layer.forward).parameters if isinstance(layer, nn.Module) else {}
         if not {"tgt", "memory"} <= set(names):
             raise SourceError(
-                f"step 1/4 source: {type(module).__name__} is no fusion encoder: layer {index} ({type(layer).__name__}) does not "
-                "take 'tgt' and 'memory'. Pass a TransformerEncoderFusion, TransformerEncoder, TransformerEncoderLayer, or a list of layers."
+                f"step 1/4 source: {type(module).__name__} is no fusion encoder: layer {index} ({type(layer).__name__}) "
+                "does not take 'tgt' and 'memory'. Pass a TransformerEncoderFusion, TransformerEncoder, "
+                "TransformerEncoderLayer, or a list of layers."
             )
     return layers
 
@@ -126,12 +127,14 @@ class FusionEncoder(nn.Module):
         names = inspect.signature(self.encoder.forward).parameters
         if not {"src", "prompt"} <= set(names):
             raise SpecError(
-                f"step 1/4 spec: {type(self.encoder).__name__} takes no feature maps. Use --interface tokens, or a TransformerEncoderFusion."
+                f"step 1/4 spec: {type(self.encoder).__name__} takes no feature maps. "
+                "Use --interface tokens, or a TransformerEncoderFusion."
             )
         levels = int(getattr(self.encoder, "num_feature_levels", 1))
         if levels != len(self.spec.feature_sizes):
             raise SpecError(
-                f"step 1/4 spec: the encoder has {levels} feature levels, feature_sizes names {len(self.spec.feature_sizes)}. Give one HxW a level."
+                f"step 1/4 spec: the encoder has {levels} feature levels, feature_sizes names "
+                f"{len(self.spec.feature_sizes)}. Give one HxW a level."
             )
 
     @property
@@ -238,7 +241,8 @@ class FusionEncoder(nn.Module):
             return [given[f"{name}_{i}"].clone() for i in levels] if name in self.spec.inputs else None
 
         src, pos, masks = maps("src"), maps("src_pos"), maps("src_key_padding_mask")
-        prompt, prompt_mask = given["prompt"], given.get("prompt_key_padding_mask")
+        prompt: Tensor = given["prompt"]
+        prompt_mask = given.get("prompt_key_padding_mask")
         encoder = shallow_copy(self.encoder)
         encoder.__dict__["_modules"] = dict(encoder.__dict__["_modules"])
         stand_ins = []

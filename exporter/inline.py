@@ -73,7 +73,8 @@ class _Inliner:
         before, after = self.node.meta["val"], output.meta["val"]
         if tuple(before.shape) != tuple(after.shape) or before.dtype != after.dtype:
             raise CaptureError(
-                f"{_STEP} layer {self.index} maps tgt {tuple(before.shape)} {before.dtype} to {tuple(after.shape)} {after.dtype}. "
+                f"{_STEP} layer {self.index} maps tgt {tuple(before.shape)} {before.dtype} to "
+                f"{tuple(after.shape)} {after.dtype}. "
                 "A fusion layer must keep tgt's shape and dtype."
             )
         self.node.replace_all_uses_with(output)

@@ -70,9 +70,7 @@ def _identity(value: Any) -> object:
         return repr(value)
     if isinstance(value, (set, frozenset, dict)) and not value:
         return type(value).__name__
-    return (
-        id(getattr(value, "__func__", value)) if not hasattr(value, "__self__") else (id(value.__func__), type(value.__self__))
-    )
+    return id(value)
 
 
 def trace_template(
@@ -111,8 +109,7 @@ class Operand:
     def example(self) -> tuple[Tensor, dict[int, Any] | None]:
         shape, dims = [], {}
         for index, size in enumerate(self.value.shape):
-            known = isinstance(size, int) and index not in self.freed
-            shape.append(size if known else self.freed.get(index) or size.node.hint)
-            if not known:
+            if isinstance(size, torch.SymInt) or index in self.freed:
                 dims[index] = Dim.DYNAMIC
+            shape.append(size.node.hint if isinstance(size, torch.SymInt) else self.freed.get(index, size))
         return torch.zeros(shape, dtype=self.value.dtype), dims or None

@@ -45,7 +45,7 @@ class VerificationRecord(_Record):
     """One branch at one size, one output.
 
     ``max_abs`` and ``max_rel`` compare the artifact with eager float32. ``from_float64`` and ``eager_from_float64`` are both
-    runs' distances from eager float64. Passed when ``max_abs`` ≤ ``allowed``, or the artifact is within 4 times eager's own distance.
+    runs' distances from eager float64. Passed when ``max_abs`` ≤ ``allowed``, or the artifact is within 4 times eager's own.
     ``undefined`` elements are NaN in eager itself, which only an all-padded prompt may cause; they are not compared.
     """
 
