@@ -54,7 +54,7 @@ def kind_of(layer: nn.Module, signature: Sequence[object]) -> str:
     for path, module in layer.named_modules():
         facts.append((path, type(module).__module__, type(module).__qualname__))
         for name, value in sorted(module.__dict__.items()):
-            if name.startswith("_") or (path == "" and name == "layer_idx"):
+            if name in ("_parameters", "_buffers", "_modules") or (path == "" and name == "layer_idx"):
                 continue
             # what is no plain value may hold anything: alike only when it is the same object
             facts.append((path, name, repr(value) if isinstance(value, _PLAIN) else _identity(value)))

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.upstream import assert_equal_to_upstream, encoder_of
 from torch import Tensor, nn
 
 import sam3x
@@ -20,6 +19,7 @@ from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.program import run_program
 from sam3x.samples import Sizes, branch_values, make_inputs
 from sam3x.spec import TOKENS_INPUTS, make_spec
+from support.upstream import assert_equal_to_upstream, encoder_of
 
 OPTIONAL = TOKENS_INPUTS[2:]
 SIZES = Sizes(batch=4, tokens=18, prompt_length=7)
