@@ -17,7 +17,7 @@ export: $(STAMP)
 	$(BIN)/sam3x export --target onnx -o $(OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

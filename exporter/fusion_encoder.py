@@ -98,6 +98,19 @@ def d_model_of(layers: Sequence[nn.Module]) -> int:
     raise SourceError("step 1/4 source: the layers tell no d_model. Set an int attribute 'd_model' on the layer.")
 
 
+def _check_weights(module: nn.Module) -> None:
+    """Inputs are float32 on the CPU, so the weights must be too; converting them here would change or copy the user's module."""
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if value.device.type != "cpu":
+            raise SourceError(
+                f"step 1/4 source: '{name}' is on {value.device}, export needs the CPU. Call module.cpu() first."
+            )
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise SourceError(
+                f"step 1/4 source: '{name}' is {value.dtype}, export takes torch.float32. Call module.float() first."
+            )
+
+
 class FusionEncoder(nn.Module):
     """``forward(*tensors)`` in the order of ``input_names``; flags that are runtime inputs come last.
 
@@ -109,6 +122,7 @@ class FusionEncoder(nn.Module):
         self.spec = spec
         layers = layers_of(source)
         whole = source if isinstance(source, nn.Module) else nn.ModuleList(layers)
+        _check_weights(whole)
         memo: dict[int, nn.Module] = {}
         self.encoder = twin_of(whole, memo)
         self.layers = [memo[id(layer)] if id(layer) in memo else twin_of(layer, memo) for layer in layers]
