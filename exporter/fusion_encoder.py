@@ -99,7 +99,7 @@ def d_model_of(layers: Sequence[nn.Module]) -> int:
 
 
 def _check_weights(module: nn.Module) -> None:
-    """Inputs are float32 on the CPU, so the weights must be too; converting them here would change or copy the user's module."""
+    """Inputs are float32 on the CPU, so the weights must be too: converting them would change or copy the module."""
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         if value.device.type != "cpu":
             raise SourceError(
