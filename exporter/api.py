@@ -26,8 +26,8 @@ from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.program import CapturedProgram
 from sam3x.samples import Sizes, samples_for, verification_sizes
 from sam3x.sources import Source, default_source, module_source
-from sam3x.spec import ExportSpec, checked, make_spec, split_options
-from sam3x.targets.base import Runner
+from sam3x.spec import ExportSpec
+from sam3x.targets.base import Runner, resolve
 from sam3x.targets.registry import get_target
 from sam3x.verify import check_pass, compare, require
 
@@ -65,8 +65,7 @@ def export(
     started = time.perf_counter()
     figures: dict[str, float] = {}
     back_end = get_target(target)
-    of_spec, of_target = split_options(options, target, back_end.options_type.model_fields)
-    spec, target_options = make_spec(**of_spec), checked(back_end.options_type, of_target)
+    spec, target_options = resolve(back_end, options)
     status = back_end.availability()
     if not status.available:
         raise TargetUnavailableError(

@@ -1,4 +1,4 @@
-"""The command line: ``sam3x export | verify | inspect | targets``. torch is imported only once there is something to run."""
+"""The command line: ``sam3x export | verify | inspect | targets | bench``. torch is imported only once it is needed."""
 
 from __future__ import annotations
 
@@ -46,6 +46,11 @@ class PreNorm(str, Enum):
     OFF = "off"
     MODULE = "module"
     PER_LAYER = "per-layer"
+
+
+class Branches(str, Enum):
+    COND = "cond"
+    SELECT = "select"
 
 
 class MaskDtype(str, Enum):
@@ -97,6 +102,9 @@ def export(
     dac: Annotated[Dac | None, typer.Option(help="runtime (default) makes it a graph input.")] = None,
     pre_norm: Annotated[PreNorm | None, typer.Option(help="runtime (default) makes it a graph input.")] = None,
     dac_dim: Annotated[int | None, typer.Option(min=0, max=1, help="Dimension of tgt that dac halves; default 0.")] = None,
+    branches: Annotated[
+        Branches | None, typer.Option(help="Runtime flags as conditionals or as data flow; default: what the target runs best.")
+    ] = None,
     batch: Annotated[str | None, typer.Option(metavar="N|MIN:MAX", help="Batch size; default 1:8.")] = None,
     tokens: Annotated[str | None, typer.Option(metavar="N|MIN:MAX", help="Image tokens; default 16:9216.")] = None,
     prompt_length: Annotated[str | None, typer.Option(metavar="N|MIN:MAX", help="Prompt tokens; default 1:77.")] = None,
@@ -124,6 +132,7 @@ def export(
             "dac": _flag(dac),
             "pre_norm": _flag(pre_norm),
             "dac_dim": dac_dim,
+            "branches": branches and branches.value,
             "batch": batch,
             "tokens": tokens,
             "prompt_length": prompt_length,
@@ -233,6 +242,80 @@ def targets(as_json: Json = False, verbose: Verbose = False) -> None:
             cli_views.show([cli_views.targets_table(statuses)])
 
 
+@app.command()
+def bench(
+    folders: Annotated[list[Path] | None, typer.Argument(help="Exported folders.", metavar="FOLDER...")] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option("--baseline", metavar="NAME", help="eager, onnx-default, inductor or openvino; repeatable."),
+    ] = None,
+    tokens: Annotated[str, typer.Option(metavar="N,N", help="Image tokens; a table for each.")] = "5184",
+    batch: Annotated[int, typer.Option(help="Images.")] = 1,
+    prompt_length: Annotated[int, typer.Option(help="Prompt tokens.")] = 32,
+    branch: Annotated[
+        list[str] | None, typer.Option(metavar="dac=off,pre_norm=on", help="The flags; SAM3's own by default; repeatable.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Of every contender.")] = 2,
+    repeat: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 1,
+    checkpoint: Checkpoint = None,
+    module: Module = None,
+    seed: Annotated[int, typer.Option(help="Of the inputs, and of the baselines' random weights.")] = 0,
+    timeout: Annotated[float, typer.Option(help="Seconds that one step of one contender may take.")] = 900.0,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one page with charts.")] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Time artifacts and baselines in turn: latency, memory, cold start, file size.
+
+    Each contender runs in a process of its own; one that fails is told in the table and makes the exit status 1.
+    --checkpoint and --module name the encoder of the baselines, as for export.
+    """
+    with _errors(verbose):
+        from sam3x.bench_report import command_of, make_request
+
+        request = make_request(
+            folders=folders or (),
+            baselines=baseline or (),
+            tokens=tokens,
+            branches=branch or (),
+            batch=batch,
+            prompt_length=prompt_length,
+            threads=threads,
+            repeat=repeat,
+            warmup=warmup,
+            checkpoint=None if checkpoint is None else str(checkpoint),
+            module=module,
+            seed=seed,
+            timeout=timeout,
+        )
+        files = {"--html": html, "--markdown": markdown}
+        for option, path in files.items():
+            if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+                raise SpecError(f"bench: {option}: {path} cannot be written. Name a file in a folder that exists.")
+        from sam3x import bench as benchmark
+
+        with _steps(quiet) as steps:
+            report = benchmark.bench(request, command=command_of(request, files=files), tell=steps.begin)
+            steps.end()
+        if html is not None:
+            from sam3x.bench_html import bench_page
+
+            html.write_text(bench_page(report), encoding="utf-8")
+        from sam3x import bench_views, cli_views
+
+        if markdown is not None:
+            markdown.write_text(bench_views.bench_markdown(report), encoding="utf-8")
+        if as_json:
+            typer.echo(report.model_dump_json(indent=2))
+        elif not quiet:
+            cli_views.show(bench_views.bench_view(report))
+        if report.failures:
+            raise typer.Exit(1)
+
+
 def _flag(value: Dac | PreNorm | None) -> str | bool | None:
     """``on`` and ``off`` are the spec's True and False."""
     return None if value is None else {"on": True, "off": False}.get(value.value, value.value)
@@ -255,14 +338,12 @@ def _exclusive(checkpoint: Path | None, module: str | None) -> None:
 
 def _check_early(target: str, options: dict[str, Any], checkpoint: Path | None, module: str | None) -> None:
     """Everything that can be refused before torch is imported."""
-    from sam3x.spec import checked, make_spec, split_options
+    from sam3x.targets.base import resolve
     from sam3x.targets.registry import get_target
 
     _exclusive(checkpoint, module)
     back_end = get_target(target)
-    of_spec, of_target = split_options(options, target, back_end.options_type.model_fields)
-    make_spec(**of_spec)
-    checked(back_end.options_type, of_target)
+    resolve(back_end, options)
     status = back_end.availability()
     if not status.available:
         raise TargetUnavailableError(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
@@ -13,6 +12,7 @@ from sam3x.errors import SpecError
 Flag = Literal["runtime"] | bool
 PreNormFlag = Literal["runtime", "per-layer", "module"] | bool
 Interface = Literal["tokens", "feature_maps"]
+Branches = Literal["cond", "select"]
 VerifyPolicy = Literal["off", "final", "each", "full"]
 
 TOKENS_INPUTS = (
@@ -81,6 +81,8 @@ class ExportSpec(BaseModel):
         pre_norm: ``"runtime"`` (bool scalar input), ``"per-layer"`` (bool vector input, one a layer), True, False, or
             ``"module"`` (every layer keeps its own ``pre_norm``).
         dac_dim: dimension of ``tgt`` that dac halves: 0 as upstream's code, 1 as the seed document describes.
+        branches: what a runtime flag becomes: ``"cond"``, a conditional, or ``"select"``, data flow that computes
+            what differs in both ways and picks by the flag. None: what the target runs best.
         batch, tokens, prompt_length: sizes of dimension 0, of ``tgt``'s and of ``memory``'s dimension 1.
         feature_sizes: (height, width) of each level of the ``feature_maps`` interface; static.
         mask_dtype: dtype of ``tgt_mask`` and ``memory_mask``: ``bool`` (True: may not attend) or ``float32`` (added to the
@@ -99,6 +101,7 @@ class ExportSpec(BaseModel):
     dac: Flag = "runtime"
     pre_norm: PreNormFlag = "runtime"
     dac_dim: Literal[0, 1] = 0
+    branches: Branches | None = None
     batch: Range = (1, 8)
     tokens: Range = (16, 9216)
     prompt_length: Range = (1, 77)
@@ -189,26 +192,3 @@ def checked(model: type[Model], options: Mapping[str, Any]) -> Model:
             given = f" (got {item['input']!r})" if where and item["type"] != "value_error" else ""
             facts.append(f"{where}: {message}{given}" if where else message)
         raise SpecError("step 1/4 spec: " + "; ".join(dict.fromkeys(facts)) + ". See sam3x export --help.") from None
-
-
-def split_options(
-    options: Mapping[str, Any], target: str, target_fields: Iterable[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Which keywords are the spec's and which the target's own.
-
-    Raises:
-        SpecError: a name that neither knows, with the nearest that one does.
-    """
-    own = set(target_fields)
-    unknown = [name for name in options if name not in own and name not in ExportSpec.model_fields]
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], [*ExportSpec.model_fields, *own], n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise SpecError(
-            f"step 1/4 spec: {', '.join(unknown)}: no option of an export to {target}.{hint} "
-            f"Options of {target} alone: {', '.join(sorted(own)) or 'none'}. See sam3x export --help."
-        )
-    return (
-        {name: value for name, value in options.items() if name not in own},
-        {name: value for name, value in options.items() if name in own},
-    )

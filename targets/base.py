@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
+
+from sam3x.errors import SpecError
+from sam3x.spec import Branches, ExportSpec, checked, make_spec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +39,27 @@ class TargetOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def resolve(target: Target, options: Mapping[str, Any]) -> tuple[ExportSpec, TargetOptions]:
+    """The request and the target's own options out of ``sam3x.export``'s keywords, the target's defaults filled in.
+
+    Raises:
+        SpecError: a value is wrong, or a name is known to neither, with the nearest that is.
+    """
+    own = target.options_type.model_fields
+    unknown = [name for name in options if name not in own and name not in ExportSpec.model_fields]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], [*ExportSpec.model_fields, *own], n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise SpecError(
+            f"step 1/4 spec: {', '.join(unknown)}: no option of an export to {target.name}.{hint} "
+            f"Options of {target.name} alone: {', '.join(sorted(own)) or 'none'}. See sam3x export --help."
+        )
+    given = {**target.default_options, **{name: value for name, value in options.items() if name not in own}}
+    if given.get("branches") is None:
+        given["branches"] = target.branches
+    return make_spec(**given), checked(target.options_type, {name: value for name, value in options.items() if name in own})
+
+
 class Runner(Protocol):
     """Runs an artifact: named arrays in, named arrays out."""
 
@@ -42,12 +68,17 @@ class Runner(Protocol):
 
 
 class Target(Protocol):
-    """A back end: legalize the canonical graph, lower it to files, run them."""
+    """A back end: legalize the canonical graph, lower it to files, run them.
+
+    ``branches`` is the form of runtime flags it runs best; ``default_options`` are ``ExportSpec`` fields that differ for it.
+    """
 
     name: str
     suffix: str
     opset: int | None
     options_type: type[TargetOptions]
+    branches: Branches
+    default_options: Mapping[str, Any]
 
     def availability(self) -> TargetStatus:
         """Without importing anything heavy."""

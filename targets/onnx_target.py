@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sam3x.errors import LoweringError, TargetUnavailableError
+from sam3x.spec import Branches
 from sam3x.targets.base import TargetOptions, TargetStatus
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class OnnxTarget:
     suffix = ".onnx"
     opset = 18
     options_type = OnnxOptions
+    branches: Branches = "cond"
+    default_options: ClassVar[dict[str, Any]] = {}
 
     def availability(self) -> TargetStatus:
         missing = [name for name in _EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
