@@ -255,6 +255,9 @@ def bench(
     branch: Annotated[
         list[str] | None, typer.Option(metavar="dac=off,pre_norm=on", help="The flags; SAM3's own by default; repeatable.")
     ] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Contender that ratios are against; default: the first baseline.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="Of every contender.")] = 2,
     repeat: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
     warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 1,
@@ -283,6 +286,7 @@ def bench(
             branches=branch or (),
             batch=batch,
             prompt_length=prompt_length,
+            reference=reference,
             threads=threads,
             repeat=repeat,
             warmup=warmup,

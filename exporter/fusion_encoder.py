@@ -102,9 +102,7 @@ def _check_weights(module: nn.Module) -> None:
     """Inputs are float32 on the CPU, so the weights must be too: converting them would change or copy the module."""
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         if value.device.type != "cpu":
-            raise SourceError(
-                f"step 1/4 source: '{name}' is on {value.device}, export needs the CPU. Call module.cpu() first."
-            )
+            raise SourceError(f"step 1/4 source: '{name}' is on {value.device}, export needs the CPU. Call module.cpu() first.")
         if value.is_floating_point() and value.dtype != torch.float32:
             raise SourceError(
                 f"step 1/4 source: '{name}' is {value.dtype}, export takes torch.float32. Call module.float() first."
