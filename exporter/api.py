@@ -71,7 +71,7 @@ def export(
         raise TargetUnavailableError(
             f"step 1/4 spec: target '{target}' cannot export here: {status.detail}. Install it: {status.install}"
         )
-    pipeline = default_pipeline().then(*back_end.legalization_passes(target_options)).without(*disable_pass)
+    pipeline = default_pipeline(str(spec.branches)).then(*back_end.legalization_passes(target_options)).without(*disable_pass)
     folder = Path(output)
     with _staging(folder) as staging:
         tell("source")

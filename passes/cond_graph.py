@@ -22,6 +22,18 @@ aten = torch.ops.aten
 ASSERTIONS = {aten._assert_scalar.default, aten._assert_async.msg, aten._assert_async.default}
 ASSERTIONS |= {aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default}
 
+HEAVY = {
+    aten.linear.default,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.addmm.default,
+    aten.baddbmm.default,
+    aten.convolution.default,
+    aten.scaled_dot_product_attention.default,
+}
+"""What costs more than a conditional saves."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cond:
@@ -43,6 +55,14 @@ def read_cond(module: GraphModule, node: Node) -> Cond:
     predicate, *branches, operands = node.args
     true, false = (getattr(module, branch.target) for branch in branches)  # type: ignore[union-attr]
     return Cond(node=node, predicate=predicate, branches=(true, false), operands=tuple(operands))  # type: ignore[arg-type]
+
+
+def is_heavy(node: Node) -> bool:
+    """Whether ``node`` is, or a conditional of it holds, what costs more than a conditional saves."""
+    if is_cond(node):
+        parts = read_cond(node.graph.owning_module, node).branches  # type: ignore[arg-type]
+        return any(is_heavy(inner) for part in parts for inner in part.graph.nodes)
+    return node.op == "call_function" and node.target in HEAVY
 
 
 def conds_of(module: GraphModule) -> list[Node]:
@@ -80,8 +100,14 @@ def attach(module: GraphModule, value: Any, hint: str = "branch") -> str:
     return f"{hint}_{index}"
 
 
+def reserve_names(graph: Graph) -> None:
+    """Let the graph know the names its nodes were given from outside, or a new node may get one of them again."""
+    graph._graph_namespace._used_names.update(node.name for node in graph.nodes)
+
+
 def own_branches(module: GraphModule) -> None:
     """Give every conditional of ``module`` branch graphs of its own, where two share one."""
+    reserve_names(module.graph)
     seen: set[str] = set()
     for node in conds_of(module):
         for position in (1, 2):
@@ -113,6 +139,7 @@ def copy_node(target: GraphModule, source: GraphModule, node: Node, mapping: Map
 
 def inline(module: GraphModule, branch: GraphModule, operands: Sequence[Any], before: Node) -> list[Any]:
     """Copy a branch's body in front of ``before``; returns what it would return."""
+    reserve_names(module.graph)
     mapping: dict[Node, Any] = dict(zip(placeholders(branch), operands, strict=True))
     with module.graph.inserting_before(before):
         for node in branch.graph.nodes:
@@ -141,13 +168,13 @@ def _impure(node: Node) -> bool:
     """As torch says, but attention without dropout draws no random numbers."""
     if node.target is aten.scaled_dot_product_attention.default:
         dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return dropout != 0.0
-    return node.op in ("placeholder", "output") or node.is_impure()
+        return bool(dropout != 0.0)
+    return node.op in ("placeholder", "output") or bool(node.is_impure())
 
 
 def sweep(module: GraphModule) -> bool:
     """Drop dead nodes, operands that neither branch reads, and sub-graphs nobody refers to, innermost first."""
-    modified = module.graph.eliminate_dead_code(is_impure_node=_impure)
+    modified = bool(module.graph.eliminate_dead_code(is_impure_node=_impure))
     for node in conds_of(module):
         cond = read_cond(module, node)
         for branch in cond.branches:
@@ -244,17 +271,39 @@ def substitute(module: GraphModule, symbols: Mapping[sympy.Symbol, sympy.Expr]) 
 class Builder:
     """Adds nodes to a graph before one node, each with its value."""
 
-    def __init__(self, graph: Graph, before: Node, fake_mode: Any) -> None:
-        self.graph, self.before, self.fake_mode = graph, before, fake_mode
+    def __init__(
+        self, graph: Graph, before: Node | None, fake_mode: Any, val: Callable[[Node], Any] = lambda node: node.meta["val"]
+    ) -> None:
+        self.graph, self.before, self.fake_mode, self.val = graph, before, fake_mode, val
+        reserve_names(graph)
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-        values = torch.fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
+        values = torch.fx.node.map_arg((args, kwargs), self.val)
         with quietly(self.fake_mode):
             result: Any = target(*values[0], **values[1])
-        with self.graph.inserting_before(self.before):
+        with contextlib.nullcontext() if self.before is None else self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
         node.meta["val"] = result
         return node
+
+
+def slice_args(node: Node) -> tuple[Any, int, Any, Any, Any]:
+    """(tensor, dimension, start, end, step) of an ``aten.slice``."""
+    defaults = {"self": None, "dim": 0, "start": None, "end": None, "step": 1}
+    given = dict(zip(defaults, node.args, strict=False))
+    return tuple({**defaults, **given, **node.kwargs}.values())  # type: ignore[return-value]
+
+
+def views_an_input(node: Node) -> bool:
+    """Whether ``node`` may share memory with an input of its graph: a chain of views leads there."""
+    while node.op == "call_function":
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not any(result.alias_info is not None for result in schema.returns):
+            return node.target is operator.getitem and isinstance(node.args[0], Node) and views_an_input(node.args[0])
+        if not isinstance(node.args[0], Node):
+            return True
+        node = node.args[0]
+    return True
 
 
 def cond_places(program: ExportedProgram) -> Iterator[tuple[str, GraphModule, Node]]:

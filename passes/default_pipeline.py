@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from sam3x.passes.base import Pass
 from sam3x.passes.pipeline import PassPipeline
 
 
-def default_pipeline() -> PassPipeline:
-    """No-ops go first, so that nothing stands between the steps of an attention; targets rely on canonical attention."""
+def default_pipeline(branches: str = "cond") -> PassPipeline:
+    """No-ops go first, so that nothing stands between the steps of an attention; targets rely on canonical attention.
+
+    Conditionals are narrowed to what differs, and with ``branches="select"`` become data flow.
+    """
     from sam3x.passes.canonicalize_attention import CanonicalizeAttentionPass
     from sam3x.passes.canonicalize_reductions import CanonicalizeReductionsPass
     from sam3x.passes.eliminate_noops import EliminateNoopsPass
+    from sam3x.passes.if_convert import IfConvertPass
+    from sam3x.passes.narrow_cond import NarrowCondPass
 
-    return PassPipeline((EliminateNoopsPass(), CanonicalizeReductionsPass(), CanonicalizeAttentionPass()))
+    passes: list[Pass] = [EliminateNoopsPass(), CanonicalizeReductionsPass(), CanonicalizeAttentionPass(), NarrowCondPass()]
+    if branches == "select":
+        passes.append(IfConvertPass())
+    return PassPipeline(tuple(passes))

@@ -16,7 +16,6 @@ from sam3x.passes.base import Exactness, Pass, PassResult
 from sam3x.passes.cond_graph import (
     Cond,
     aten,
-    conds_of,
     expression,
     fake_mode_of,
     inline,
@@ -33,7 +32,10 @@ from sam3x.passes.cond_graph import (
 _STEP = "step 3/4 passes: specialize_branches:"
 _DONE = "sam3x.specialized_flags"
 _SAME = {aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.contiguous.default}
-_UNARY: dict[Any, Callable[[bool], bool]] = {aten.logical_not.default: lambda a: not a, aten.bitwise_not.default: lambda a: not a}
+_UNARY: dict[Any, Callable[[bool], bool]] = {
+    aten.logical_not.default: lambda a: not a,
+    aten.bitwise_not.default: lambda a: not a,
+}
 _BINARY: dict[Any, Callable[[bool, bool], bool]] = {
     aten.logical_xor.default: lambda a, b: a != b,
     aten.bitwise_xor.Tensor: lambda a, b: a != b,
@@ -88,7 +90,9 @@ class SpecializeBranchesPass(Pass):
                 raise SpecError(f"{_STEP} no input '{name}'. Flags of this program: {known}.")
             if not _is_flag(inputs[name]):
                 value_ = inputs[name].meta["val"]
-                raise SpecError(f"{_STEP} '{name}' is {tuple(value_.shape)} {value_.dtype}, no bool scalar. Leave it at runtime.")
+                raise SpecError(
+                    f"{_STEP} '{name}' is {tuple(value_.shape)} {value_.dtype}, no bool scalar. Leave it at runtime."
+                )
             flags[inputs[name]] = value
         return flags
 
@@ -217,12 +221,11 @@ def _remove_input(program: ExportedProgram, node: Node) -> None:
     specs[:] = [item for item in specs if item.kind is not InputKind.USER_INPUT or item.arg.name != node.name]
     for entry in program.module_call_graph:
         if entry.fqn == "" and entry.signature is not None:
-            entry.signature.in_spec = _without_leaf(entry.signature.in_spec, position)
+            before = entry.signature.in_spec
+            entry.signature.in_spec = _without_leaf(before, position)
             names = entry.signature.forward_arg_names
-            if names is not None and len(names) == position + 1 + len(names[position + 1 :]) and position < len(names):
-                arity = len(pytree.tree_unflatten([0] * entry.signature.in_spec.num_leaves, entry.signature.in_spec)[0])
-                if arity == len(names) - 1:
-                    entry.signature.forward_arg_names = [name for i, name in enumerate(names) if i != position]
+            if names is not None and len(names) == before.num_leaves:  # one name an argument: each is a tensor
+                entry.signature.forward_arg_names = [name for i, name in enumerate(names) if i != position]
     if program.example_inputs is not None:
         leaves, spec = pytree.tree_flatten(program.example_inputs)
         rest = [leaf for i, leaf in enumerate(leaves) if i != position]
@@ -266,8 +269,3 @@ def _remove_unused_weights(program: ExportedProgram) -> None:
     program._state_dict = {name: value for name, value in program.state_dict.items() if name in targets}
     tensors = {n: v for n, v in program.constants.items() if n in targets or not isinstance(v, torch.Tensor)}
     program._constants = tensors
-
-
-def has_conds(program: ExportedProgram) -> bool:
-    """Whether a conditional is left."""
-    return bool(conds_of(program.graph_module))

@@ -118,7 +118,7 @@ class BreaksTheGraph(Nothing):
         (Refuses("x"), PreconditionError, r"'x' after \['a'\]: it has conditionals"),
         (Promises("x"), PostconditionError, r"'x' after \['a'\]: a conditional is left.*--disable-pass x"),
     ],
-    ids=str,
+    ids=("requires", "ensures"),
 )
 def test_contracts_are_checked(captured: CapturedProgram, broken: Pass, error: type[Exception], fact: str) -> None:
     with pytest.raises(error, match=fact):

@@ -1,0 +1,215 @@
+"""Conditionals become ``where``; a conditional number of rows becomes a mask that is right at every even batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor
+from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
+
+import sam3x.capture
+from sam3x.passes.base import graph_modules
+from sam3x.passes.if_convert import IfConvertPass
+from sam3x.samples import Sizes, samples_for
+from sam3x.spec import make_spec
+from support.cond_programs import (
+    COND,
+    DYN,
+    LINEAR,
+    SDPA,
+    Program,
+    capture,
+    check_numbers,
+    check_sound,
+    cond,
+    evaluate,
+    ops,
+    private,
+)
+from support.upstream import encoder_of
+from test_specialize_branches import FLAG, OTHER, X, run_tree, trees
+
+WHERE = "aten.where.self"
+W = torch.randn(4, 4, generator=torch.Generator().manual_seed(2))
+
+
+def rows(flag: Tensor, x: Tensor, dim: int = 0) -> int:
+    """How many rows a flag leaves: half of them or all."""
+    vector = x.select(2, 0).select(1 - dim, 0) if x.dim() == 3 else x.select(1, 0)
+    size = cond(flag, lambda v: v.narrow(0, 0, v.shape[0] // 2).clone(), lambda v: v.clone(), vector).shape[0]
+    torch._check(size <= x.shape[dim])
+    torch._check(size >= 2)
+    return size
+
+
+def halving(f: Callable[..., Tensor], dim: int = 0) -> Callable[..., Tensor]:
+    """``f`` of the first rows, the rest as it was."""
+
+    def function(x: Tensor, flag: Tensor, w: Tensor) -> Tensor:
+        n = rows(flag, x, dim)
+        head = f(x.narrow(dim, 0, n), w)
+        return torch.cat((head, x.narrow(dim, n, x.shape[dim] - n)), dim) * 2
+
+    return function
+
+
+def unbacked(program: torch.export.ExportedProgram) -> list[str]:
+    found = []
+    for _, module in graph_modules(program):
+        for node in module.graph.nodes:
+            value = node.meta.get("val")
+            sizes = [*getattr(value, "shape", ()), *([value] if isinstance(value, torch.SymInt) else [])]
+            if any(
+                str(s).startswith("u") for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols
+            ):
+                found.append(node.name)
+    return found
+
+
+CHEAP: dict[str, Callable[..., Any]] = {
+    "norm": lambda x, f, w: cond(f, lambda x, w: layer_norm(x, [4], w[0]), lambda x, w: x.clone(), x, w),
+    "same twice": lambda x, f, w: cond(f, lambda x: x.relu().tanh(), lambda x: x.relu().tanh(), x),
+    "two results": lambda x, f, w: cond(f, lambda x: (x + 1, x.sum(0)), lambda x: (x - 1, x.amax(0)), x),
+    "nested": lambda x, f, w: cond(
+        f, lambda x, f: x * 2, lambda x, f: cond(f, lambda x: x + 1, lambda x: x.softmax(-1), x), x, f
+    ),
+    "slices": lambda x, f, w: cond(f, lambda x: torch.cat((x[:2], x[4:])), lambda x: x[1:5].clone(), x),
+    "not": lambda x, f, w: cond(torch.logical_not(f), lambda x: x * 3, lambda x: x / 3, x),
+}
+
+
+@pytest.mark.parametrize("name", list(CHEAP))
+def test_cheap_branches_become_where(name: str) -> None:
+    program = capture(Program(CHEAP[name], w=W), (X, FLAG))
+    before, conds = private(program), ops(program, COND)
+    result = IfConvertPass().call(program)
+    assert result.modified and result.rewrites == conds and not result.missed
+    assert ops(program, COND) == 0 and ops(program, WHERE) >= conds
+    check_sound(program)
+    check_numbers(before, program, (X, FLAG), exact=True)
+    again = IfConvertPass().call(program)
+    assert not again.modified and not again.rewrites
+
+
+def _asserting(x: Tensor) -> Tensor:
+    torch._assert_async((x.sum() < 1e9), "too large")
+    return x + 1
+
+
+REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
+    "linear": (lambda x, f, w: cond(f, lambda x, w: linear(x, w), lambda x, w: x + 1, x, w), "run narrow_cond first"),
+    "random": (lambda x, f, w: cond(f, lambda x: torch.rand_like(x), lambda x: x + 1, x), "effect"),
+    "sort": (lambda x, f, w: cond(f, lambda x: x.sort(0)[0], lambda x: x + 1, x), "not known to be cheap"),
+    "integers": (
+        lambda x, f, w: cond(f, lambda x: x.long() // x.long().abs().clamp(1), lambda x: x.long() + 1, x),
+        "divides integers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_what_is_refused_says_why(name: str) -> None:
+    function, reason = REFUSED[name]
+    program = capture(Program(function, w=W), (X, FLAG))
+    text = str(program.graph)
+    result = IfConvertPass().call(program)
+    assert not result.modified and str(program.graph) == text
+    assert reason in result.missed[0].reason
+
+
+BATCHED: dict[str, Callable[..., Tensor]] = {
+    "linear": lambda x, w: linear(x, w).relu() + x,
+    "merged minor": lambda x, w: linear(x.transpose(0, 1).reshape(-1, 4), w).reshape(3, -1, 4).transpose(0, 1),
+    "merged major": lambda x, w: linear(x.reshape(-1, 4), w).reshape(-1, 3, 4),
+    "attention": lambda x, w: scaled_dot_product_attention(x @ w, x, layer_norm(x, [4])),
+    "reductions": lambda x, w: (x - x.mean(-1, keepdim=True)) * x.softmax(1).sum(1, keepdim=True),
+    "parts": lambda x, w: torch.cat(x.split([1, 3], -1)[::-1], -1) + x.select(1, 0).unsqueeze(1),
+}
+
+
+@pytest.mark.parametrize("name", ["linear", "merged minor", "merged major", "attention", "reductions"])
+def test_rows_become_a_mask(name: str) -> None:
+    x = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(3))
+    program = capture(Program(halving(BATCHED[name]), w=W), (x, FLAG), {0: {0: DYN}})
+    before = private(program)
+    result = IfConvertPass().call(program)
+    assert result.rewrites == 1 and not result.missed, result.missed
+    assert ops(program, COND) == 0 and not unbacked(program)
+    assert ops(program, LINEAR) == ops(before, LINEAR) and ops(program, SDPA) == ops(before, SDPA)
+    check_sound(program)
+    for batch in (4, 6, 10):  # the program itself checks that a half is at least 2
+        check_numbers(before, program, (torch.randn(batch, 3, 4), FLAG), exact=False)
+    assert not IfConvertPass().call(program).modified
+
+
+MIXING: dict[str, tuple[Callable[..., Tensor], int, str]] = {
+    "sum of rows": (lambda x, w: x - x.sum(0, keepdim=True), 0, "may mix"),
+    "keys": (lambda x, w: scaled_dot_product_attention(x, x, x), 1, "may mix"),
+    "softmax": (lambda x, w: x.softmax(0), 0, "may mix"),
+    "flip": (lambda x, w: x.flip(0), 0, "may mix"),
+    "cut": (lambda x, w: x.reshape(-1).reshape(3, -1).softmax(-1).reshape(-1, 3, 4), 0, "cuts across|may mix"),
+}
+
+
+@pytest.mark.parametrize("name", list(MIXING))
+def test_mixed_rows_are_refused(name: str) -> None:
+    function, dim, reason = MIXING[name]
+    x = torch.randn(6, 8, 4)
+    if name == "cut":
+        x = torch.randn(6, 3, 4)
+    program = capture(Program(halving(function, dim), w=W), (x, FLAG), {0: {dim: DYN}})
+    text = str(program.graph)
+    result = IfConvertPass().call(program)
+    assert not result.modified and str(program.graph) == text
+    assert any(part in result.missed[0].reason for part in reason.split("|")), result.missed
+
+
+def test_chosen_rows_may_not_leave() -> None:
+    program = capture(Program(lambda x, f: x[: rows(f, x)] * 2), (X, FLAG), {0: {0: DYN}})
+    result = IfConvertPass().call(program)
+    assert not result.modified and "leave the graph" in result.missed[0].reason
+
+
+def test_sam3s_encoder_without_a_conditional() -> None:
+    captured = sam3x.capture.capture(encoder_of(2), make_spec())
+    program = private(captured.program)
+    result = IfConvertPass().call(program)
+    assert result.rewrites == 14 and not result.missed
+    assert ops(program, COND) == 0 and not unbacked(program)
+    assert ops(program, LINEAR) == 18 and ops(program, SDPA) == 4
+    check_sound(program)
+    seen = set()
+    for batch in (1, 2, 4, 6):
+        sizes = [Sizes(batch=batch, tokens=20, prompt_length=4)]
+        for sample in samples_for(captured.input_names, ("dac", "pre_norm"), captured.spec, 32, 2, sizes):
+            seen.add((batch, sample.branch))
+            got = evaluate(program, sample.inputs)[0]
+            assert (got - captured.eager(sample.inputs)["output"]).abs().max() <= 2e-5
+    assert len(seen) == 14  # dac at batch 1 has no half
+    assert not IfConvertPass().call(program).modified
+
+
+def test_a_wrong_rewrite_is_caught() -> None:
+    program = capture(Program(CHEAP["norm"], w=W), (X, FLAG))
+    before = private(program)
+    IfConvertPass().call(program)
+    (node,) = (n for n in program.graph.nodes if str(n.target) == WHERE)
+    node.args = (node.args[0], node.args[2], node.args[1])
+    program.graph_module.recompile()
+    with pytest.raises(AssertionError):
+        check_numbers(before, program, (X, FLAG), exact=False)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(tree=trees())
+def test_random_conditionals(tree: Any) -> None:
+    program = capture(Program(lambda x, p, q: run_tree(tree, x, p, q)), (X, FLAG, OTHER))
+    before = private(program)
+    IfConvertPass().call(program)
+    assert not ops(program, COND)
+    check_sound(program)
+    check_numbers(before, program, (X, FLAG, OTHER), exact=True)
