@@ -157,7 +157,11 @@ def test_version() -> None:
         (["--dac-dim", "1"], {"dac_dim": 1}),
         (["--batch", "1:8", "--tokens", "5184"], {"batch": "1:8", "tokens": "5184"}),
         (["--prompt-length", "1:77"], {"prompt_length": "1:77"}),
-        (["--interface", "feature-maps", "--feature-sizes", "72x72,36X36"], {"interface": "feature_maps", "feature_sizes": ((72, 72), (36, 36))}),
+        (
+            ["--interface", "feature-maps", "--feature-sizes", "72x72,36X36"],
+            {"interface": "feature_maps", "feature_sizes": ((72, 72), (36, 36))},
+        ),
+        (["--branches", "select"], {"branches": "select"}),
         (["--mask-dtype", "float32"], {"mask_dtype": "float32"}),
         (["--verify", "off"], {"verify": "off"}),
         (["--verify", "full"], {"verify": "full"}),
