@@ -58,6 +58,12 @@ class MaskDtype(str, Enum):
     FLOAT32 = "float32"
 
 
+class Attention(str, Enum):
+    PORTABLE = "portable"
+    ORT = "ort"
+    DECOMPOSED = "decomposed"
+
+
 class Verify(str, Enum):
     OFF = "off"
     FINAL = "final"
@@ -115,6 +121,12 @@ def export(
     verify: Annotated[Verify | None, typer.Option(help="What is compared with eager; default final.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of random weights and of the verification inputs; default 0.")] = None,
     external_data: Annotated[bool, typer.Option("--external-data", help="Weights beside the graph file.")] = False,
+    attention: Annotated[
+        Attention | None, typer.Option(help="ONNX: opset 18 in tiles (portable, default), ONNX Runtime's operator, or plain.")
+    ] = None,
+    attention_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="ONNX: what the scores of one attention may take; default 256MB.")
+    ] = None,
     disable_pass: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Leave a pass out; repeatable.")] = None,
     dump_graphs: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the graph after each pass.")] = None,
     quiet: Quiet = False,
@@ -141,6 +153,8 @@ def export(
             "verify": verify and verify.value,
             "seed": seed,
             "external_data": external_data or None,
+            "attention": attention and attention.value,
+            "attention_memory": attention_memory,
         }
         options = {name: value for name, value in options.items() if value is not None}  # ExportSpec's defaults rule
         _check_early(target, options, checkpoint, module)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
-import torch
 from torch.fx import Node
 
 from sam3x.passes.cond_graph import aten, expression, slice_args

@@ -6,10 +6,12 @@ import contextlib
 import importlib.util
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import field_validator
 
 from sam3x.errors import LoweringError, TargetUnavailableError
 from sam3x.spec import Branches
@@ -26,10 +28,37 @@ _EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 _LARGEST_PROTO = 2_000_000_000  # protobuf's 2 GiB, less room for the graph
 
 
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
 class OnnxOptions(TargetOptions):
-    """``external_data``: write weights beside the graph file; past 2 GB that happens anyway."""
+    """Options of an export to ONNX.
+
+    Attributes:
+        external_data: write weights beside the graph file; past 2 GB that happens anyway.
+        attention: ``portable`` (opset 18, a tile of queries at a time), ``ort`` (ONNX Runtime's own operator) or
+            ``decomposed`` (plain products, all scores in memory).
+        attention_memory: a whole number and a unit, as in ``256MB``: what the scores of one attention may take. ``ort`` needs
+            it only for masked attention over many keys, ``decomposed`` not at all.
+    """
 
     external_data: bool = False
+    attention: Literal["portable", "ort", "decomposed"] = "portable"
+    attention_memory: str = "256MB"
+
+    @field_validator("attention_memory", mode="before")
+    @classmethod
+    def _size(cls, value: Any) -> Any:
+        found = re.fullmatch(r"([0-9]+)\s*([KMG]i?B|B)", value) if isinstance(value, str) else None
+        if found is None or not 0 < int(found[1]) * _UNITS[found[2]] < 2**62:
+            raise ValueError(f"expected a whole number above 0 and a unit ({', '.join(_UNITS)}), as in 256MB, got {value!r}")
+        return f"{int(found[1])}{found[2]}"
+
+    @property
+    def attention_bytes(self) -> int:
+        """``attention_memory`` in bytes."""
+        number, unit = re.fullmatch(r"([0-9]+)(.*)", self.attention_memory).groups()  # type: ignore[union-attr]
+        return int(number) * _UNITS[unit]
 
 
 class OnnxTarget:
@@ -52,14 +81,17 @@ class OnnxTarget:
     def legalization_passes(self, options: OnnxOptions) -> tuple[Pass, ...]:
         from torch.onnx._internal.exporter import _decomp, _registration
 
-        from sam3x.passes.decompose_attention import DecomposeAttentionPass
         from sam3x.passes.legalize_operators import LegalizeOperatorsPass
+        from sam3x.targets import onnx_attention
 
         words = set(_decomp.get_onnx_implemented_overloads(_registration.ONNXRegistry.from_torchlib()))
         table = _decomp.create_onnx_friendly_decomposition_table(words)
+        own = onnx_attention.operators()
         return (
-            DecomposeAttentionPass(),
-            LegalizeOperatorsPass(lambda op: op in words or "assert" in op.name() or "sym_constrain" in op.name(), table),
+            *onnx_attention.passes(options.attention, options.attention_bytes),
+            LegalizeOperatorsPass(
+                lambda op: op in words or op in own or "assert" in op.name() or "sym_constrain" in op.name(), table
+            ),
         )
 
     def lower(self, captured: CapturedProgram, path: Path, options: OnnxOptions) -> None:
@@ -68,17 +100,20 @@ class OnnxTarget:
         import torch
         from torch.onnx._internal.exporter import _core, _fx_passes, _registration
 
+        from sam3x.targets import onnx_attention, onnx_linear
+
         try:
             # the public torch.onnx.export decomposes, which traces every torch.cond again; this program is decomposed already
             with torch.no_grad(), _quiet():
                 _fx_passes.remove_assertion_nodes(captured.program.graph_module)  # ONNX has no word for them
-                built = _core._exported_program_to_onnx_program(
-                    captured.program, registry=_registration.ONNXRegistry.from_torchlib(), lower="at_conversion"
-                )
+                registry = _registration.ONNXRegistry.from_torchlib()
+                onnx_attention.register(registry, captured)
+                onnx_linear.register(registry)
+                built = _core._exported_program_to_onnx_program(captured.program, registry=registry, lower="at_conversion")
                 model = built.model
                 built.optimize()
                 _name(model, captured)
-                _set_opset(model, self.opset)
+                _set_opset(model, self.opset, onnx_attention.domains(options.attention))
         except Exception as error:
             root: BaseException = error
             while root.__cause__ is not None:
@@ -139,6 +174,8 @@ def _name(model: ir.Model, captured: CapturedProgram) -> None:
 
     model.graph.name = "fusion_encoder"
     model.producer_name = "sam3x"
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.metadata_props.clear()  # stack traces and fx nodes: half a megabyte, with paths of the machine that exported
     inputs = {value.name for value in model.graph.inputs}
     for value, name in zip(model.graph.outputs, captured.output_names, strict=True):
         for other in ir.traversal.RecursiveGraphIterator(model.graph):
@@ -168,13 +205,14 @@ def _name(model: ir.Model, captured: CapturedProgram) -> None:
                 renamed(output)
 
 
-def _set_opset(model: ir.Model, opset: int) -> None:
-    """Drop domains nothing uses; the converter writes opset 18 already."""
+def _set_opset(model: ir.Model, opset: int, others: Mapping[str, int]) -> None:
+    """Drop domains nothing uses; the converter writes opset 18 already. ``others``: domains that may stand beside it."""
     import onnx_ir as ir
 
     used = {node.domain for node in ir.traversal.RecursiveGraphIterator(model.graph)}
     for domain in list(model.opset_imports):
         if domain and domain not in used:
             del model.opset_imports[domain]
-    if model.opset_imports.get("") != opset or set(model.opset_imports) - {""}:
-        raise LoweringError(f"opset imports are {dict(model.opset_imports)}, expected {{'': {opset}}}")
+    expected = {"": opset, **{domain: others[domain] for domain in used & set(others)}}
+    if dict(model.opset_imports) != expected:
+        raise LoweringError(f"opset imports are {dict(model.opset_imports)}, expected {expected}")

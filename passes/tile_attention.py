@@ -1,0 +1,53 @@
+"""Attention that may need more memory than it is allowed, marked to be computed a tile of queries at a time."""
+
+from __future__ import annotations
+
+import math
+
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from sam3x.passes.attention_guard import attentions, guarded, read_sdpa, replace, zeroed
+from sam3x.passes.attention_ops import TILED_ATTENTION
+from sam3x.passes.attention_rewrite import Emitter
+from sam3x.passes.base import Exactness, Missed, Pass, PassResult
+
+
+class TileAttentionPass(Pass):
+    """``aten.scaled_dot_product_attention`` → ``sam3x::tiled_attention`` wherever its scores are not known to fit the budget.
+
+    Args:
+        budget: bytes the scores of one attention may take.
+    """
+
+    name = "tile_attention"
+    run_after = ("canonicalize_attention", "simplify_attention_masks", "fuse_multi_head_attention")
+    exactness = Exactness.ARITHMETIC
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+
+    def call(self, program: ExportedProgram) -> PassResult:
+        rewrites, missed = 0, []
+        for module, node in attentions(program):
+            found = read_sdpa(node)
+            if isinstance(found, str):
+                missed.append(Missed(node=node.name, reason=found))
+                continue
+            size = score_bytes(found.query, found.key)
+            if size <= self.budget:
+                missed.append(Missed(node=node.name, reason=f"its scores take at most {size:,.0f} bytes"))
+                continue
+            emit = Emitter(module, node)
+            mask, hidden = guarded(emit, found.mask)
+            tiled = emit(TILED_ATTENTION, found.query, found.key, found.value, mask, found.scale, self.budget)
+            replace(module, node, zeroed(emit, tiled, hidden))
+            rewrites += 1
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+
+
+def score_bytes(query: Node, key: Node) -> float:
+    """The bytes that the scores take, ∞ where a size is not fixed."""
+    q, k = query.meta["val"], key.meta["val"]
+    sizes = (*q.shape[:-1], k.shape[-2])
+    return math.prod(sizes) * q.element_size() if all(isinstance(size, int) for size in sizes) else math.inf
