@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sam3x.targets.onnx_linear import opset
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -117,8 +119,8 @@ def _record(node: ir.Node) -> ir.Value:
 def _scalar(value: float, like: ir.Value) -> ir.Value:
     import numpy as np
     import onnx_ir as ir
-    from onnxscript import opset18 as op
 
+    op = opset()
     assert like.dtype is not None
     return op.Constant(value=ir.tensor(np.array(value, dtype=like.dtype.numpy())))
 
@@ -131,8 +133,7 @@ def _is_bool(mask: ir.Value) -> bool:
 
 def _scaled_and_swapped(query: ir.Value, key: ir.Value, scale: float) -> tuple[ir.Value, ir.Value]:
     """Scaled query, transposed key."""
-    from onnxscript import opset18 as op
-
+    op = opset()
     rank = len(query.shape)  # type: ignore[arg-type]
     order = [*range(rank - 2), rank - 1, rank - 2]
     scaled, swapped = op.Mul(query, _scalar(scale, query)), op.Transpose(key, perm=order)
@@ -141,8 +142,7 @@ def _scaled_and_swapped(query: ir.Value, key: ir.Value, scale: float) -> tuple[i
 
 
 def _additive(mask: ir.Value, like: ir.Value) -> ir.Value:
-    from onnxscript import opset18 as op
-
+    op = opset()
     if not _is_bool(mask):
         return mask
     made = op.Where(mask, _scalar(0.0, like), _scalar(-math.inf, like))
@@ -151,8 +151,7 @@ def _additive(mask: ir.Value, like: ir.Value) -> ir.Value:
 
 
 def _plain(query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | None, scale: float) -> ir.Value:
-    from onnxscript import opset18 as op
-
+    op = opset()
     scaled, swapped = _scaled_and_swapped(query, key, scale)
     scores = op.MatMul(scaled, swapped)
     if mask is not None:
@@ -162,8 +161,7 @@ def _plain(query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | Non
 
 def _scan(query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | None, scale: float, budget: int) -> ir.Value:
     """(…, N, D), (…, S, D), (…, S, E) → (…, N, E)."""
-    from onnxscript import opset18 as op
-
+    op = opset()
     rank = len(query.shape)  # type: ignore[arg-type]
     lead = op.ReduceProd(op.Shape(query, start=0, end=rank - 2), keepdims=1)
     tiles = _Tiles(query, rank - 2, op.Mul(lead, op.Shape(key, start=rank - 2, end=rank - 1)), budget)
@@ -200,12 +198,11 @@ class _Tiles:
     """
 
     def __init__(self, query: ir.Value, axis: int, scores: ir.Value, budget: int) -> None:
-        from onnxscript import opset18 as op
-
+        op = opset()
         self.query, self.axis = query, axis
         one = _ints(1)
         self.queries = op.Shape(query, start=axis, end=axis + 1)
-        row = op.Mul(scores, _ints(query.dtype.itemsize))  # type: ignore[union-attr]
+        row = op.Mul(scores, _ints(int(query.dtype.itemsize)))  # type: ignore[union-attr]
         allowed = op.Div(_ints(budget // 2), row)  # scores and probabilities of a tile are there at once
         wanted = op.Max(op.Div(_ints(TILE_BYTES), row), _ints(TILE_ROWS))
         rows = op.Max(op.Min(allowed, wanted, self.queries), one)
@@ -218,8 +215,8 @@ class _Tiles:
         ``tile(x, axis)`` is the part of ``x`` that belongs to the tile, ``add(op_type, *inputs, **attributes)`` makes a node.
         """
         import onnx_ir as ir
-        from onnxscript import opset18 as op
 
+        op = opset()
         one, axis, rank = _ints(1), _ints(self.axis), len(self.query.shape)  # type: ignore[arg-type]
         index = op.Range(op.Constant(value_int=0), op.Squeeze(self.count), op.Constant(value_int=1))
         starts = op.Unsqueeze(op.Min(op.Mul(index, self.rows), op.Sub(self.queries, self.rows)), one)
@@ -254,8 +251,7 @@ class _Tiles:
 
 
 def _ints(*values: int) -> ir.Value:
-    from onnxscript import opset18 as op
-
+    op = opset()
     return op.Constant(value_ints=[int(value) for value in values])
 
 
@@ -267,8 +263,8 @@ def _multi_head(
     ONNX Runtime keeps all scores where there is a mask: then, if they may be ``large``, it gets a tile of queries at a time.
     """
     import onnx_ir as ir
-    from onnxscript import opset18 as op
 
+    op = opset()
     padding = None if key_mask is None else op.Cast(key_mask, to=ir.DataType.INT32)
     attributes = {"num_heads": num_heads, "scale": float(scale), "mask_filter_value": LOWEST}
 

@@ -5,6 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 
+def opset() -> Any:
+    """onnxscript's opset 18, untyped: its annotations are for tensors, the converter hands over graph values."""
+    from onnxscript import opset18
+
+    return opset18
+
+
 def register(registry: Any) -> None:
     """Have torch's converter (an ``ONNXRegistry``) use it."""
     import torch
@@ -19,8 +26,7 @@ def register(registry: Any) -> None:
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """(…, C), (E, C), (E) → (…, E). ONNX Runtime adds the bias to a product of more than two dimensions in a second pass."""
-    from onnxscript import opset18 as op
-
+    op = opset()
     rank, width = len(x.shape), weight.shape[0]
     operands = (weight,) if bias is None else (weight, bias)
     if rank == 2:

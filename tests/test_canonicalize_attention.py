@@ -988,7 +988,9 @@ def test_a_wrong_rewrite_is_caught(damage: str) -> None:
 
 
 def test_default_pipeline_order() -> None:
-    assert default_pipeline().names == ("eliminate_noops", "canonicalize_attention")
+    names = default_pipeline().names
+    assert names.index("eliminate_noops") < names.index("canonicalize_attention") < names.index("narrow_cond")
+    assert default_pipeline("select").names == (*names, "if_convert")
 
 
 # --- random combinations

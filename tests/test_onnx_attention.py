@@ -116,7 +116,7 @@ WAYS = [(mode, memory) for mode in ("portable", "ort") for memory in ("1KB", "25
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(("mode", "memory"), WAYS, ids="-".join)
+@pytest.mark.parametrize(("mode", "memory"), WAYS, ids=["-".join(way) for way in WAYS])
 def test_equal_to_torch(mode: str, memory: str, mask: str, tmp_path: Path) -> None:
     path = tmp_path / "a.onnx"
     lower(mask, path, attention=mode, attention_memory=memory)
