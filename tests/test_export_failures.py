@@ -38,7 +38,7 @@ class WrongPass(Pass):
 
 @pytest.fixture
 def wrong_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "default_pipeline", lambda: PassPipeline((WrongPass(),)))
+    monkeypatch.setattr(api, "default_pipeline", lambda _: PassPipeline((WrongPass(),)))
 
 
 @pytest.mark.usefixtures("wrong_pipeline")
@@ -107,7 +107,7 @@ class Broken(Pass):
 
 
 def test_a_pass_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "default_pipeline", lambda: PassPipeline((Broken(),)))
+    monkeypatch.setattr(api, "default_pipeline", lambda _: PassPipeline((Broken(),)))
     with pytest.raises(PassError, match=r"'broken' failed after \[\]: RuntimeError: boom.*--disable-pass broken"):
         sam3x.export(encoder_of(1), output=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
