@@ -84,7 +84,7 @@ def export(
         captured, records = _timed(figures, "passes_seconds", lambda: pipeline.run(captured, check=check, dump_graphs=dump))
         tell(f"lower to {target}")
         path = staging / f"{STEM}{back_end.suffix}"
-        _timed(figures, "lower_seconds", lambda: back_end.lower(captured, path, target_options))
+        facts = _timed(figures, "lower_seconds", lambda: back_end.lower(captured, path, target_options)) or {}
         runner = back_end.load_runner(path)
         verification: tuple[VerificationRecord, ...] = ()
         if spec.verify != "off":
@@ -112,6 +112,7 @@ def export(
             verification=verification,
             verified=bool(verification),
             verified_reason=None if verification else "verification was switched off (--verify off)",
+            facts=facts,
             files={item.name: sha256_of(item) for item in sorted(staging.iterdir())},
             figures={name: round(value, 3) for name, value in figures.items()},
             notes=captured.notes,

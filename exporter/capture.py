@@ -138,7 +138,7 @@ def _operand(name: str, value: torch.Tensor, spec: ExportSpec) -> Operand:
     size = {"batch": 6, "tokens": 22, None: 0}[halved]
     dims = dims_of(name, value.dim())
     fixed = [i for i, meaning in enumerate(dims) if meaning and meaning == halved and isinstance(value.shape[i], int)]
-    return Operand(value=value, freed={index: size for index in fixed if value.shape[index] > 1})
+    return Operand(value=value, freed=dict.fromkeys(fixed, size))
 
 
 def _small(spec: ExportSpec) -> Sizes:

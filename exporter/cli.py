@@ -64,6 +64,11 @@ class Attention(str, Enum):
     DECOMPOSED = "decomposed"
 
 
+class Delegate(str, Enum):
+    XNNPACK = "xnnpack"
+    NONE = "none"
+
+
 class Verify(str, Enum):
     OFF = "off"
     FINAL = "final"
@@ -127,6 +132,7 @@ def export(
     attention_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="ONNX: what the scores of one attention may take; default 256MB.")
     ] = None,
+    delegate: Annotated[Delegate | None, typer.Option(help="pte: what runs the graph; default xnnpack.")] = None,
     disable_pass: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Leave a pass out; repeatable.")] = None,
     dump_graphs: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the graph after each pass.")] = None,
     quiet: Quiet = False,
@@ -155,6 +161,7 @@ def export(
             "external_data": external_data or None,
             "attention": attention and attention.value,
             "attention_memory": attention_memory,
+            "delegate": delegate and delegate.value,
         }
         options = {name: value for name, value in options.items() if value is not None}  # ExportSpec's defaults rule
         _check_early(target, options, checkpoint, module)

@@ -137,6 +137,12 @@ def manifest_view(manifest: ExportManifest, folder: Path, *, verbose: bool = Fal
     for key in [*(key for key in FIGURES if key in m.figures), *(key for key in m.figures if key not in FIGURES)]:
         figures.add_row(FIGURES.get(key, (key, ""))[0], _figure(key, m.figures[key]))
     parts += [files, figures]
+    if m.facts:
+        facts = _table("Facts of the file", "what", "value")
+        for key, value in m.facts.items():
+            shown = ", ".join(f"{name} {count}" for name, count in value.items()) if isinstance(value, dict) else str(value)
+            facts.add_row(key.replace("_", " "), shown)
+        parts.append(facts)
     if m.notes:
         parts.append(Group(Text("Notes", style="bold"), *(Text(f"- {note}") for note in m.notes)))
     return parts

@@ -62,7 +62,10 @@ class VerificationRecord(_Record):
 
 
 class ExportManifest(_Record):
-    """Everything ``sam3x inspect`` shows. ``ranges`` are inclusive sizes of the named dimensions."""
+    """Everything ``sam3x inspect`` shows.
+
+    ``ranges`` are inclusive sizes of the named dimensions; ``facts`` are what the target tells of its file (delegates, …).
+    """
 
     schema_version: int = SCHEMA_VERSION
     target: str
@@ -82,6 +85,7 @@ class ExportManifest(_Record):
     verification: tuple[VerificationRecord, ...] = ()
     verified: bool = False
     verified_reason: str | None = None
+    facts: dict[str, Any] = {}
     files: dict[str, str]
     figures: dict[str, float] = {}
     notes: tuple[str, ...] = ()

@@ -100,7 +100,7 @@ def _step(layout: Layout, node: Node) -> Layout | None:
     if target in (aten.transpose.int, aten.t.default):
         a, b = (d % rank for d in (node.args[1:3] if target is aten.transpose.int else (0, 1)))  # type: ignore[operator]
         order = list(range(rank))
-        order[a], order[b] = b, a
+        order[a], order[b] = b, a  # type: ignore[assignment]
         return replace(layout, dims=tuple(dims[d] for d in order))
     if target is aten.unsqueeze.default:
         at = node.args[1] % (rank + 1)  # type: ignore[operator]
@@ -152,9 +152,12 @@ def _narrow(layout: Layout, node: Node) -> Layout | None:
     digits = dims[at]
     if length is not None and start == 0 and length == _size(digits):
         return layout
-    if len(digits) > 1 or (digits and digits[0].dim < 0) or (not digits and start != 0):
+    if length == 0 or len(digits) > 1 or (digits and digits[0].dim < 0):
         return None
-    new, offsets = (), dict(layout.offsets)
+    if not digits and (start != 0 or length is not None):
+        return None
+    new: tuple[Digit, ...] = ()
+    offsets = dict(layout.offsets)
     if digits:
         digit = digits[0]
         offsets[digit.dim] = sympy.expand(offsets.get(digit.dim, sympy.S.Zero) + start * digit.stride)

@@ -54,7 +54,10 @@ def resolve(target: Target, options: Mapping[str, Any]) -> tuple[ExportSpec, Tar
             f"step 1/4 spec: {', '.join(unknown)}: no option of an export to {target.name}.{hint} "
             f"Options of {target.name} alone: {', '.join(sorted(own)) or 'none'}. See sam3x export --help."
         )
-    given = {**target.default_options, **{name: value for name, value in options.items() if name not in own}}
+    defaults = dict(target.default_options)
+    if options.get("interface") == "feature_maps":
+        defaults.pop("tokens", None)  # the maps' sizes say how many
+    given = {**defaults, **{name: value for name, value in options.items() if name not in own}}
     if given.get("branches") is None:
         given["branches"] = target.branches
     return make_spec(**given), checked(target.options_type, {name: value for name, value in options.items() if name in own})
@@ -86,8 +89,8 @@ class Target(Protocol):
     def legalization_passes(self, options: TargetOptions) -> tuple[Pass, ...]:
         """Passes after the default pipeline."""
 
-    def lower(self, captured: CapturedProgram, path: Path, options: TargetOptions) -> None:
-        """Write the artifact at ``path`` (and files beside it).
+    def lower(self, captured: CapturedProgram, path: Path, options: TargetOptions) -> dict[str, Any] | None:
+        """Write the artifact at ``path`` (and files beside it); returned facts about it go to the manifest.
 
         Raises:
             LoweringError: the back end refused the graph.

@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from sam3x.errors import UnknownTargetError
 from sam3x.targets.base import Target, TargetStatus
 
-_TARGETS = {"onnx": "sam3x.targets.onnx_target:OnnxTarget"}
+_TARGETS = {"onnx": "sam3x.targets.onnx_target:OnnxTarget", "pte": "sam3x.targets.pte_target:PteTarget"}
 GROUP = "sam3x.targets"
 
 

@@ -1,0 +1,135 @@
+"""ExecuTorch: one ``.pte`` with the graph delegated to XNNPACK, runtime flags as data flow, run by ExecuTorch's own runtime."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from sam3x.errors import ArtifactError, LoweringError, TargetUnavailableError
+from sam3x.spec import Branches
+from sam3x.targets.base import TargetOptions, TargetStatus
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from sam3x.passes.base import Pass
+    from sam3x.program import CapturedProgram
+
+CONTRACT = "sam3x_contract"
+"""A method of the .pte that returns the names of its inputs and outputs, in order, as JSON."""
+
+COND_ISSUE = "https://github.com/pytorch/executorch/issues/21490"
+_INSTALL = 'pip install "sam3x[pte]"'
+
+
+class PteOptions(TargetOptions):
+    """Options of an export to ExecuTorch.
+
+    Attributes:
+        delegate: who runs the graph: ``xnnpack``, or ``none`` for ExecuTorch's portable kernels.
+        precision: of weights and products.
+    """
+
+    delegate: Literal["xnnpack", "none"] = "xnnpack"
+    precision: Literal["fp32"] = "fp32"
+
+
+class PteTarget:
+    """``fusion_encoder.pte``."""
+
+    name = "pte"
+    suffix = ".pte"
+    opset = None
+    options_type = PteOptions
+    branches: Branches = "select"
+    default_options: ClassVar[dict[str, Any]] = {"batch": (1, 2), "tokens": 5184, "prompt_length": (1, 77)}
+
+    def availability(self) -> TargetStatus:
+        missing = [name for name in ("torch", "executorch") if importlib.util.find_spec(name) is None]
+        detail = f"missing {', '.join(missing)}" if missing else "exports and runs"
+        return TargetStatus(name=self.name, available=not missing, detail=detail, install=_INSTALL)
+
+    def legalization_passes(self, options: PteOptions) -> tuple[Pass, ...]:
+        from sam3x.passes.canonicalize_layouts import CancelViewsPass, CanonicalizeLayoutsPass
+        from sam3x.passes.decompose_attention import DecomposeAttentionPass
+        from sam3x.passes.fold_constants import FoldConstantsPass
+        from sam3x.passes.legalize_attention_for_pte import LegalizeAttentionForPtePass
+        from sam3x.passes.legalize_norms_for_pte import LegalizeNormsForPtePass
+
+        return (
+            CanonicalizeLayoutsPass(),
+            FoldConstantsPass(),
+            LegalizeAttentionForPtePass(),
+            DecomposeAttentionPass(),
+            LegalizeNormsForPtePass(),
+            CancelViewsPass(),
+        )
+
+    def lower(self, captured: CapturedProgram, path: Path, options: PteOptions) -> dict[str, Any]:
+        """Write ``path``; returns what ``pte_facts.facts_of`` counts."""
+        from sam3x.targets.pte_lower import write
+
+        left = conditionals(captured.program)
+        release = version("executorch")
+        if left and not conditionals_are_sound(release):
+            raise LoweringError(
+                f"step 4/4 pte: {len(left)} conditionals are left ({', '.join(left[:3])}). ExecuTorch {release} gives "
+                f"silently wrong numbers where several share memory ({COND_ISSUE}), and XNNPACK takes nothing inside them. "
+                "Make the flags data flow (--branches select), or fix them (--dac off --pre-norm on)."
+            )
+        try:
+            return write(captured, path, options.delegate, CONTRACT)
+        except Exception as error:
+            root: BaseException = error
+            while root.__cause__ is not None:
+                root = root.__cause__
+            raise LoweringError(
+                f"step 4/4 pte: the graph cannot be lowered: {type(root).__name__}: {str(root).partition(chr(10))[0]}. "
+                "Re-run with --dump-graphs DIR to see the graph."
+            ) from error
+
+    def load_runner(self, path: Path) -> PteRunner:
+        return PteRunner(path)
+
+    def versions(self) -> dict[str, Any]:
+        return {name: version(name) for name in ("torch", "executorch")}
+
+
+def conditionals(program: ExportedProgram) -> list[str]:
+    """Names of the ``torch.cond`` that are left, those in branches too."""
+    from sam3x.passes.cond_graph import cond_places
+
+    return [name for name, _, _ in cond_places(program)]
+
+
+def conditionals_are_sound(executorch: str) -> bool:
+    """Whether that release runs several ``torch.cond`` right. None does; the fix is proposed in pytorch/executorch#21494."""
+    return False
+
+
+class PteRunner:
+    """ExecuTorch's runtime, through its Python binding."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from executorch.runtime import Runtime
+        except ImportError:
+            raise TargetUnavailableError(f"step load: running a .pte needs executorch. Install it: {_INSTALL}") from None
+        try:
+            program = Runtime.get().load_program(str(path))
+            names = json.loads(program.load_method(CONTRACT).execute([])[0])  # type: ignore[union-attr]
+            method = program.load_method("forward")
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ArtifactError(f"load: ExecuTorch cannot load {path}: {error}. Export again.") from error
+        self._method, self._inputs, self._outputs = method, names["inputs"], names["outputs"]
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        import torch
+
+        given = [torch.from_numpy(np.asarray(inputs[name], order="C")) for name in self._inputs]
+        return {name: value.numpy() for name, value in zip(self._outputs, self._method.execute(given), strict=True)}
