@@ -22,7 +22,6 @@ from sam3x.spec import make_spec
 from sam3x.targets.pte_target import PteOptions, PteTarget
 from support.upstream import assert_equal_to_upstream, encoder_of
 
-pytest.importorskip("executorch")
 BRANCHES = list(itertools.product((False, True), (False, True)))
 
 
