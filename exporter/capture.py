@@ -14,7 +14,7 @@ from sam3x.inline import inline_layers
 from sam3x.layer_op import LAYER_OP
 from sam3x.layer_template import LayerTemplate, Operand, kind_of, trace_template
 from sam3x.program import CapturedProgram
-from sam3x.samples import Sizes, branch_values, make_inputs, samples_for, trace_sizes
+from sam3x.samples import branch_values, make_inputs, samples_for, trace_sizes
 from sam3x.spec import ExportSpec
 
 _aten = torch.ops.aten
@@ -99,7 +99,7 @@ def capture(source: nn.Module | Sequence[nn.Module], spec: ExportSpec) -> Captur
         input_names=names,
         output_names=encoder.output_names,
         dim_names=dim_names,
-        samples=tuple(samples_for(names, flags, spec, encoder.d_model, len(encoder.layers), [_small(spec)])),
+        samples=tuple(samples_for(names, flags, spec, encoder.d_model, len(encoder.layers), [sizes])),
         eager=encoder.eager,
         notes=tuple(notes),
     )
@@ -139,11 +139,6 @@ def _operand(name: str, value: torch.Tensor, spec: ExportSpec) -> Operand:
     dims = dims_of(name, value.dim())
     fixed = [i for i, meaning in enumerate(dims) if meaning and meaning == halved and isinstance(value.shape[i], int)]
     return Operand(value=value, freed=dict.fromkeys(fixed, size))
-
-
-def _small(spec: ExportSpec) -> Sizes:
-    sizes = trace_sizes(spec)
-    return Sizes(batch=sizes.batch, tokens=sizes.tokens, prompt_length=sizes.prompt_length)
 
 
 def _decompositions() -> dict:

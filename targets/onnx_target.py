@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -16,6 +14,7 @@ from pydantic import field_validator
 from sam3x.errors import LoweringError, TargetUnavailableError
 from sam3x.spec import Branches
 from sam3x.targets.base import TargetOptions, TargetStatus
+from sam3x.targets.quiet import errors_only
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from sam3x.program import CapturedProgram
 
 _EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
+_CHATTY = ("onnxscript", "torch.onnx._internal.exporter._core")  # a warning for each Split, each node without a stack trace
 _LARGEST_PROTO = 2_000_000_000  # protobuf's 2 GiB, less room for the graph
 
 
@@ -104,7 +104,7 @@ class OnnxTarget:
 
         try:
             # the public torch.onnx.export decomposes, which traces every torch.cond again; this program is decomposed already
-            with torch.no_grad(), _quiet():
+            with torch.no_grad(), errors_only(*_CHATTY):
                 _fx_passes.remove_assertion_nodes(captured.program.graph_module)  # ONNX has no word for them
                 registry = _registration.ONNXRegistry.from_torchlib()
                 onnx_attention.register(registry, captured)
@@ -152,20 +152,6 @@ class OnnxRunner:
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The optimizer warns once a Split, the converter once a node without a stack trace; put their levels back afterwards."""
-    loggers = [logging.getLogger(name) for name in ("onnxscript", "torch.onnx._internal.exporter._core")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
 
 
 def _name(model: ir.Model, captured: CapturedProgram) -> None:

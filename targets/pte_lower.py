@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import operator
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from sam3x.passes.cond_graph import aten, expression, fake_mode_of, slice_args
 from sam3x.passes.pipeline import PassPipeline
 from sam3x.program import CapturedProgram
 from sam3x.targets.pte_facts import facts_of
+from sam3x.targets.quiet import errors_only
 
 
 class UnifyDimensionsPass(Pass):
@@ -126,7 +126,7 @@ def write(captured: CapturedProgram, path: Path, delegate: str, contract: str) -
 
     captured, _ = PassPipeline((UnifyDimensionsPass(captured),)).run(captured)
     names = {"inputs": captured.input_names, "outputs": captured.output_names}
-    with torch.no_grad(), _bounded(captured), _quiet():
+    with torch.no_grad(), _bounded(captured), errors_only("torch.utils._pytree", "root", "executorch"):
         edge = to_edge_transform_and_lower(
             captured.program,
             partitioner=partitioners(delegate, plain=_is_plain(captured.program)),
@@ -201,16 +201,3 @@ def partitioners(delegate: str, *, plain: bool) -> list[Any]:
             return ops, None  # every linear is XNNPACK's: none is tried and put back
 
     return [LegalPartitioner()]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("torch.utils._pytree", "root", "executorch")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
