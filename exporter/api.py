@@ -85,9 +85,12 @@ def export(
         tell(f"lower to {target}")
         path = staging / f"{STEM}{back_end.suffix}"
         facts = _timed(figures, "lower_seconds", lambda: back_end.lower(captured, path, target_options)) or {}
-        runner = back_end.load_runner(path)
+        unverified = back_end.unverifiable(target_options)
+        runner = back_end.load_runner(path) if unverified is None else None
+        if spec.verify == "off":
+            unverified = "verification was switched off (--verify off)"
         verification: tuple[VerificationRecord, ...] = ()
-        if spec.verify != "off":
+        if runner is not None and unverified is None:
             tell("verify")
             verification = _timed(figures, "verify_seconds", lambda: _verify(source, spec, runner))
             require(verification, f"step 4/4 verify {target}")
@@ -110,20 +113,20 @@ def export(
             versions={"sam3x": sam3x.__version__, **back_end.versions()},
             passes=tuple(_pass_model(record) for record in records),
             verification=verification,
-            verified=bool(verification),
-            verified_reason=None if verification else "verification was switched off (--verify off)",
+            verified=unverified is None,
+            verified_reason=unverified,
             facts=facts,
             files={item.name: sha256_of(item) for item in sorted(staging.iterdir())},
             figures={name: round(value, 3) for name, value in figures.items()},
             notes=captured.notes,
         )
-        (staging / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        _write_manifest(staging / MANIFEST, manifest)
         _replace(staging, folder)
     return load(folder)
 
 
 def verify(folder: str | Path, source: nn.Module | Source | None = None, *, full: bool = False) -> list[VerificationRecord]:
-    """Run an artifact against the eager encoder again.
+    """Run an artifact against the eager encoder again; one that was never verified is from then on.
 
     Args:
         source: what it was exported from; None rebuilds the seeded default.
@@ -144,7 +147,17 @@ def verify(folder: str | Path, source: nn.Module | Source | None = None, *, full
         )
     records = _verify(given, spec, artifact._runner)
     require(records, f"verify {artifact.manifest.target}")
+    if not artifact.manifest.verified:
+        known = {"verified": True, "verified_reason": None, "verification": records}
+        _write_manifest(artifact.folder / MANIFEST, artifact.manifest.model_copy(update=known))
     return list(records)
+
+
+def _write_manifest(path: Path, manifest: ExportManifest) -> None:
+    """The whole file or the one before it."""
+    whole = path.with_name(f".{path.name}.new")
+    whole.write_text(manifest.model_dump_json(indent=2) + "\n")
+    os.replace(whole, path)
 
 
 def _as_source(encoder: Any, spec: ExportSpec) -> Source:

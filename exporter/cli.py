@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from sam3x.cli_target_options import TargetOptionsCommand, target_options_of
 from sam3x.errors import Sam3xError, SpecError, TargetUnavailableError
 
 if TYPE_CHECKING:
@@ -58,17 +59,6 @@ class MaskDtype(str, Enum):
     FLOAT32 = "float32"
 
 
-class Attention(str, Enum):
-    PORTABLE = "portable"
-    ORT = "ort"
-    DECOMPOSED = "decomposed"
-
-
-class Delegate(str, Enum):
-    XNNPACK = "xnnpack"
-    NONE = "none"
-
-
 class Verify(str, Enum):
     OFF = "off"
     FINAL = "final"
@@ -102,8 +92,9 @@ def _root(
     pass
 
 
-@app.command()
+@app.command(cls=TargetOptionsCommand)
 def export(
+    context: typer.Context,
     target: Annotated[str, typer.Option("--target", "-t", help="Back end; see `sam3x targets`.")] = "onnx",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("out"),
     checkpoint: Checkpoint = None,
@@ -125,14 +116,6 @@ def export(
     mask_dtype: Annotated[MaskDtype | None, typer.Option(help="Of tgt_mask and memory_mask; default bool.")] = None,
     verify: Annotated[Verify | None, typer.Option(help="What is compared with eager; default final.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of random weights and of the verification inputs; default 0.")] = None,
-    external_data: Annotated[bool, typer.Option("--external-data", help="Weights beside the graph file.")] = False,
-    attention: Annotated[
-        Attention | None, typer.Option(help="ONNX: opset 18 in tiles (portable, default), ONNX Runtime's operator, or plain.")
-    ] = None,
-    attention_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="ONNX: what the scores of one attention may take; default 256MB.")
-    ] = None,
-    delegate: Annotated[Delegate | None, typer.Option(help="pte: what runs the graph; default xnnpack.")] = None,
     disable_pass: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Leave a pass out; repeatable.")] = None,
     dump_graphs: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the graph after each pass.")] = None,
     quiet: Quiet = False,
@@ -158,12 +141,9 @@ def export(
             "mask_dtype": mask_dtype and mask_dtype.value,
             "verify": verify and verify.value,
             "seed": seed,
-            "external_data": external_data or None,
-            "attention": attention and attention.value,
-            "attention_memory": attention_memory,
-            "delegate": delegate and delegate.value,
         }
         options = {name: value for name, value in options.items() if value is not None}  # ExportSpec's defaults rule
+        options.update(target_options_of(context))
         _check_early(target, options, checkpoint, module)
         with _steps(quiet) as steps:
             if checkpoint is None and module is None:

@@ -33,7 +33,8 @@ class TargetStatus:
 class TargetOptions(BaseModel):
     """Options of one target alone; ``sam3x.export`` hands over every keyword that ``ExportSpec`` does not know.
 
-    A subclass states each as a field with a default. A name that neither knows is refused.
+    A subclass states each as a field with a default and a description, which is the help of its option of ``sam3x export``
+    (``cli_target_options``). A name that neither knows is refused.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -95,6 +96,9 @@ class Target(Protocol):
         Raises:
             LoweringError: the back end refused the graph.
         """
+
+    def unverifiable(self, options: TargetOptions) -> str | None:
+        """Why an artifact with these options cannot be run on this machine; None where it can, and so is verified."""
 
     def load_runner(self, path: Path) -> Runner:
         """Open an artifact without torch where the back end allows."""

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from sam3x.errors import LoweringError, TargetUnavailableError
 from sam3x.spec import Branches
@@ -42,9 +42,15 @@ class OnnxOptions(TargetOptions):
             it only for masked attention over many keys, ``decomposed`` not at all.
     """
 
-    external_data: bool = False
-    attention: Literal["portable", "ort", "decomposed"] = "portable"
-    attention_memory: str = "256MB"
+    external_data: bool = Field(False, description="weights beside the graph file.")
+    attention: Literal["portable", "ort", "decomposed"] = Field(
+        "portable", description="opset 18 in tiles (portable, default), ONNX Runtime's operator, or plain."
+    )
+    attention_memory: str = Field(
+        "256MB",
+        description="what the scores of one attention may take; default 256MB.",
+        json_schema_extra={"metavar": "SIZE"},
+    )
 
     @field_validator("attention_memory", mode="before")
     @classmethod
@@ -126,6 +132,9 @@ class OnnxTarget:
         external = f"{path.name}.data" if options.external_data or size > _LARGEST_PROTO else None
         ir.save(model, path, external_data=external)
         onnx.checker.check_model(str(path), full_check=True)
+
+    def unverifiable(self, options: OnnxOptions) -> None:
+        return None
 
     def load_runner(self, path: Path) -> OnnxRunner:
         return OnnxRunner(path)

@@ -8,13 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
+from pydantic import Field
 
 from sam3x.errors import ArtifactError, LoweringError, TargetUnavailableError
 from sam3x.spec import Branches
 from sam3x.targets.base import TargetOptions, TargetStatus
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch.export import ExportedProgram
 
     from sam3x.passes.base import Pass
@@ -35,8 +36,8 @@ class PteOptions(TargetOptions):
         precision: of weights and products.
     """
 
-    delegate: Literal["xnnpack", "none"] = "xnnpack"
-    precision: Literal["fp32"] = "fp32"
+    delegate: Literal["xnnpack", "none"] = Field("xnnpack", description="what runs the graph; default xnnpack.")
+    precision: Literal["fp32"] = Field("fp32", description="of weights and products; default fp32.")
 
 
 class PteTarget:
@@ -93,6 +94,9 @@ class PteTarget:
                 "Re-run with --dump-graphs DIR to see the graph."
             ) from error
 
+    def unverifiable(self, options: PteOptions) -> None:
+        return None
+
     def load_runner(self, path: Path) -> PteRunner:
         return PteRunner(path)
 
@@ -129,6 +133,7 @@ class PteRunner:
         self._method, self._inputs, self._outputs = method, names["inputs"], names["outputs"]
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        import numpy as np
         import torch
 
         given = [torch.from_numpy(np.asarray(inputs[name], order="C")) for name in self._inputs]

@@ -13,6 +13,11 @@ _TARGETS = {"onnx": "sam3x.targets.onnx_target:OnnxTarget", "pte": "sam3x.target
 GROUP = "sam3x.targets"
 
 
+def built_in_names() -> tuple[str, ...]:
+    """The targets of this package."""
+    return tuple(_TARGETS)
+
+
 def target_names() -> tuple[str, ...]:
     """Built-in targets, then those of other packages (entry-point group ``sam3x.targets``)."""
     return (*_TARGETS, *(item.name for item in entry_points(group=GROUP) if item.name not in _TARGETS))

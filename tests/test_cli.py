@@ -11,14 +11,18 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from pydantic import Field
 from typer.testing import CliRunner, Result
 
 from sam3x import __version__, api, cli, errors, sources
 from sam3x.manifest import ExportManifest, MissedRecord, PassRecordModel, TensorSpec, VerificationRecord
+from sam3x.targets import registry
+from sam3x.targets.base import TargetOptions
+from sam3x.targets.onnx_target import OnnxTarget
 
 HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy", "rich")
 PROBE = f"""
@@ -167,6 +171,7 @@ def test_version() -> None:
         (["--verify", "full"], {"verify": "full"}),
         (["--seed", "0"], {"seed": 0}),
         (["--external-data"], {"external_data": True}),
+        (["--attention", "ort", "--attention-memory", "64MB"], {"attention": "ort", "attention_memory": "64MB"}),
     ],
 )  # fmt: skip
 def test_options_reach_the_api_and_unset_ones_do_not(
@@ -177,6 +182,27 @@ def test_options_reach_the_api_and_unset_ones_do_not(
     del seen["progress"]
     rest = {"encoder": None, "target": "onnx", "output": Path("out"), "disable_pass": (), "dump_graphs": None}
     assert seen == {**rest, **expected}
+
+
+class TheirOptions(TargetOptions):
+    mood: Literal["calm", "brisk"] = Field("calm", description="how it runs.")
+    depth: int = 2
+    rounded: bool = True
+    places: tuple[str, ...] | None = Field(None, json_schema_extra={"metavar": "A,B"})
+
+
+def test_a_target_of_another_package_has_its_options_on_the_command_line(
+    seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = type("Theirs", (OnnxTarget,), {"name": "theirs", "options_type": TheirOptions})
+    monkeypatch.setattr(registry, "entry_points", lambda group: [SimpleNamespace(name="theirs", load=lambda: theirs)])
+    shown = run("export", "-t", "theirs", "--help").stdout
+    assert "--mood <calm|brisk>" in shown and "theirs: how it runs." in shown and "--places A,B" in shown
+    assert "--mood" not in run("export", "--help").stdout
+    assert "--mood" in run("export", "-t", "theirs", "--mood", "wild").stderr
+    result = run("export", "--target=theirs", "--mood", "brisk", "--depth", "3", "--no-rounded")
+    assert result.exit_code == 0, result.stderr
+    assert {name: seen[name] for name in ("mood", "depth", "rounded")} == {"mood": "brisk", "depth": 3, "rounded": False}
 
 
 def test_passes_graphs_and_output_reach_the_api(seen: dict[str, Any]) -> None:

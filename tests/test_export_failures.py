@@ -13,10 +13,11 @@ import torch
 from torch.export import ExportedProgram
 
 import sam3x
-from sam3x import api
+from sam3x import api, sources
 from sam3x.errors import ArtifactError, PassError, SourceError, SpecError, UnknownTargetError, VerificationError
 from sam3x.passes.base import Exactness, Pass, PassResult
 from sam3x.passes.pipeline import PassPipeline
+from sam3x.targets.onnx_target import OnnxTarget
 from support.upstream import encoder_of
 
 
@@ -206,3 +207,18 @@ def good_inputs() -> dict[str, Any]:
         "dac": False,
         "pre_norm": True,
     }
+
+
+def test_what_cannot_run_here_is_kept_unverified_and_completed_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = encoder_of(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(OnnxTarget, "unverifiable", lambda self, options: "this machine has no such processor")
+        artifact = sam3x.export(encoder, output=tmp_path / "out")
+    assert artifact.manifest.verified is False and artifact.manifest.verification == ()
+    assert artifact.manifest.verified_reason == "this machine has no such processor"
+    records = api.verify(tmp_path / "out", sources.module_source(encoder, "again"))
+    completed = sam3x.load(tmp_path / "out").manifest
+    assert completed.verified and completed.verified_reason is None and list(completed.verification) == records
+    assert sorted(item.name for item in (tmp_path / "out").iterdir()) == ["fusion_encoder.onnx", "manifest.json"]
