@@ -84,12 +84,12 @@ def _annotation(field: str, owners: Sequence[tuple[str, FieldInfo]]) -> Any:
         texts.setdefault(info.description or "", []).append(target)
     text = " ".join(f"{', '.join(targets)}: {what}" for what, targets in texts.items())
     extra = owners[0][1].json_schema_extra
-    metavar = extra.get("metavar") if isinstance(extra, dict) else None
+    metavar = str(extra["metavar"]) if isinstance(extra, dict) and "metavar" in extra else None
     name = f"--{field.replace('_', '-')}"
     kind: Any = kinds[0]
     if all(isinstance(item, tuple) for item in kinds):
         choices = list(dict.fromkeys(choice for item in kinds for choice in item))  # type: ignore[union-attr]
-        kind = enum.Enum(field, {choice.upper(): choice for choice in choices}, type=str)  # type: ignore[misc]
+        kind = enum.Enum(field, [(choice.upper(), choice) for choice in choices], type=str)  # type: ignore[no-redef]
     elif kind is bool:
         # a flag says the opposite of the default
         name = f"--no-{field.replace('_', '-')}" if owners[0][1].default else name
