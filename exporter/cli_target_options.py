@@ -89,7 +89,7 @@ def _annotation(field: str, owners: Sequence[tuple[str, FieldInfo]]) -> Any:
     kind: Any = kinds[0]
     if all(isinstance(item, tuple) for item in kinds):
         choices = list(dict.fromkeys(choice for item in kinds for choice in item))  # type: ignore[union-attr]
-        kind = enum.Enum(field, [(choice.upper(), choice) for choice in choices], type=str)  # type: ignore[no-redef]
+        kind = enum.Enum(field, [(choice.upper(), choice) for choice in choices], type=str)  # type: ignore[no-redef, misc]
     elif kind is bool:
         # a flag says the opposite of the default
         name = f"--no-{field.replace('_', '-')}" if owners[0][1].default else name
