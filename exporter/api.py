@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import resource
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +13,26 @@ import torch
 from torch import Tensor, nn
 
 import sam3x
-from sam3x.artifact import MANIFEST, STEM, Artifact, load, sha256_of
+from sam3x.artifact import STEM, Artifact, load
 from sam3x.capture import capture, dims_of
 from sam3x.errors import ArtifactError, SourceError, TargetUnavailableError
 from sam3x.fusion_encoder import FusionEncoder
-from sam3x.manifest import ExportManifest, MissedRecord, PassRecordModel, TensorSpec, VerificationRecord
+from sam3x.manifest import (
+    MANIFEST,
+    ExportManifest,
+    MissedRecord,
+    PassRecordModel,
+    TensorSpec,
+    VerificationRecord,
+    sealed,
+)
+from sam3x.manifest_files import names_in, sha256_of
 from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.program import CapturedProgram
+from sam3x.publish import publishing, replace_manifest
 from sam3x.samples import Sizes, samples_for, verification_sizes
 from sam3x.sources import Source, default_source, module_source
-from sam3x.spec import ExportSpec
+from sam3x.spec import ExportSpec, make_spec
 from sam3x.targets.base import Runner, resolve
 from sam3x.targets.registry import get_target
 from sam3x.verify import check_pass, compare, require
@@ -50,7 +56,7 @@ def export(
         encoder: a ``TransformerEncoderFusion``, ``TransformerEncoder``, ``TransformerEncoderLayer``, list of layers, a
             ``Source``, or None for SAM3's own hyper-parameters with seeded random weights. Used as it is, never changed.
         target: see ``sam3x targets``.
-        output: folder; replaced as a whole once everything is verified.
+        output: folder; an earlier export in it is replaced as a whole once everything is verified (``sam3x.publish``).
         progress: told the name of each step as it begins.
         disable_pass: passes to leave out. dump_graphs: folder for the graph after each pass.
         options: the fields of ``ExportSpec``, and of the target's own options (``targets/<name>_target.py``).
@@ -72,8 +78,8 @@ def export(
             f"step 1/4 spec: target '{target}' cannot export here: {status.detail}. Install it: {status.install}"
         )
     pipeline = default_pipeline(str(spec.branches)).then(*back_end.legalization_passes(target_options)).without(*disable_pass)
-    folder = Path(output)
-    with _staging(folder) as staging:
+    with publishing(output) as publication:
+        staging = publication.path
         tell("source")
         source = _as_source(encoder, spec)
         tell("capture")
@@ -116,13 +122,13 @@ def export(
             verified=unverified is None,
             verified_reason=unverified,
             facts=facts,
-            files={item.name: sha256_of(item) for item in sorted(staging.iterdir())},
+            files={name: sha256_of(staging / name) for name in names_in(staging)},
             figures={name: round(value, 3) for name, value in figures.items()},
             notes=captured.notes,
         )
-        _write_manifest(staging / MANIFEST, manifest)
-        _replace(staging, folder)
-    return load(folder)
+        (staging / MANIFEST).write_text(sealed(manifest))
+        publication.commit()
+    return load(output)
 
 
 def verify(folder: str | Path, source: nn.Module | Source | None = None, *, full: bool = False) -> list[VerificationRecord]:
@@ -137,7 +143,7 @@ def verify(folder: str | Path, source: nn.Module | Source | None = None, *, full
         VerificationError: an output is further off than allowed.
     """
     artifact = load(folder)
-    spec = ExportSpec(**artifact.manifest.spec)
+    spec = make_spec(**artifact.manifest.spec)
     spec = spec.model_copy(update={"verify": "full"}) if full else spec
     given = _as_source(source, spec)
     if given.weights_sha256 != artifact.manifest.weights_sha256:
@@ -149,15 +155,8 @@ def verify(folder: str | Path, source: nn.Module | Source | None = None, *, full
     require(records, f"verify {artifact.manifest.target}")
     if not artifact.manifest.verified:
         known = {"verified": True, "verified_reason": None, "verification": records}
-        _write_manifest(artifact.folder / MANIFEST, artifact.manifest.model_copy(update=known))
+        replace_manifest(artifact.folder, artifact.manifest.model_copy(update=known))
     return list(records)
-
-
-def _write_manifest(path: Path, manifest: ExportManifest) -> None:
-    """The whole file or the one before it."""
-    whole = path.with_name(f".{path.name}.new")
-    whole.write_text(manifest.model_dump_json(indent=2) + "\n")
-    os.replace(whole, path)
 
 
 def _as_source(encoder: Any, spec: ExportSpec) -> Source:
@@ -215,71 +214,3 @@ def _tensor_specs(captured: CapturedProgram) -> tuple[tuple[TensorSpec, ...], tu
     results = [node.meta["val"] for node in captured.program.graph.output_node().args[0]]
     outputs = tuple(describe(n, v, (None,) * v.dim()) for n, v in zip(captured.output_names, results, strict=True))
     return inputs, outputs
-
-
-@contextlib.contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside the output, on the same disk. It always goes, and after an error what was made for it too."""
-    made = [parent for parent in folder.parents if not parent.exists()]
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(0, "it is a file")
-        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(0, "no permission")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        path = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        _remove_empty(made)
-        raise ArtifactError(
-            f"step 1/4 spec: {folder} cannot be written ({error.strerror}). Choose another --output."
-        ) from error
-    try:
-        yield path
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        _remove_empty(made)
-        raise
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:  # innermost first
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-
-
-def _replace(staging: Path, folder: Path) -> None:
-    """Swap an earlier export in ``folder`` for the finished one, or put everything back; other files there are left alone."""
-    folder.mkdir(exist_ok=True)
-    new = sorted(item.name for item in staging.iterdir())
-    backup = Path(tempfile.mkdtemp(prefix="earlier-", dir=staging.parent))
-    moved: list[str] = []
-    saved: list[str] = []
-    try:
-        for name in dict.fromkeys([MANIFEST, *_earlier_files(folder), *new]):
-            if (folder / name).exists():
-                os.replace(folder / name, backup / name)
-                saved.append(name)
-        for name in sorted(new, key=lambda item: item == MANIFEST):  # the manifest last: a folder with one is whole
-            os.replace(staging / name, folder / name)
-            moved.append(name)
-    except BaseException as error:
-        for name in moved:
-            (folder / name).unlink(missing_ok=True)
-        for name in saved:
-            os.replace(backup / name, folder / name)
-        if isinstance(error, OSError):
-            raise ArtifactError(
-                f"step 4/4 verify: {folder} cannot be written ({error.strerror}). Choose another --output."
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(backup, ignore_errors=True)
-
-
-def _earlier_files(folder: Path) -> list[str]:
-    try:
-        files = ExportManifest.model_validate_json((folder / MANIFEST).read_text()).files
-    except (OSError, ValueError):
-        return []
-    return [name for name in files if Path(name).name == name]

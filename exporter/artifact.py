@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from sam3x.errors import ArtifactError
-from sam3x.manifest import SCHEMA_VERSION, ExportManifest
+from sam3x.manifest import MANIFEST, ExportManifest, read_manifest
+from sam3x.manifest_files import is_inside, link_in, sha256_of
+from sam3x.publish import recover
 from sam3x.targets.registry import get_target
 
 if TYPE_CHECKING:
@@ -20,21 +20,7 @@ if TYPE_CHECKING:
 
     from sam3x.targets.base import Runner
 
-MANIFEST = "manifest.json"
 STEM = "fusion_encoder"
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
-
-
-def _digest(stream: Any) -> str:
-    digest = hashlib.sha256()
-    while piece := stream.read(1 << 20):
-        digest.update(piece)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -109,32 +95,52 @@ class Artifact:
 
 
 def load(folder: str | Path) -> Artifact:
-    """Open an exported folder, checking every file's sha256.
+    """Open an exported folder, checking the manifest and every file's sha256.
+
+    Finishes an export that was killed after it was complete (``sam3x.publish``).
 
     Raises:
-        ArtifactError: no manifest, a manifest of another schema, a missing or edited file.
+        ArtifactError: no manifest, one of another schema, a missing or edited file, a name or a link that leads elsewhere.
     """
     root = Path(folder)
+    while True:
+        recover(root)
+        before = _identity(root / MANIFEST)
+        manifest = read_manifest(root)
+        try:
+            _check_files(root, manifest)
+        except ArtifactError:
+            recover(root)
+            if _identity(root / MANIFEST) == before:
+                raise  # else another export has just replaced this one
+        else:
+            return Artifact(folder=root, manifest=manifest)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file stands there; every export brings a new one."""
     try:
-        manifest = ExportManifest.model_validate_json((root / MANIFEST).read_text())
-    except OSError as error:
-        raise ArtifactError(
-            f"load: {root / MANIFEST} cannot be read ({error.strerror}). Export first: sam3x export -o {root}"
-        ) from error
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise ArtifactError(
-            f"load: {root / MANIFEST} is no sam3x manifest ({str(error).splitlines()[0]}). Export again."
-        ) from error
-    if manifest.schema_version != SCHEMA_VERSION:
-        raise ArtifactError(
-            f"load: manifest schema {manifest.schema_version}, this sam3x reads {SCHEMA_VERSION}. Export again."
-        )
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_ctime_ns
+
+
+def _check_files(root: Path, manifest: ExportManifest) -> None:
+    graph = f"{STEM}{get_target(manifest.target).suffix}"
+    if graph not in manifest.files:
+        raise ArtifactError(f"load: the manifest in {root} does not name {graph}. Export again.")
     for name, expected in manifest.files.items():
         path = root / name
-        if Path(name).name != name or path.is_symlink():
+        if not is_inside(name):
             raise ArtifactError(f"load: the manifest names '{name}', which is outside {root}. Export again.")
+        if (link := link_in(root, name)) is not None:
+            raise ArtifactError(f"load: {link} is a symbolic link, which may lead outside {root}. Export again.")
         if not path.is_file():
             raise ArtifactError(f"load: {path} is missing. Export again.")
-        if sha256_of(path) != expected:
+        try:
+            found = sha256_of(path)
+        except OSError as error:
+            raise ArtifactError(f"load: {path} cannot be read ({error.strerror}). Check its permissions.") from error
+        if found != expected:
             raise ArtifactError(f"load: {path} was changed after the export (sha256 differs). Export again.")
-    return Artifact(folder=root, manifest=manifest)

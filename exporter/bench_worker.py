@@ -113,10 +113,10 @@ class ArtifactContender:
     def imports(self) -> None:
         import numpy  # noqa: F401
 
-        import sam3x.artifact
-        from sam3x.manifest import ExportManifest  # noqa: F401
+        import sam3x.artifact  # noqa: F401
+        from sam3x.manifest import MANIFEST
 
-        target = json.loads((Path(self.job["path"]) / sam3x.artifact.MANIFEST).read_text()).get("target")
+        target = json.loads((Path(self.job["path"]) / MANIFEST).read_text()).get("target")
         if target == "onnx":
             limit_onnxruntime(self.job["threads"])
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-SCHEMA_VERSION = 1
+from sam3x.errors import ArtifactError
+
+SCHEMA_VERSION = 2
+MANIFEST = "manifest.json"
+_LARGEST = 1 << 26  # bytes; a manifest is some hundred thousand at most
 
 
 class _Record(BaseModel):
@@ -64,6 +71,8 @@ class VerificationRecord(_Record):
 class ExportManifest(_Record):
     """Everything ``sam3x inspect`` shows.
 
+    ``files`` are relative names, nested ones too (``1/model.plan``), each with its sha256; ``manifest_sha256`` is that of the
+    manifest itself (see ``sealed``), so that neither can be changed unnoticed. It is no signature.
     ``ranges`` are inclusive sizes of the named dimensions; ``facts`` are what the target tells of its file (delegates, …).
     """
 
@@ -89,3 +98,49 @@ class ExportManifest(_Record):
     files: dict[str, str]
     figures: dict[str, float] = {}
     notes: tuple[str, ...] = ()
+    manifest_sha256: str = ""
+
+
+def sealed(manifest: ExportManifest) -> str:
+    """The text of ``manifest.json``, with a hash over everything else in it."""
+    values = json.loads(manifest.model_dump_json())
+    return json.dumps({**values, "manifest_sha256": _seal_of(values)}, indent=2) + "\n"
+
+
+def _seal_of(values: dict[str, Any]) -> str:
+    rest = {name: value for name, value in values.items() if name != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> ExportManifest:
+    """The manifest in ``folder``, as it was written. The files it names are not looked at.
+
+    Raises:
+        ArtifactError: none, of another schema, no manifest, or changed after the export.
+    """
+    path = folder / MANIFEST
+    again = f"Export again: sam3x export -o {folder}"
+    try:
+        if path.exists() and not path.is_file():
+            raise ArtifactError(f"load: {path} is no regular file. {again}")
+        if path.stat().st_size > _LARGEST:
+            raise ArtifactError(f"load: {path} is too large for a manifest. {again}")
+        values = json.loads(path.read_bytes())
+        seal = _seal_of(values) if isinstance(values, dict) else None
+    except OSError as error:
+        raise ArtifactError(
+            f"load: {path} cannot be read ({error.strerror}). Export first: sam3x export -o {folder}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"load: {path} is no sam3x manifest ({error}). {again}") from error
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if not isinstance(version, int):
+        raise ArtifactError(f"load: {path} is no sam3x manifest (it tells no schema_version). {again}")
+    if version != SCHEMA_VERSION:
+        raise ArtifactError(f"load: {path} has manifest schema {version}, this sam3x reads {SCHEMA_VERSION}. {again}")
+    if values.get("manifest_sha256") != seal:
+        raise ArtifactError(f"load: {path} was changed after the export (its own sha256 differs). {again}")
+    try:
+        return ExportManifest.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise ArtifactError(f"load: {path} is no sam3x manifest ({str(error).splitlines()[0]}). {again}") from error

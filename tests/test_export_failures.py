@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from sam3x.errors import ArtifactError, PassError, SourceError, SpecError, Unkno
 from sam3x.passes.base import Exactness, Pass, PassResult
 from sam3x.passes.pipeline import PassPipeline
 from sam3x.targets.onnx_target import OnnxTarget
+from support.folders import edit_manifest
 from support.upstream import encoder_of
 
 
@@ -76,28 +76,6 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path: Path) -> N
     assert sorted(item.name for item in folder.iterdir()) == ["fusion_encoder.onnx", "manifest.json", "mine.txt"]
     assert artifact.manifest.verified is False
     assert "off" in str(artifact.manifest.verified_reason)
-
-
-def test_a_move_that_fails_puts_the_earlier_export_back(
-    default_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, staging = tmp_path / "out", tmp_path / "staging"
-    shutil.copytree(default_artifact, folder)
-    before = {item.name: item.read_bytes() for item in folder.iterdir()}
-    staging.mkdir()
-    (staging / "fusion_encoder.onnx").write_text("new")
-    (staging / "manifest.json").write_text("new")
-    replace = api.os.replace
-
-    def failing(source: Any, target: Any) -> None:
-        if Path(source) == staging / "manifest.json":
-            raise OSError(28, "No space left on device")
-        replace(source, target)
-
-    monkeypatch.setattr(api.os, "replace", failing)
-    with pytest.raises(ArtifactError, match="No space left"):
-        api._replace(staging, folder)
-    assert {item.name: item.read_bytes() for item in folder.iterdir()} == before
 
 
 class Broken(Pass):
@@ -160,9 +138,7 @@ class TestLoading:
 
     def test_a_file_outside_the_folder(self, default_artifact: Path, tmp_path: Path) -> None:
         shutil.copytree(default_artifact, tmp_path / "out")
-        manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-        manifest["files"] = {"../secret": "00"}
-        (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+        edit_manifest(tmp_path / "out", seal=True, files=lambda files: {**files, "../secret": "00"})
         with pytest.raises(ArtifactError, match="outside"):
             sam3x.load(tmp_path / "out")
 
