@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sam3x.errors import ArtifactError
+from sam3x.errors import ArtifactError, Sam3xError
+from sam3x.journal import recover
 from sam3x.manifest import MANIFEST, ExportManifest, read_manifest
 from sam3x.manifest_files import is_inside, link_in, sha256_of
-from sam3x.publish import recover
 from sam3x.targets.registry import get_target
 
 if TYPE_CHECKING:
@@ -37,7 +37,12 @@ class Artifact:
 
     @functools.cached_property
     def _runner(self) -> Runner:
-        return get_target(self.manifest.target).load_runner(self.path)
+        try:
+            return get_target(self.manifest.target).load_runner(self.path)
+        except Sam3xError:
+            raise
+        except Exception as error:  # every runtime has exceptions of its own
+            raise ArtifactError(f"load: {self.path} cannot be opened: {_first_line(error)}. Export again.") from error
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Run once.
@@ -49,9 +54,18 @@ class Artifact:
             Output name → array.
 
         Raises:
-            ArtifactError: a name, dtype, rank or size is not what the manifest says, or dac meets an odd dimension.
+            ArtifactError: a name, dtype, rank or size is not what the manifest says, dac meets an odd dimension, or the file
+                cannot be opened or run.
         """
-        return self._runner.run(self._checked(inputs))
+        arrays = self._checked(inputs)
+        try:
+            return self._runner.run(arrays)
+        except Sam3xError:
+            raise
+        except Exception as error:  # every runtime has exceptions of its own
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+            fact = f"{self.manifest.target} failed on {shapes}: {_first_line(error)}"
+            raise ArtifactError(f"run: {fact}. Check the artifact: sam3x verify {self.folder}") from error
 
     def _checked(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         names = self.manifest.input_names
@@ -94,10 +108,14 @@ class Artifact:
             )
 
 
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(".")
+
+
 def load(folder: str | Path) -> Artifact:
     """Open an exported folder, checking the manifest and every file's sha256.
 
-    Finishes an export that was killed after it was complete (``sam3x.publish``).
+    Finishes an export that was killed after it was complete (``sam3x.journal``).
 
     Raises:
         ArtifactError: no manifest, one of another schema, a missing or edited file, a name or a link that leads elsewhere.

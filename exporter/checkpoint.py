@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sam3x.checkpoint_archive import archive_fault
 from sam3x.errors import SourceError
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
@@ -118,6 +119,9 @@ def _load_torch(path: Path, head: bytes) -> Any:
     if head.startswith(b"\x80") and not head.startswith(_TORCH_MAGIC):
         raise _error(path, f"is a plain pickle, which may hold code: refused, nothing in it was executed. {_SAVE_AGAIN}")
     zipped = head.startswith(b"PK")
+    fault = archive_fault(path) if zipped else None
+    if fault:
+        raise _error(path, fault)
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)

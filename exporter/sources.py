@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sam3x.checkpoint import find_encoder, hyper_parameters, load_state, load_weights
+from sam3x.checkpoint_archive import weights_fault
 from sam3x.errors import Sam3xError, SourceError
 from sam3x.fusion_config import FusionConfig, make_config
 from sam3x.fusion_encoder import layers_of
@@ -68,6 +69,9 @@ def checkpoint_source(path: str | Path, **overrides: Any) -> Source:
     """
     subject = str(path)
     found = find_encoder(load_state(path), subject)
+    fault = weights_fault(Path(path), found.state)
+    if fault:
+        raise SourceError(f"step 1/4 source: {path} {fault}")
     given = {name: value for name, value in overrides.items() if value is not None}
     config = make_config(subject, **{**hyper_parameters(found, subject), **given})
     encoder = build_encoder(config, device="meta")

@@ -16,7 +16,8 @@ import pytest
 
 from sam3x.artifact import load
 from sam3x.errors import ArtifactError
-from sam3x.publish import JOURNAL, STAGING, publishing
+from sam3x.journal import JOURNAL, STAGING
+from sam3x.publish import publishing
 from support.folders import contents, write_export
 
 GRAPH = "fusion_encoder.onnx"

@@ -1,0 +1,43 @@
+"""One export into a folder at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows runs artifacts; exports are made on Linux and macOS
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` against other exports; the kernel lets go when the process ends, however it ends.
+
+    The lock is on the folder itself, so no file is left. A file system without locks is used without.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    while True:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError:
+                pass  # network file systems: the rename to JOURNAL still lets only one export through
+            if not folder.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+                folder.mkdir(parents=True, exist_ok=True)  # another export failed and took its folder away
+                continue
+            yield
+            return
+        finally:
+            os.close(descriptor)
