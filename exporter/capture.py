@@ -124,11 +124,15 @@ def _templates(encoder: FusionEncoder, shell: ExportedProgram) -> dict[int, Laye
 
 
 def _free_layouts(root: torch.fx.GraphModule) -> None:
-    """``view`` → ``reshape``, branches too: a pass may change a tensor's strides, never its elements."""
+    """``view`` → ``reshape``, branches too: a pass may change a tensor's strides, never its elements.
+
+    Complex numbers stay views: back ends know those alone, and no pass moves them.
+    """
     for module in root.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
-                if node.target in (_aten.view.default, _aten._unsafe_view.default):
+                views = (_aten.view.default, _aten._unsafe_view.default)
+                if node.target in views and not node.meta["val"].is_complex():
                     node.target = _aten.reshape.default
             module.recompile()
 

@@ -47,6 +47,7 @@ class CapturedProgram:
         eager: maps named inputs to named outputs with the eager module, in the dtype of the given floats (float32 or
             float64); the definition everything is compared with.
         notes: facts a user should know, for the manifest.
+        ranges: meaning → inclusive sizes, of a component whose dimensions the spec does not know.
     """
 
     program: ExportedProgram
@@ -57,6 +58,7 @@ class CapturedProgram:
     samples: tuple[Sample, ...]
     eager: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
     notes: tuple[str, ...] = field(default=())
+    ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def with_program(self, program: ExportedProgram) -> CapturedProgram:
         """The same capture around another program."""

@@ -49,6 +49,8 @@ def _rewrite(module: GraphModule, node: Node, mask: Node) -> int:
     slim = tuple(tuple(axis for axis in leaves(dim) if axis in kept) for dim in layout)
     if list(itertools.chain(*slim)) != [axis for dim in own for axis in leaves(dim)]:
         return 0
+    if any(dim and dim != tuple(leaves(whole)) for dim, whole in zip(slim, layout, strict=True)):
+        return 0  # one dimension holds the batch and its copies: without them it would not broadcast
     padding = _padding(source)
     if padding is None and source is mask:
         return 0

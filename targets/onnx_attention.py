@@ -49,10 +49,12 @@ def domains(mode: str) -> dict[str, int]:
     return {CONTRIB: 1} if mode == "ort" else {}
 
 
-def _bounds(captured: CapturedProgram) -> dict[str, int]:
+def _bounds(captured: CapturedProgram) -> dict[str, float]:
     """Symbol → the largest value it may take; a size that tracing found no name for is dac's half."""
     spec = captured.spec
-    upper = {"batch": spec.batch[1], "tokens": spec.halved_range[1], "prompt_length": spec.prompt_length[1]}
+    if captured.ranges:
+        return defaultdict(lambda: math.inf, {s: captured.ranges[meaning][1] for s, meaning in captured.dim_names.items()})
+    upper: dict[str, float] = {"batch": spec.batch[1], "tokens": spec.halved_range[1], "prompt_length": spec.prompt_length[1]}
     bounds = {symbol: upper[meaning] for symbol, meaning in captured.dim_names.items()}
     halved = ("batch", "tokens")[spec.dac_dim]
     return defaultdict(lambda: upper[halved], bounds)
@@ -84,12 +86,12 @@ def register(registry: Any, captured: CapturedProgram) -> None:
         )
 
 
-def _score_bytes(dtype: ir.DataType, sizes: Sequence[Any], largest: Mapping[str, int]) -> float:
+def _score_bytes(dtype: ir.DataType, sizes: Sequence[Any], largest: Mapping[str, float]) -> float:
     """The most bytes the scores can take; ∞ where a size has no known bound."""
     return math.prod(_largest(size, largest) for size in sizes) * dtype.itemsize
 
 
-def _largest(dim: Any, largest: Mapping[str, int]) -> float:
+def _largest(dim: Any, largest: Mapping[str, float]) -> float:
     if isinstance(dim, int):
         return dim
     import sympy

@@ -118,7 +118,7 @@ class OnnxTarget:
                 built = _core._exported_program_to_onnx_program(captured.program, registry=registry, lower="at_conversion")
                 model = built.model
                 built.optimize()
-                _name(model, captured)
+                _name(model, captured, path.stem)
                 _set_opset(model, self.opset, onnx_attention.domains(options.attention))
         except Exception as error:
             root: BaseException = error
@@ -163,11 +163,11 @@ class OnnxRunner:
         return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
 
 
-def _name(model: ir.Model, captured: CapturedProgram) -> None:
+def _name(model: ir.Model, captured: CapturedProgram, graph_name: str) -> None:
     """Public names for outputs and dimensions; what the exporter derives from symbols is spelt with the same names."""
     import onnx_ir as ir
 
-    model.graph.name = "fusion_encoder"
+    model.graph.name = graph_name
     model.producer_name = "sam3x"
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         node.metadata_props.clear()  # stack traces and fx nodes: half a megabyte, with paths of the machine that exported
