@@ -20,7 +20,6 @@ from sam3x.fusion_encoder import FusionEncoder
 from sam3x.manifest import (
     MANIFEST,
     ExportManifest,
-    MissedRecord,
     PassRecordModel,
     TensorSpec,
     VerificationRecord,
@@ -117,7 +116,7 @@ def export(
             origin=source.origin,
             weights_sha256=source.weights_sha256,
             versions={"sam3x": sam3x.__version__, **back_end.versions()},
-            passes=tuple(_pass_model(record) for record in records),
+            passes=tuple(PassRecordModel.of(record) for record in records),
             verification=verification,
             verified=unverified is None,
             verified_reason=unverified,
@@ -190,12 +189,6 @@ def _verify(source: Source, spec: ExportSpec, runner: Runner) -> tuple[Verificat
         }
 
     return compare(samples, run, encoder.eager)
-
-
-def _pass_model(record: Any) -> PassRecordModel:
-    missed = tuple(MissedRecord(node=item.node, reason=item.reason) for item in record.missed)
-    names = ("name", "modified", "rewrites", "nodes_before", "nodes_after", "max_change")
-    return PassRecordModel(**{name: getattr(record, name) for name in names}, seconds=round(record.seconds, 4), missed=missed)
 
 
 def _tensor_specs(captured: CapturedProgram) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -46,6 +46,13 @@ class PassRecordModel(_Record):
     seconds: float
     missed: tuple[MissedRecord, ...] = ()
     max_change: float | None = None
+
+    @classmethod
+    def of(cls, record: Any) -> PassRecordModel:
+        """From a ``sam3x.passes.pipeline.PassRecord``."""
+        missed = tuple(MissedRecord(node=item.node, reason=item.reason) for item in record.missed)
+        names = ("name", "modified", "rewrites", "nodes_before", "nodes_after", "max_change")
+        return cls(**{name: getattr(record, name) for name in names}, seconds=round(record.seconds, 4), missed=missed)
 
 
 class VerificationRecord(_Record):
@@ -101,7 +108,7 @@ class ExportManifest(_Record):
     manifest_sha256: str = ""
 
 
-def sealed(manifest: ExportManifest) -> str:
+def sealed(manifest: BaseModel) -> str:
     """The text of ``manifest.json``, with a hash over everything else in it."""
     values = json.loads(manifest.model_dump_json())
     return json.dumps({**values, "manifest_sha256": _seal_of(values)}, indent=2) + "\n"
@@ -112,8 +119,8 @@ def _seal_of(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def read_manifest(folder: Path) -> ExportManifest:
-    """The manifest in ``folder``, as it was written. The files it names are not looked at.
+def read_values(folder: Path) -> dict[str, Any]:
+    """What stands in the manifest in ``folder``, as it was written, whatever it is a manifest of.
 
     Raises:
         ArtifactError: none, of another schema, no manifest, or changed after the export.
@@ -140,7 +147,33 @@ def read_manifest(folder: Path) -> ExportManifest:
         raise ArtifactError(f"load: {path} has manifest schema {version}, this sam3x reads {SCHEMA_VERSION}. {again}")
     if values.get("manifest_sha256") != seal:
         raise ArtifactError(f"load: {path} was changed after the export (its own sha256 differs). {again}")
+    return values
+
+
+def read_manifest(folder: Path) -> ExportManifest:
+    """The manifest of a fusion encoder in ``folder``. The files it names are not looked at.
+
+    Raises:
+        ArtifactError: as ``read_values``, or the folder holds something else.
+    """
+    values = read_values(folder)
+    if values.get("kind") == "pipeline":
+        raise ArtifactError(f"load: {folder} holds a whole image model. Run it with sam3x run, or sam3x.runtime.Segmenter.")
+    return validated(ExportManifest, values, folder)
+
+
+Manifest = TypeVar("Manifest", bound=BaseModel)
+
+
+def validated(model: type[Manifest], values: dict[str, Any], folder: Path) -> Manifest:
+    """``values`` as a manifest.
+
+    Raises:
+        ArtifactError: a field is missing or wrong.
+    """
     try:
-        return ExportManifest.model_validate_json(json.dumps(values))
+        return model.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        raise ArtifactError(f"load: {path} is no sam3x manifest ({str(error).splitlines()[0]}). {again}") from error
+        fact = str(error).splitlines()[0]
+        again = f"Export again: sam3x export -o {folder}"
+        raise ArtifactError(f"load: {folder / MANIFEST} is no sam3x manifest ({fact}). {again}") from error

@@ -20,7 +20,7 @@ from pathlib import Path
 from sam3x.errors import ArtifactError
 from sam3x.folder_lock import locked
 from sam3x.journal import DISK_ERRORS, NEW, STAGING, commit, finish
-from sam3x.manifest import MANIFEST, ExportManifest, read_manifest, sealed
+from sam3x.manifest import MANIFEST, ExportManifest, read_values, sealed
 from sam3x.manifest_files import is_inside, link_in, names_in, sha256_of
 
 
@@ -127,13 +127,16 @@ def _check_free(folder: Path, name: str) -> None:
 def _earlier_files(folder: Path) -> list[str]:
     """Files of the export that stands in ``folder``, as they were written: what was changed since is the user's."""
     try:
-        files = read_manifest(folder).files
+        files = read_values(folder).get("files")
     except ArtifactError:
+        return []
+    if not isinstance(files, dict):
         return []
     return [
         name
         for name, expected in files.items()
-        if is_inside(name)
+        if isinstance(name, str)
+        and is_inside(name)
         and link_in(folder, name) is None
         and (folder / name).is_file()
         and sha256_of(folder / name) == expected

@@ -99,6 +99,15 @@ def module_source(module: nn.Module | Sequence[nn.Module], origin: str) -> Sourc
 def factory_source(name: str) -> Source:
     """What ``package.module:factory`` returns when called with no arguments: a module or a list of layers.
 
+    Raises:
+        SourceError: the name, the import, the call or its result is wrong.
+    """
+    return module_source(call_factory(name), f"module {name}")
+
+
+def call_factory(name: str) -> nn.Module:
+    """Import and call ``package.module:factory``.
+
     The current directory is importable, as with ``python -m``. What the factory prints goes to stderr.
 
     Raises:
@@ -117,7 +126,7 @@ def factory_source(name: str) -> Source:
         result = nn.ModuleList(result)
     if not isinstance(result, nn.Module):
         raise _factory_error(name, f"returned {type(result).__name__}. Return an nn.Module or a list of layers.")
-    return module_source(result, f"module {name}")
+    return result
 
 
 def _factory_error(name: str, fact: str) -> SourceError:
