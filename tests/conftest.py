@@ -33,3 +33,22 @@ def default_artifact(small_encoder: nn.Module, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("artifact") / "out"
     sam3x.export(small_encoder, target="onnx", output=folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small ``Sam3Image`` exported whole. Made once for all workers of a run. Read only."""
+    from filelock import FileLock
+
+    from support.image_model import tiny_image_model, write_vocabulary
+
+    base = tmp_path_factory.getbasetemp()
+    root = base if base.name.startswith("pytest-") else base.parent  # workers have folders of their own below the run's
+    folder = root / "tiny_pipeline"
+    with FileLock(str(folder) + ".lock"):
+        if not (folder / "manifest.json").exists():
+            from sam3x.pipeline import export_pipeline, module_image_source
+
+            vocabulary = write_vocabulary(root / "tiny_bpe.txt.gz")
+            export_pipeline(module_image_source(tiny_image_model(vocabulary)), output=folder, tokenizer=vocabulary)
+    return folder

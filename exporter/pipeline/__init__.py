@@ -1,0 +1,44 @@
+"""The whole image model as six component files: ``export_pipeline`` and the sources it takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sam3x.pipeline.export import export_pipeline
+    from sam3x.pipeline.reverify import verify_pipeline
+    from sam3x.pipeline.sources import (
+        checkpoint_image_source,
+        module_image_source,
+        random_image_source,
+        transformers_image_source,
+    )
+
+TARGETS = ("onnx",)
+"""Back ends whose lowering knows the contract's dimensions."""
+
+_HOMES = {
+    "export_pipeline": "sam3x.pipeline.export",
+    "verify_pipeline": "sam3x.pipeline.reverify",
+    "checkpoint_image_source": "sam3x.pipeline.sources",
+    "module_image_source": "sam3x.pipeline.sources",
+    "random_image_source": "sam3x.pipeline.sources",
+    "transformers_image_source": "sam3x.pipeline.sources",
+}
+
+__all__ = [
+    "checkpoint_image_source",
+    "export_pipeline",
+    "module_image_source",
+    "random_image_source",
+    "transformers_image_source",
+    "verify_pipeline",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,204 @@
+"""``export_pipeline``: a whole image model into component files, each verified, with a manifest that connects them."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam3x.errors import SpecError, TargetUnavailableError
+from sam3x.manifest import MANIFEST, PassRecordModel, TensorSpec, VerificationRecord, sealed
+from sam3x.manifest_files import names_in, sha256_of
+from sam3x.passes.decompose_complex import DecomposeComplexPass
+from sam3x.passes.default_pipeline import default_pipeline
+from sam3x.passes.pipeline import PassPipeline
+from sam3x.pipeline import TARGETS
+from sam3x.pipeline.capture import capture_component
+from sam3x.pipeline.contract import Component, ImageModel, walk
+from sam3x.pipeline.tokenizer import write_tokenizer
+from sam3x.pipeline.verify import Case, verify_component
+from sam3x.publish import publishing
+from sam3x.runtime.manifest import ComponentSpec, PipelineManifest
+from sam3x.spec import ExportSpec
+from sam3x.targets.base import Target, TargetOptions, resolve
+from sam3x.targets.registry import get_target
+from sam3x.verify import require
+
+Progress = Callable[[str], None]
+Cut = Callable[[ExportSpec], ImageModel]
+"""A source that is cut into components once the spec of its fusion encoder is known."""
+
+FUSION_DEFAULTS: dict[str, Any] = {"dac": False, "pre_norm": "module"}
+"""The pipeline runs the fusion encoder as the source does; ``runtime`` keeps the branches in the file."""
+
+
+def export_pipeline(
+    cut: Cut,
+    *,
+    target: str = "onnx",
+    output: str | Path,
+    tokenizer: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> PipelineManifest:
+    """Export every component of an image model, run each against eager, and publish them together.
+
+    Args:
+        cut: what ``sam3x.pipeline.sources`` returns.
+        target: see ``sam3x targets``. output: folder; replaced as a whole once everything is verified.
+        tokenizer: ``bpe_simple_vocab_16e6.txt.gz``, a ``tokenizer.json`` or a folder with one. None: the source's own, or none.
+        progress: told each step as it begins.
+        options: ``dac``, ``pre_norm``, ``branches``, ``verify``, ``seed`` of ``ExportSpec``, and the target's own options.
+
+    Raises:
+        Sam3xError: typed by step; nothing is left in ``output`` that was not there before.
+    """
+    tell = progress or (lambda _: None)
+    started = time.perf_counter()
+    back_end = get_target(target)
+    if back_end.name not in TARGETS:
+        raise SpecError(f"step 1/4 spec: --pipeline writes {', '.join(TARGETS)}, not yet {target}. Leave --target out.")
+    spec, target_options = resolve(back_end, {**FUSION_DEFAULTS, **options})
+    status = back_end.availability()
+    if not status.available:
+        raise TargetUnavailableError(
+            f"step 1/4 spec: target '{target}' cannot export here: {status.detail}. Install it: {status.install}"
+        )
+    with publishing(output) as publication:
+        staging = publication.path
+        tell("source")
+        model = cut(spec)
+        vocabulary = write_tokenizer(tokenizer or model.tokenizer, staging, model)
+        tell("eager components")
+        cases = cases_of(model, spec)
+        job = _Job(back_end, target_options, spec, staging, tell)
+        specs = [job.export(component, cases[component.name]) for component in model.components]
+        manifest = PipelineManifest(
+            target=target,
+            opset=back_end.opset,
+            source=model.source,
+            components=tuple(specs),
+            image_size=model.image_size,
+            mean=model.mean,
+            std=model.std,
+            context_length=model.context_length,
+            fixed_length=model.fixed_length,
+            vocab_size=model.vocab_size,
+            pad_id=model.pad_id,
+            box_text=model.box_text,
+            tokenizer=vocabulary,
+            unescape_html=model.unescape_html,
+            threshold=model.threshold,
+            mask_interpolation=model.mask_interpolation,
+            spec=spec.model_dump(mode="json"),
+            target_options=target_options.model_dump(mode="json"),
+            origin=model.origin,
+            weights_sha256=model.weights_sha256,
+            versions={"sam3x": version("sam3x"), **back_end.versions()},
+            verified=spec.verify != "off",
+            verified_reason=None if spec.verify != "off" else "verification was switched off (--verify off)",
+            files={name: sha256_of(staging / name) for name in names_in(staging)},
+            figures={
+                "total_seconds": round(time.perf_counter() - started, 3),
+                "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 3),
+            },
+            notes=model.notes,
+        )
+        (staging / MANIFEST).write_text(sealed(manifest))
+        publication.commit()
+    return manifest
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What the export of every component shares."""
+
+    target: Target
+    options: TargetOptions
+    spec: ExportSpec
+    folder: Path
+    tell: Progress
+
+    def export(self, component: Component, cases: list[Case]) -> ComponentSpec:
+        self.tell(f"{component.name}: capture")
+        started = time.perf_counter()
+        _, example, outputs = cases[0]
+        captured = capture_component(component, example)
+        self.tell(f"{component.name}: passes")
+        before = PassPipeline((DecomposeComplexPass(), *default_pipeline(str(self.spec.branches)).passes))
+        captured, records = before.then(*self.target.legalization_passes(self.options)).run(captured)
+        self.tell(f"{component.name}: lower to {self.target.name}")
+        path = self.folder / f"{component.name}{self.target.suffix}"
+        facts = self.target.lower(captured, path, self.options) or {}
+        verification: tuple[VerificationRecord, ...] = ()
+        if self.spec.verify != "off":
+            self.tell(f"{component.name}: verify")
+            verification = verify_component(component, self.target.load_runner(path), cases)
+            require(verification, f"step 4/4 verify {self.target.name} {component.name}")
+        return ComponentSpec(
+            name=component.name,
+            file=path.name,
+            inputs=tuple(_described(port.name, example[port.name], port.dims) for port in component.inputs),
+            outputs=tuple(_described(name, outputs[name], ()) for name in component.outputs),
+            reads={port.name: port.tensor for port in component.inputs if port.name not in component.constants},
+            writes={name: component.renamed.get(name, name) for name in component.outputs},
+            constants={name: value.tolist() for name, value in component.constants.items()},
+            ranges=dict(component.ranges),
+            passes=tuple(PassRecordModel.of(record) for record in records),
+            verification=verification,
+            facts=facts,
+            figures={"seconds": round(time.perf_counter() - started, 3)},
+        )
+
+
+def _described(name: str, value: Tensor, dims: tuple[str | None, ...]) -> TensorSpec:
+    named = dims or (None,) * value.dim()
+    shape = tuple(dim or int(size) for dim, size in zip(named, value.shape, strict=True))
+    return TensorSpec(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=shape)
+
+
+def cases_of(model: ImageModel, spec: ExportSpec) -> dict[str, list[Case]]:
+    """Component → inputs and eager outputs at several sizes: many prompts, one prompt, boxes that are padding."""
+    sizes = [(3, min(5, model.context_length), 2, 4), (1, model.context_length, 1, 1)]
+    if spec.verify == "full":
+        sizes.append((4, max(2, model.context_length // 2), 5, 3))
+    found: dict[str, list[Case]] = {component.name: [] for component in model.components}
+    vision = None
+    for index, (prompts, length, boxes, queries) in enumerate(sizes):
+        length = model.context_length if model.fixed_length else length
+        given = _given(model, prompts, length, boxes, spec.seed + index)
+        trace = walk(model.components, given, lambda value, count=queries: value[:, :count], vision)  # type: ignore[misc]
+        for name, (inputs, outputs) in trace.items():
+            if name != "vision_encoder" or vision is None:
+                found[name].append((f"{prompts} prompts, length {length}, {boxes} boxes, {queries} queries", inputs, outputs))
+        vision = trace["vision_encoder"]
+    return found
+
+
+def _given(model: ImageModel, prompts: int, length: int, boxes: int, seed: int) -> Mapping[str, Tensor]:
+    """Seeded outer inputs: noise for a picture, texts of several lengths, prompts with all, some and no boxes."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, model.vocab_size, (prompts, length), generator=generator)
+    box_mask = torch.zeros((prompts, boxes), dtype=torch.bool)
+    for row in range(prompts):
+        ids[row, max(2, length - row * 2) :] = model.pad_id
+        box_mask[row, max(0, boxes - row) :] = True
+    if prompts == 1:
+        box_mask[:] = True
+    corner = torch.rand((prompts, boxes, 2), generator=generator) * 0.5 + 0.25
+    extent = torch.rand((prompts, boxes, 2), generator=generator) * 0.4 + 0.05
+    return {
+        "image": torch.randn((1, 3, model.image_size, model.image_size), generator=generator),
+        "input_ids": ids,
+        "attention_mask": torch.arange(length)[None] < (length - 2 * torch.arange(prompts)[:, None]).clamp(min=2),
+        "boxes": torch.cat([corner, extent], dim=-1),
+        "box_labels": torch.randint(0, 2, (prompts, boxes), generator=generator),
+        "box_mask": box_mask,
+    }

@@ -1,0 +1,109 @@
+"""Meta's ``Sam3Image`` as six components. Recognized by what it has, not by where its class was imported from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sam3x.errors import SourceError
+from sam3x.fusion_encoder import FusionEncoder, twin_of
+from sam3x.pipeline import meta
+from sam3x.pipeline.contract import Component, ImageModel, Port
+from sam3x.pipeline.cut import cut_components, ranges_of
+from sam3x.sources import weights_hash
+from sam3x.spec import ExportSpec
+
+_PARTS = (
+    "backbone.vision_backbone",
+    "backbone.language_backbone",
+    "geometry_encoder",
+    "transformer.encoder",
+    "transformer.decoder",
+    "segmentation_head",
+)
+
+
+def is_meta(model: nn.Module) -> bool:
+    """Whether ``model`` has the parts of ``Sam3Image``."""
+    try:
+        return all(model.get_submodule(name) is not None for name in _PARTS)
+    except AttributeError:
+        return False
+
+
+def meta_model(model: nn.Module, origin: str, image_size: int, spec: ExportSpec) -> ImageModel:
+    """Cut a ``Sam3Image`` into components. The model itself is left as it is: adapters work on a second tree over its tensors.
+
+    Args:
+        image_size: side of the picture it was built for. spec: dac, pre_norm, branches of the fusion encoder.
+
+    Raises:
+        SourceError: it uses more than one feature level.
+    """
+    if model.num_feature_levels != 1:
+        raise SourceError(f"step 1/4 source: num_feature_levels is {model.num_feature_levels}; sam3x takes 1, as in SAM3.")
+    twin: Any = private_twin(model)
+    text = twin.backbone.language_backbone
+    with torch.no_grad():  # fills the position caches too
+        out = twin.backbone.forward_image(torch.zeros((1, 3, image_size, image_size)))
+    size, levels = out["backbone_fpn"][-1].shape[-1], len(out["backbone_fpn"]) - 1
+    fixed = not isinstance(getattr(text.encoder, "positional_embedding", None), nn.Parameter)  # students stretch positions
+    ranges = ranges_of(text.context_length, twin.transformer.decoder.num_queries, fixed_length=fixed)
+    modules = {
+        "vision_encoder": meta.VisionEncoder(twin.backbone),
+        "text_encoder": meta.TextEncoder(text),
+        "prompt_encoder": meta.PromptEncoder(twin.geometry_encoder, size),
+        "decoder": meta.Decoder(twin, size),
+        "mask_head": meta.MaskHead(twin.segmentation_head, size),
+    }
+    limits = {"tokens": (size * size,) * 2, "batch": ranges["prompts"], "prompt_length": ranges["prompt_length"]}
+    fusion = fusion_component(twin.transformer.encoder, spec.model_copy(update=limits), ranges)
+    return ImageModel(
+        components=cut_components(modules, levels, ranges, attention_mask=False, fusion=fusion),
+        image_size=image_size,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        context_length=text.context_length,
+        fixed_length=fixed,
+        vocab_size=max(table.num_embeddings for table in text.modules() if isinstance(table, nn.Embedding)),
+        pad_id=0,
+        box_text="visual",
+        origin=origin,
+        weights_sha256=weights_hash(model),
+    )
+
+
+def fusion_component(encoder: nn.Module, spec: ExportSpec, ranges: dict[str, tuple[int, int]]) -> Component:
+    """The fusion encoder of ``sam3x export``, branches included, between the pipeline's tensors."""
+    wrapped = FusionEncoder(encoder, spec)
+    own = torch.tensor([bool(layer.pre_norm) for layer in wrapped.layers])
+    flags = {"dac": torch.tensor(False), "pre_norm": own if spec.pre_norm == "per-layer" else own[0]}
+    prompt, mask = ("prompts", "prompt_length", None), ("prompts", "prompt_length")
+    sources = {
+        "tgt": Port(name="tgt", dims=("prompts", None, None), source="image_tokens"),
+        "query_pos": Port(name="query_pos", dims=("prompts", None, None), source="image_pos"),
+        "memory": Port(name="memory", dims=prompt, source="prompt"),
+        "memory_key_padding_mask": Port(name="memory_key_padding_mask", dims=mask, source="prompt_mask"),
+    }
+    return Component(
+        name="fusion_encoder",
+        module=wrapped,
+        inputs=tuple(sources.get(name, Port(name=name, dims=())) for name in wrapped.input_names),
+        outputs=wrapped.output_names,
+        ranges={name: ranges[name] for name in ("prompts", "prompt_length")},
+        renamed={wrapped.output_names[0]: "encoded"},
+        constants={name: flags[name] for name in wrapped.flag_names},
+        fusion=(encoder, spec),
+    )
+
+
+def private_twin(model: nn.Module) -> nn.Module:
+    """A second tree over the same tensors, with caches of its own: upstream fills plain dicts while it runs."""
+    twin = twin_of(model)
+    for module in twin.modules():
+        for name, value in list(module.__dict__.items()):
+            if type(value) is dict and not name.startswith("_"):
+                module.__dict__[name] = dict(value)
+    return twin

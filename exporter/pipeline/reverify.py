@@ -1,0 +1,43 @@
+"""``sam3x verify`` of a pipeline: every component against the eager source again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sam3x.errors import ArtifactError
+from sam3x.manifest import VerificationRecord
+from sam3x.pipeline.export import Cut, cases_of
+from sam3x.pipeline.verify import verify_component
+from sam3x.runtime.manifest import load_manifest
+from sam3x.spec import ExportSpec
+from sam3x.targets.registry import get_target
+from sam3x.verify import require
+
+
+def verify_pipeline(folder: str | Path, cut: Cut, *, full: bool = False) -> list[VerificationRecord]:
+    """Run every component file on what the eager components make of seeded inputs.
+
+    Args:
+        cut: the source it was exported from. full: at one more size.
+
+    Raises:
+        ArtifactError: the source's weights are not those of the pipeline.
+        VerificationError: an output is further off than allowed.
+    """
+    manifest = load_manifest(folder)
+    spec = ExportSpec(**manifest.spec)
+    spec = spec.model_copy(update={"verify": "full"}) if full else spec
+    model = cut(spec)
+    if model.weights_sha256 != manifest.weights_sha256:
+        raise ArtifactError(
+            f"verify: {folder} was exported from other weights ({manifest.origin}). "
+            "Name the source it came from: --checkpoint or --module."
+        )
+    cases, target = cases_of(model, spec), get_target(manifest.target)
+    records: list[VerificationRecord] = []
+    for component in model.components:
+        runner = target.load_runner(Path(folder) / manifest.component(component.name).file)
+        found = verify_component(component, runner, cases[component.name])
+        require(found, f"verify {manifest.target} {component.name}")
+        records += found
+    return records

@@ -1,0 +1,126 @@
+"""transformers' ``Sam3Model`` and ``Sam3LiteTextModel`` as six components, recognized by what they have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sam3x.errors import SourceError
+from sam3x.pipeline import transformers_parts as parts
+from sam3x.pipeline.contract import ImageModel
+from sam3x.pipeline.cut import cut_components, ranges_of
+from sam3x.pipeline.meta_source import private_twin
+from sam3x.sources import _reason, _untouched, weights_hash
+
+_PARTS = (
+    "vision_encoder",
+    "text_encoder",
+    "text_projection",
+    "geometry_encoder",
+    "detr_encoder",
+    "detr_decoder",
+    "mask_decoder",
+)
+_TOKENIZER = "tokenizer.json"
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether ``model`` has the parts of ``Sam3Model``."""
+    return all(isinstance(getattr(model, name, None), nn.Module) for name in (*_PARTS, "dot_product_scoring"))
+
+
+def transformers_model(model: nn.Module, origin: str, folder: Path | None = None) -> ImageModel:
+    """Cut a ``Sam3Model`` into components; it is left as it is.
+
+    Args:
+        folder: where its tokenizer lies, if anywhere.
+    """
+    twin: Any = private_twin(model)
+    config: Any = model.config
+    size = config.vision_config.image_size
+    size = size if isinstance(size, int) else size[0]
+    with torch.no_grad():  # fills the position caches too
+        maps = twin.vision_encoder(torch.zeros((1, 3, size, size))).fpn_hidden_states[:-1]
+    grid = maps[-1].shape[-1]
+    text = config.text_config
+    # MobileCLIP stretches its positions to other lengths, and its convolutions see the padding
+    fixed = any(
+        "RepMixer" in type(module).__name__ or "PositionEmbedding" in type(module).__name__
+        for module in twin.text_encoder.modules()
+    )
+    ranges = ranges_of(text.max_position_embeddings, twin.detr_decoder.query_embed.num_embeddings, fixed_length=fixed)
+    modules = {
+        "vision_encoder": parts.VisionEncoder(twin.vision_encoder),
+        "text_encoder": parts.TextEncoder(twin.text_encoder, twin.text_projection),
+        "prompt_encoder": parts.PromptEncoder(twin.geometry_encoder, grid),
+        "fusion_encoder": parts.FusionEncoder(twin.detr_encoder, grid),
+        "decoder": parts.Decoder(twin, grid),
+        "mask_head": parts.MaskHead(twin.mask_decoder, grid),
+    }
+    return ImageModel(
+        components=cut_components(modules, len(maps) - 1, ranges, attention_mask=True),
+        image_size=size,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        context_length=text.max_position_embeddings,
+        fixed_length=fixed,
+        vocab_size=text.vocab_size,
+        pad_id=_pad_id(folder, text),
+        box_text="visual",
+        origin=origin,
+        weights_sha256=weights_hash(model),
+        source="transformers",
+        tokenizer=folder / _TOKENIZER if folder is not None and (folder / _TOKENIZER).is_file() else None,
+        unescape_html=False,
+        threshold=0.3,
+        mask_interpolation="probabilities",
+    )
+
+
+def load_folder(folder: Path) -> nn.Module:
+    """A ``Sam3Model`` or ``Sam3LiteTextModel`` saved with ``save_pretrained``: safetensors only, no code of the folder's.
+
+    Raises:
+        SourceError: transformers is missing, or the folder holds no such model.
+    """
+    if not (folder / "config.json").is_file():
+        raise SourceError(
+            f"step 1/4 source: {folder} has no config.json. Give a folder that transformers' save_pretrained wrote."
+        )
+    with _untouched():
+        try:
+            import transformers
+        except ImportError:
+            raise SourceError(
+                'step 1/4 source: reading it needs transformers. Install it: pip install "sam3x[transformers]".'
+            ) from None
+        try:
+            model = transformers.AutoModel.from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
+            )
+        except Exception as error:  # transformers raises many kinds
+            raise SourceError(f"step 1/4 source: {folder} cannot be loaded by transformers ({_reason(error)}).") from error
+    if not is_transformers(model):
+        raise SourceError(f"step 1/4 source: {folder} holds a {type(model).__name__}. Give a Sam3Model or a Sam3LiteTextModel.")
+    return model.eval()
+
+
+def _pad_id(folder: Path | None, config: Any) -> int:
+    """Token that fills texts up: the tokenizer's own, else the text encoder's."""
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text()) if folder is not None else {}
+        token = settings.get("pad_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None and folder is not None:
+            from tokenizers import Tokenizer
+
+            found = Tokenizer.from_file(str(folder / _TOKENIZER)).token_to_id(token)
+            if found is not None:
+                return int(found)
+    except Exception:  # a folder without a tokenizer, or an odd one: words are not read with it
+        pass
+    return int(getattr(config, "pad_token_id", None) or 0)

@@ -1,0 +1,58 @@
+"""A component's artifact against the source's own eager code, by the rule of decision 0004 scaled to the outputs' size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sam3x.manifest import VerificationRecord
+from sam3x.pipeline.contract import Component
+from sam3x.verify import EAGER_FACTOR, _distance
+
+RELATIVE = 2e-5
+"""Of an output's largest value: what another order of summation may cost through some tens of layers."""
+
+Case = tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]]
+"""Sizes in words, inputs, eager float32 outputs."""
+
+
+def verify_component(component: Component, runner: Any, cases: Iterable[Case]) -> tuple[VerificationRecord, ...]:
+    """Run the artifact on inputs that eager components made, and measure every output.
+
+    An output that is further off than ``RELATIVE`` is compared with an eager float64 run: it passes when it is no further from
+    that than four times eager float32 itself.
+    """
+    records = []
+    branch = " ".join(f"{name}={value.tolist()}" for name, value in component.constants.items()) or "fixed"
+    for case, inputs, expected in cases:
+        arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()}
+        got = {name: torch.from_numpy(np.array(value)) for name, value in runner.run(arrays).items()}
+        double: dict[str, Tensor] | None = None
+        for name, want in expected.items():
+            shaped = tuple(got[name].shape) == tuple(want.shape) and got[name].dtype == want.dtype
+            gap = _distance(got[name], want) if shaped else float("inf")
+            largest = float(want.double().abs().max()) if want.numel() else 0.0
+            allowed = RELATIVE * max(largest, 1.0)
+            passed, far, own = gap <= allowed, 0.0, 0.0
+            if not passed and shaped:
+                double = double if double is not None else component.eager_double(inputs)
+                far, own = _distance(got[name], double[name]), _distance(want, double[name])
+                passed = far <= EAGER_FACTOR * own
+            records.append(
+                VerificationRecord(
+                    branch=branch,
+                    case=case,
+                    output=name,
+                    max_abs=gap,
+                    max_rel=gap / largest if largest else gap,
+                    from_float64=far,
+                    eager_from_float64=own,
+                    allowed=allowed,
+                    passed=passed,
+                )
+            )
+    return tuple(records)

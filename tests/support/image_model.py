@@ -1,0 +1,122 @@
+"""A small ``Sam3Image`` of Meta's own classes, a vocabulary, a photograph, and upstream's processor as the definition."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from sam3x.pipeline.adaptations import unpinned
+from sam3x.pipeline.image_config import ImageModelConfig
+from sam3x.pipeline.image_model import build_image_model
+from sam3x.pipeline.sources import draw_image_weights
+
+TINY = ImageModelConfig(
+    image_size=112,
+    embed_dim=32,
+    depth=2,
+    vit_heads=2,
+    mlp_ratio=2.0,
+    window_size=4,
+    global_att_blocks=(1,),
+    pretrain_img_size=56,
+    text_width=32,
+    text_heads=2,
+    text_layers=2,
+    context_length=16,
+    vocab_size=530,
+    d_model=32,
+    num_heads=4,
+    dim_feedforward=64,
+    encoder_layers=2,
+    decoder_layers=2,
+    geometry_layers=1,
+    num_queries=12,
+)
+MERGES = [
+    "t h",
+    "th e</w>",
+    "d o",
+    "do g</w>",
+    "r e",
+    "re d</w>",
+    "c a",
+    "ca r</w>",
+    "a n",
+    "an d</w>",
+    "v i",
+    "s u",
+    "a l</w>",
+]
+
+
+def write_vocabulary(path: Path) -> Path:
+    """A ``bpe_simple_vocab``-like file: a head line, then merges."""
+    path.write_bytes(gzip.compress(("#version: 0.2\n" + "\n".join(MERGES)).encode()))
+    return path
+
+
+def tiny_image_model(vocabulary: Path, seed: int = 5) -> nn.Module:
+    """``TINY`` with distinct weights and upstream's own tokenizer."""
+    from sam3.model.tokenizer_ve import SimpleTokenizer
+
+    model = build_image_model(TINY, SimpleTokenizer(bpe_path=str(vocabulary)))
+    draw_image_weights(model, seed)
+    return model
+
+
+def photograph() -> Image.Image:
+    """A photograph of 640 by 427 pixels that scikit-learn ships."""
+    from sklearn.datasets import load_sample_image
+
+    return Image.fromarray(load_sample_image("china.jpg"))
+
+
+def processor_result(
+    model: nn.Module,
+    picture: Image.Image,
+    text: str | None,
+    boxes: Sequence[Sequence[float]] = (),
+    labels: Sequence[bool] = (),
+    threshold: float = 0.5,
+    size: int = TINY.image_size,
+) -> dict[str, Any]:
+    """Upstream's ``Sam3Processor`` on one prompt; boxes are x0, y0, x1, y1 in pixels."""
+    from sam3.model.sam3_image_processor import Sam3Processor
+
+    processor = Sam3Processor(model, resolution=size, device="cpu", confidence_threshold=threshold)
+    width, height = picture.size
+    with unpinned():
+        state = processor.set_image(picture)
+        if text is not None:
+            state = processor.set_text_prompt(text, state)
+        for box, label in zip(boxes, labels or [True] * len(boxes), strict=True):
+            x0, y0, x1, y1 = box
+            middle = [(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height]
+            state = processor.add_geometric_prompt(middle, label, state)
+    return {
+        "masks": state["masks"][:, 0].numpy(),
+        "boxes": state["boxes"].numpy(),
+        "scores": state["scores"].numpy(),
+        "image": processor.transform(torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)).numpy(),
+    }
+
+
+def iou(left: np.ndarray, right: np.ndarray) -> float:
+    """Of two bool masks; two empty ones are equal."""
+    union = (left | right).sum()
+    return float((left & right).sum() / union) if union else 1.0
+
+
+def between(scores: np.ndarray) -> float:
+    """A threshold that keeps about half, well away from every score."""
+    ordered = np.sort(scores)
+    inner = slice(len(ordered) // 4, 3 * len(ordered) // 4)
+    at = int(np.argmax(np.diff(ordered)[inner])) + len(ordered) // 4
+    return float(ordered[at] + ordered[at + 1]) / 2
