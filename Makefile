@@ -22,7 +22,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p build/typing/sam3x && ln -sfn $(CURDIR)/passes build/typing/sam3x/passes && ln -sfn $(CURDIR)/targets build/typing/sam3x/targets
+	mkdir -p build/typing/sam3x && ln -sfn $(CURDIR)/passes build/typing/sam3x/passes && ln -sfn $(CURDIR)/targets build/typing/sam3x/targets && ln -sfn $(CURDIR)/exporter/pipeline build/typing/sam3x/pipeline && ln -sfn $(CURDIR)/exporter/runtime build/typing/sam3x/runtime
 	for file in exporter/*.py; do ln -sf $(CURDIR)/$$file build/typing/sam3x/; done
 	$(BIN)/mypy -p sam3x
 

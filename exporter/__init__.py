@@ -16,8 +16,10 @@ _HOMES = {"export": "sam3x.api", "load": "sam3x.artifact", "Artifact": "sam3x.ar
 
 def __getattr__(name: str) -> Any:
     """Import the public names where they are first used (PEP 562)."""
-    if name in _HOMES:
-        import importlib
+    import importlib
 
+    if name in ("pipeline", "runtime"):
+        return importlib.import_module(f"sam3x.{name}")
+    if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'sam3x' has no attribute '{name}'")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from sam3x.cli_pipeline import ImageSource, check_pipeline_options, image_source, lint, run, show_pipeline
 from sam3x.cli_target_options import TargetOptionsCommand, target_options_of
 from sam3x.errors import Sam3xError, SpecError, TargetUnavailableError
 
@@ -116,13 +117,20 @@ def export(
     mask_dtype: Annotated[MaskDtype | None, typer.Option(help="Of tgt_mask and memory_mask; default bool.")] = None,
     verify: Annotated[Verify | None, typer.Option(help="What is compared with eager; default final.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of random weights and of the verification inputs; default 0.")] = None,
+    pipeline: Annotated[bool, typer.Option("--pipeline", help="The whole image model: words in, masks out.")] = False,
+    source: Annotated[
+        ImageSource | None, typer.Option(help="With --pipeline: whose model; default: what the checkpoint looks like.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --pipeline: bpe_simple_vocab_16e6.txt.gz or a tokenizer.json.")
+    ] = None,
     disable_pass: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Leave a pass out; repeatable.")] = None,
     dump_graphs: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the graph after each pass.")] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
-    """Export the fusion encoder and verify what was written.
+    """Export the fusion encoder, or with --pipeline the whole image model, and verify what was written.
 
     Without --checkpoint or --module the weights are random: SAM3's own hyper-parameters, seeded.
     """
@@ -145,6 +153,10 @@ def export(
         options = {name: value for name, value in options.items() if value is not None}  # ExportSpec's defaults rule
         options.update(target_options_of(context))
         _check_early(target, options, checkpoint, module)
+        if not pipeline and (tokenizer is not None or source is not None):
+            raise SpecError("step 1/4 spec: --tokenizer and --source belong to --pipeline.")
+        if pipeline:
+            check_pipeline_options(target, options, disable_pass=disable_pass, dump_graphs=dump_graphs)
         with _steps(quiet) as steps:
             if checkpoint is None and module is None:
                 steps.say(
@@ -152,6 +164,20 @@ def export(
                 )
             steps.begin("import torch")
             with _hushed(verbose):
+                if pipeline:
+                    from sam3x.pipeline import export_pipeline
+
+                    made = export_pipeline(
+                        image_source(source, checkpoint, module),
+                        progress=steps.begin,
+                        target=target,
+                        output=output,
+                        tokenizer=tokenizer,
+                        **options,
+                    )
+                    steps.end()
+                    show_pipeline(made, output, as_json=as_json, quiet=quiet, verbose=verbose)
+                    return
                 from sam3x import api
 
                 encoder = _source(checkpoint, module, steps)
@@ -183,20 +209,28 @@ def verify(
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
-    """Run an artifact against the eager encoder again."""
+    """Run an artifact, or every component of a pipeline, against the eager source again."""
     with _errors(verbose):
         _exclusive(checkpoint, module)
         import sam3x
+        from sam3x.runtime.manifest import is_pipeline, load_manifest
 
-        sam3x.load(folder)  # a damaged folder is told before torch is imported
+        whole = is_pipeline(folder)
+        (load_manifest if whole else sam3x.load)(folder)  # a damaged folder is told before torch is imported
         with _steps(quiet) as steps:
             steps.begin("import torch")
             with _hushed(verbose):
-                from sam3x import api
+                if whole:
+                    from sam3x.pipeline import verify_pipeline
 
-                source = _source(checkpoint, module, steps)
-                steps.begin("verify")
-                records = api.verify(folder, source, full=full)
+                    steps.begin("verify")
+                    records = verify_pipeline(folder, image_source(None, checkpoint, module), full=full)
+                else:
+                    from sam3x import api
+
+                    source = _source(checkpoint, module, steps)
+                    steps.begin("verify")
+                    records = api.verify(folder, source, full=full)
             steps.end()
         if as_json:
             document = {
@@ -216,7 +250,11 @@ def inspect(folder: Folder, verbose: Verbose = False, as_json: Json = False) -> 
     """Show what an exported folder holds: inputs, outputs, passes, branches, figures. Needs no torch."""
     with _errors(verbose):
         import sam3x
+        from sam3x.runtime.manifest import is_pipeline, load_manifest
 
+        if is_pipeline(folder):
+            show_pipeline(load_manifest(folder), folder, as_json=as_json, quiet=False, verbose=verbose)
+            return
         manifest = sam3x.load(folder).manifest
         if as_json:
             typer.echo(manifest.model_dump_json(indent=2))
@@ -319,6 +357,10 @@ def bench(
             cli_views.show(bench_views.bench_view(report))
         if report.failures:
             raise typer.Exit(1)
+
+
+app.command()(run)
+app.command()(lint)
 
 
 def _flag(value: Dac | PreNorm | None) -> str | bool | None:

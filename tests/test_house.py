@@ -16,14 +16,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"exporter": "sam3x", "passes": "sam3x.passes", "targets": "sam3x.targets"}
+PACKAGES = {**FOLDERS, "exporter/pipeline": "sam3x.pipeline", "exporter/runtime": "sam3x.runtime"}
 
 
 def module_name(path: Path) -> str:
     """``passes/base.py`` → ``sam3x.passes.base``."""
-    return f"{FOLDERS[path.parent.name]}.{path.stem}".removesuffix(".__init__")
+    parents = {folder.rpartition("/")[2]: package for folder, package in PACKAGES.items()}
+    return f"{parents[path.parent.name]}.{path.stem}".removesuffix(".__init__")
 
 
-SOURCES = {module_name(path): path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))}
+SOURCES = {module_name(path): path for folder in PACKAGES for path in sorted((ROOT / folder).glob("*.py"))}
 
 
 # ---- the wheel
@@ -57,7 +59,7 @@ def test_the_wheel_holds_exactly_the_three_folders(tmp_path: Path) -> None:
 
 CORE = {"errors", "spec", "program", "verify", "manifest"}
 ARTIFACT = {"artifact", "folder_lock", "journal", "manifest_files", "publish"}
-TOP = {"", "__main__", "api", "bench_worker", "cli", "cli_target_options", "cli_views"}
+TOP = {"", "__main__", "api", "bench_worker", "cli", "cli_pipeline", "pipeline_views", "cli_target_options", "cli_views"}
 """May import anything; ``""`` is ``sam3x`` itself. ``artifact`` may import targets, whose runners it opens."""
 
 
@@ -74,9 +76,9 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def layer(name: str) -> str:
-    """core, exporter, artifact, passes, targets or top."""
+    """core, exporter, artifact, passes, targets, pipeline, runtime or top."""
     part, _, rest = name.removeprefix("sam3x").removeprefix(".").partition(".")
-    if part in ("passes", "targets"):
+    if part in ("passes", "targets", "pipeline", "runtime"):
         return part
     if part in TOP and not rest:
         return "top"
@@ -89,7 +91,9 @@ ALLOWED = {
     "targets": {"core", "passes", "targets"},
     "exporter": {"core", "exporter"},
     "artifact": {"core", "targets", "artifact"},
-    "top": {"core", "passes", "targets", "exporter", "artifact", "top"},
+    "runtime": {"core", "targets", "artifact", "runtime"},
+    "pipeline": {"core", "passes", "targets", "exporter", "artifact", "runtime", "pipeline"},
+    "top": {"core", "passes", "targets", "exporter", "artifact", "runtime", "pipeline", "top"},
 }
 
 
@@ -120,6 +124,9 @@ def test_imports_go_one_way() -> None:
         ("targets", "from sam3x.artifact import load"),
         ("exporter", "if X:\n    from sam3x.passes import base"),
         ("exporter", "import passes.base"),
+        ("exporter", "from sam3x.pipeline import contract"),
+        ("runtime", "from sam3x.pipeline.contract import COMPONENTS"),
+        ("pipeline", "from sam3x import cli"),
     ],
 )
 def test_a_wrong_import_is_found(folder: str, line: str, tmp_path: Path) -> None:

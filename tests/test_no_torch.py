@@ -76,3 +76,15 @@ def test_the_command_line_without_torch(bare_python: Path, default_artifact: Pat
         done = subprocess.run([bare_python, "-m", "sam3x", *command], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 2 and 'pip install "sam3x[onnx]"' in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_pipeline_runs_with_the_runtime_extra_alone(bare_python: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+    from support.image_model import photograph
+
+    photograph().save(tmp_path / "photo.jpg")
+    options = ("--text", "dog", "--box", "60,80,300,390", "--threshold", "0", "-o", "drawn.png", "--json", "found.json")
+    shown = checked(bare_python, "-m", "sam3x", "run", tiny_pipeline, "photo.jpg", *options, cwd=tmp_path)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["detections"]) == 12 and "12 found" in shown and (tmp_path / "drawn.png").stat().st_size
+    assert "mask_head.onnx" in checked(bare_python, "-m", "sam3x", "inspect", tiny_pipeline, cwd=tmp_path)
