@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import sam3x
 from sam3x.artifact import STEM, Artifact, load
 from sam3x.capture import capture, dims_of
-from sam3x.errors import ArtifactError, SourceError, TargetUnavailableError
+from sam3x.errors import ArtifactError, TargetUnavailableError
 from sam3x.fusion_encoder import FusionEncoder
 from sam3x.manifest import (
     MANIFEST,
@@ -30,9 +30,9 @@ from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.program import CapturedProgram
 from sam3x.publish import publishing, replace_manifest
 from sam3x.samples import Sizes, samples_for, verification_sizes
-from sam3x.sources import Source, default_source, module_source
+from sam3x.sources import Source, source_for
 from sam3x.spec import ExportSpec, make_spec
-from sam3x.targets.base import Runner, resolve
+from sam3x.targets.base import Runner, file_name, resolve
 from sam3x.targets.registry import get_target
 from sam3x.verify import check_pass, compare, require
 
@@ -80,7 +80,7 @@ def export(
     with publishing(output) as publication:
         staging = publication.path
         tell("source")
-        source = _as_source(encoder, spec)
+        source = source_for(encoder, spec.seed)
         tell("capture")
         captured = _timed(figures, "capture_seconds", lambda: capture(source.module, spec))
         tell("passes")
@@ -88,7 +88,7 @@ def export(
         dump = None if dump_graphs is None else Path(dump_graphs)
         captured, records = _timed(figures, "passes_seconds", lambda: pipeline.run(captured, check=check, dump_graphs=dump))
         tell(f"lower to {target}")
-        path = staging / f"{STEM}{back_end.suffix}"
+        path = staging / file_name(back_end, STEM, target_options)
         facts = _timed(figures, "lower_seconds", lambda: back_end.lower(captured, path, target_options)) or {}
         unverified = back_end.unverifiable(target_options)
         runner = back_end.load_runner(path) if unverified is None else None
@@ -144,7 +144,7 @@ def verify(folder: str | Path, source: nn.Module | Source | None = None, *, full
     artifact = load(folder)
     spec = make_spec(**artifact.manifest.spec)
     spec = spec.model_copy(update={"verify": "full"}) if full else spec
-    given = _as_source(source, spec)
+    given = source_for(source, spec.seed)
     if given.weights_sha256 != artifact.manifest.weights_sha256:
         raise ArtifactError(
             f"verify: {folder} was exported from other weights ({artifact.manifest.origin}). "
@@ -156,18 +156,6 @@ def verify(folder: str | Path, source: nn.Module | Source | None = None, *, full
         known = {"verified": True, "verified_reason": None, "verification": records}
         replace_manifest(artifact.folder, artifact.manifest.model_copy(update=known))
     return list(records)
-
-
-def _as_source(encoder: Any, spec: ExportSpec) -> Source:
-    if encoder is None:
-        return default_source(spec.seed)
-    if isinstance(encoder, Source):
-        return encoder
-    if isinstance(encoder, (list, tuple)) and all(isinstance(layer, nn.Module) for layer in encoder):
-        return module_source(nn.ModuleList(encoder), f"list of {len(encoder)} layers")
-    if isinstance(encoder, nn.Module):
-        return module_source(encoder, f"{type(encoder).__module__}.{type(encoder).__qualname__}")
-    raise SourceError(f"step 1/4 source: expected an nn.Module, a list of layers or a Source, got {type(encoder).__name__}.")
 
 
 def _timed(figures: dict[str, float], name: str, work: Callable[[], Any]) -> Any:

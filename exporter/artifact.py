@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sam3x.errors import ArtifactError, Sam3xError
+from sam3x.errors import ArtifactError, Sam3xError, SpecError
 from sam3x.journal import recover
 from sam3x.manifest import MANIFEST, ExportManifest, read_manifest
 from sam3x.manifest_files import is_inside, link_in, sha256_of
+from sam3x.spec import checked
+from sam3x.targets.base import file_name
 from sam3x.targets.registry import get_target
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ class Artifact:
     @property
     def path(self) -> Path:
         """The graph file."""
-        return self.folder / f"{STEM}{get_target(self.manifest.target).suffix}"
+        return self.folder / _graph_file(self.manifest)
 
     @functools.cached_property
     def _runner(self) -> Runner:
@@ -145,8 +147,17 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_ctime_ns
 
 
+def _graph_file(manifest: ExportManifest) -> str:
+    """Where the target put the graph, by the options it was given; its usual place where it does not know them."""
+    target = get_target(manifest.target)
+    try:
+        return file_name(target, STEM, checked(target.options_type, manifest.target_options))
+    except SpecError:
+        return f"{STEM}{target.suffix}"
+
+
 def _check_graph(root: Path, manifest: ExportManifest) -> None:
-    graph = f"{STEM}{get_target(manifest.target).suffix}"
+    graph = _graph_file(manifest)
     if graph not in manifest.files:
         raise ArtifactError(f"load: the manifest in {root} does not name {graph}. Export again.")
 

@@ -81,6 +81,23 @@ def checkpoint_source(path: str | Path, **overrides: Any) -> Source:
     return Source(module=encoder.eval(), origin=origin, config=config, weights_sha256=weights_hash(encoder))
 
 
+def source_for(encoder: Any, seed: int) -> Source:
+    """The source of whatever a caller may hand over: a ``Source``, a module, layers, or None for the seeded default.
+
+    Raises:
+        SourceError: it is none of these.
+    """
+    if encoder is None:
+        return default_source(seed)
+    if isinstance(encoder, Source):
+        return encoder
+    if isinstance(encoder, (list, tuple)) and all(isinstance(layer, nn.Module) for layer in encoder):
+        return module_source(nn.ModuleList(encoder), f"list of {len(encoder)} layers")
+    if isinstance(encoder, nn.Module):
+        return module_source(encoder, f"{type(encoder).__module__}.{type(encoder).__qualname__}")
+    raise SourceError(f"step 1/4 source: expected an nn.Module, a list of layers or a Source, got {type(encoder).__name__}.")
+
+
 def module_source(module: nn.Module | Sequence[nn.Module], origin: str) -> Source:
     """A live module, or a list of layers, as it is.
 

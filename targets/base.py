@@ -61,7 +61,18 @@ def resolve(target: Target, options: Mapping[str, Any]) -> tuple[ExportSpec, Tar
     given = {**defaults, **{name: value for name, value in options.items() if name not in own}}
     if given.get("branches") is None:
         given["branches"] = target.branches
-    return make_spec(**given), checked(target.options_type, {name: value for name, value in options.items() if name in own})
+    spec = make_spec(**given)
+    own_options = checked(target.options_type, {name: value for name, value in options.items() if name in own})
+    check = getattr(target, "check", None)
+    if check is not None:
+        check(spec, own_options)
+    return spec, own_options
+
+
+def file_name(target: Target, stem: str, options: TargetOptions) -> str:
+    """Name of the artifact's main file: ``stem`` and the suffix, or what the target's own ``file_name(stem, options)`` says."""
+    own = getattr(target, "file_name", None)
+    return f"{stem}{target.suffix}" if own is None else own(stem, options)
 
 
 class Runner(Protocol):

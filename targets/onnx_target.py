@@ -15,6 +15,7 @@ from sam3x.errors import LoweringError, TargetUnavailableError
 from sam3x.spec import Branches
 from sam3x.targets.base import TargetOptions, TargetStatus
 from sam3x.targets.quiet import errors_only
+from sam3x.targets.triton import DESCRIPTION, Layout, model_path, write_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,6 +41,7 @@ class OnnxOptions(TargetOptions):
             ``decomposed`` (plain products, all scores in memory).
         attention_memory: a whole number and a unit, as in ``256MB``: what the scores of one attention may take. ``ort`` needs
             it only for masked attention over many keys, ``decomposed`` not at all.
+        layout: ``triton``: the folder is a model repository for Triton Inference Server.
     """
 
     external_data: bool = Field(False, description="weights beside the graph file.")
@@ -51,6 +53,8 @@ class OnnxOptions(TargetOptions):
         description="what the scores of one attention may take; default 256MB.",
         json_schema_extra={"metavar": "SIZE"},
     )
+
+    layout: Layout = Field("flat", description=DESCRIPTION)
 
     @field_validator("attention_memory", mode="before")
     @classmethod
@@ -100,7 +104,10 @@ class OnnxTarget:
             ),
         )
 
-    def lower(self, captured: CapturedProgram, path: Path, options: OnnxOptions) -> None:
+    def file_name(self, stem: str, options: OnnxOptions) -> str:
+        return model_path(stem, self.suffix) if options.layout == "triton" else f"{stem}{self.suffix}"
+
+    def lower(self, captured: CapturedProgram, path: Path, options: OnnxOptions) -> dict[str, Any]:
         import onnx
         import onnx_ir as ir
         import torch
@@ -130,8 +137,10 @@ class OnnxTarget:
             ) from error
         size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
         external = f"{path.name}.data" if options.external_data or size > _LARGEST_PROTO else None
+        path.parent.mkdir(parents=True, exist_ok=True)
         ir.save(model, path, external_data=external)
         onnx.checker.check_model(str(path), full_check=True)
+        return write_config(captured, path, "onnxruntime") if options.layout == "triton" else {}
 
     def unverifiable(self, options: OnnxOptions) -> None:
         return None
