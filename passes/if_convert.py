@@ -54,10 +54,17 @@ class IfConvertPass(Pass):
     everything that works on those rows runs at full size, and the ``cat`` that puts the untouched rest back picks by row. Every
     operator in between is proven not to mix rows (``row_mask``). Refused, with the reason: heavy operators, effects, traps,
     mixed rows.
+
+    Args:
+        rows_only: leave every conditional but those that choose a number of rows.
     """
 
     name = "if_convert"
     exactness = Exactness.ARITHMETIC  # a product over more rows may sum in another order
+
+    def __init__(self, *, rows_only: bool = False) -> None:
+        self.rows_only = rows_only
+        self.name = "if_convert_rows" if rows_only else "if_convert"
 
     def call(self, program: ExportedProgram) -> PassResult:
         rewrites, modified = 0, False
@@ -67,6 +74,8 @@ class IfConvertPass(Pass):
         while moved:
             moved = False
             for name, module, node in list(cond_places(program)):
+                if self.rows_only and not node.meta.get("unbacked_bindings"):
+                    continue
                 root = program if module is program.graph_module else None
                 reason = _convert(root, module, node)
                 if reason is None:

@@ -9,7 +9,11 @@ from importlib.metadata import entry_points
 from sam3x.errors import UnknownTargetError
 from sam3x.targets.base import Target, TargetStatus
 
-_TARGETS = {"onnx": "sam3x.targets.onnx_target:OnnxTarget", "pte": "sam3x.targets.pte_target:PteTarget"}
+_TARGETS = {
+    "onnx": "sam3x.targets.onnx_target:OnnxTarget",
+    "pte": "sam3x.targets.pte_target:PteTarget",
+    "trt": "sam3x.targets.trt_target:TrtTarget",
+}
 GROUP = "sam3x.targets"
 
 

@@ -70,7 +70,7 @@ def test_an_artifact_runs_without_torch(bare_python: Path, default_artifact: Pat
 def test_the_command_line_without_torch(bare_python: Path, default_artifact: Path, tmp_path: Path) -> None:
     assert "fusion_encoder.onnx" in checked(bare_python, "-m", "sam3x", "inspect", default_artifact, cwd=tmp_path)
     targets = json.loads(checked(bare_python, "-m", "sam3x", "targets", "--json", cwd=tmp_path))
-    assert [target["name"] for target in targets] == ["onnx", "pte"]
+    assert [target["name"] for target in targets] == ["onnx", "pte", "trt"]
     assert not any(target["available"] for target in targets) and "torch" in targets[0]["detail"]
     for command in (["export"], ["verify", str(default_artifact)]):
         done = subprocess.run([bare_python, "-m", "sam3x", *command], capture_output=True, text=True, cwd=tmp_path)

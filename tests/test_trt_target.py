@@ -1,0 +1,328 @@
+"""Engines from the real TensorRT-RTX builder: one engine, everything converted, numbers of the graph, what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sam3x
+from sam3x.capture import capture
+from sam3x.errors import LoweringError, SpecError, TargetUnavailableError, VerificationError
+from sam3x.passes.default_pipeline import default_pipeline
+from sam3x.program import CapturedProgram
+from sam3x.targets import trt_driver, trt_target
+from sam3x.targets.base import resolve
+from sam3x.targets.trt_target import TrtTarget
+from support.upstream import encoder_of
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU is told")
+SMALL = {"tokens": 36, "batch": (1, 4), "prompt_length": (1, 9), "compute_capability": "sm89"}
+CUDA = ("current_device", "get_device_capability", "get_device_properties", "mem_get_info", "is_available", "device_count")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Kernels of this size lose more to waiting for each other than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def legal(captured: CapturedProgram, **options: Any) -> tuple[CapturedProgram, Any]:
+    """The program as the target lowers it, and the options."""
+    spec = captured.spec
+    _, own = resolve(TrtTarget(), {"batch": spec.batch, "tokens": spec.tokens, "prompt_length": spec.prompt_length, **options})
+    pipeline = default_pipeline(str(spec.branches)).then(*TrtTarget().legalization_passes(own))
+    return pipeline.run(captured)[0], own
+
+
+def lower(captured: CapturedProgram, path: Path, **options: Any) -> dict[str, Any]:
+    program, own = legal(captured, compute_capability="sm89", **options)
+    return TrtTarget().lower(program, path, own)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> nn.Module:
+    return encoder_of(2)
+
+
+@pytest.fixture(scope="module")
+def folder(encoder: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trt") / "out"
+    sam3x.export(encoder, target="trt", output=output, **SMALL)
+    return output
+
+
+@pytest.fixture(scope="module")
+def captured(encoder: nn.Module) -> dict[str, CapturedProgram]:
+    spec = {"tokens": 36, "batch": (1, 4), "prompt_length": (1, 9)}
+    return {form: capture(encoder, sam3x.spec.make_spec(branches=form, **spec)) for form in ("select", "cond")}
+
+
+# ---- one engine, and what it says of itself
+
+
+def test_an_engine_built_without_a_gpu_says_what_it_is(folder: Path) -> None:
+    manifest = sam3x.load(folder).manifest
+    facts = manifest.facts
+    assert set(manifest.files) == {"fusion_encoder.engine"} and (folder / "fusion_encoder.engine").stat().st_size > 100_000
+    assert facts["compute_capability"] == "sm89" and facts["distribution"].startswith("torch-tensorrt")
+    assert (facts["engines"], facts["left_to_torch"], facts["attention_layers"]) == (1, 0, 4)
+    assert facts["profile"]["tgt"] == "1x36x32 / 1x36x32 / 4x36x32"
+    assert facts["profile"]["memory"] == "1x1x32 / 1x9x32 / 4x9x32"
+    assert (
+        facts["dtypes"]["memory_key_padding_mask"] == facts["dtypes"]["dac"] == "bool" and facts["dtypes"]["output"] == "float"
+    )
+    assert facts["engine_bytes"] > facts["weights_bytes"] > 0 and facts["activation_bytes"] > 0 and facts["build_seconds"] < 60
+
+
+def test_its_graph_is_proven_in_every_branch_and_all_padded(folder: Path) -> None:
+    drift = sam3x.load(folder).manifest.facts["drift"]
+    branches = {f"dac={dac} pre_norm={pre}" for dac, pre in itertools.product((False, True), repeat=2)}
+    assert {case.partition(",")[0] for case in drift} == branches and any("all padded" in case for case in drift)
+
+
+@NO_GPU
+def test_without_a_gpu_it_is_not_called_verified(folder: Path) -> None:
+    manifest = sam3x.load(folder).manifest
+    assert not manifest.verified and "sam3x verify" in str(manifest.verified_reason)
+    with pytest.raises(TargetUnavailableError, match="runs on a GPU"):
+        sam3x.load(folder).run({name: _zeros(manifest, name) for name in manifest.input_names})
+
+
+def _zeros(manifest: Any, name: str) -> Any:
+    item = next(item for item in manifest.inputs if item.name == name)
+    sizes = {"batch": 2, "tokens": 36, "prompt_length": 3}
+    return torch.zeros([sizes.get(str(size), size) for size in item.shape], dtype=getattr(torch, item.dtype))
+
+
+@pytest.mark.parametrize(("form", "precision"), [("select", "fp16"), ("select", "bf16"), ("cond", "fp16"), ("cond", "bf16")])
+def test_lower_precisions_in_one_engine(captured: Any, form: str, precision: str, tmp_path: Path) -> None:
+    facts = lower(captured[form], tmp_path / "x.engine", precision=precision)
+    assert facts["attentions"] == 4 and facts["tiled_attention_loops"] == 0
+    assert facts["attention_layers"] == (0 if (form, precision) == ("cond", "bf16") else 4)
+    assert facts["dtypes"]["tgt"] == facts["dtypes"]["output"] == "float"  # what callers hand over does not change
+    drift = [dict(item.split(" ") for item in text.split(", ")) for text in facts["drift"].values()]
+    bound = {"fp16": (2e-2, 0.99999), "bf16": (1.5e-1, 0.9995)}[precision]  # 11 and 8 bits on values up to 4
+    assert all(float(item["max_abs"]) <= bound[0] and float(item["cosine"]) >= bound[1] for item in drift)
+
+
+def test_conditionals_stay_conditionals_in_one_engine(captured: Any, tmp_path: Path) -> None:
+    facts = lower(captured["cond"], tmp_path / "x.engine")
+    assert facts["conditionals"] == 12 and facts["left_to_torch"] == 0  # six norms a layer; dac is a mask of rows
+
+
+def test_a_profile_is_tuned_for_the_sizes_that_are_named(captured: Any, tmp_path: Path) -> None:
+    facts = lower(captured["select"], tmp_path / "x.engine", opt_batch=2, opt_prompt_length=5)
+    assert facts["profile"]["memory"] == "1x1x32 / 2x5x32 / 4x9x32"
+
+
+def test_scores_in_float32_keep_the_budget(encoder: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed = {"dac": False, "pre_norm": True, "batch": 1, "prompt_length": 9}
+    program = capture(encoder, sam3x.spec.make_spec(branches="select", tokens=2400, verify="off", **fixed))
+    plain = lower(program, tmp_path / "plain.engine")
+    monkeypatch.setattr(trt_target, "ATTENTION_BYTES", 4 << 20)
+    tiled = lower(program, tmp_path / "tiled.engine")
+    assert plain["attentions"] == tiled["attentions"] == 4
+    assert plain["tiled_attention_loops"] == 0 and tiled["tiled_attention_loops"] == 2
+    scores = 4 * 2400 * 2400 * 4  # heads, queries, keys, bytes
+    assert plain["activation_bytes"] > 2 * scores and tiled["activation_bytes"] < scores / 4
+
+
+def test_masks_of_image_tokens_and_dynamic_tokens_in_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt_target, "ATTENTION_BYTES", 1 << 16)
+    names = ("tgt", "memory", "tgt_mask", "memory_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "pos", "query_pos")
+    spec = sam3x.spec.make_spec(branches="select", inputs=names, dac=False, tokens=(16, 90), batch=(1, 2), prompt_length=(1, 9))
+    facts = lower(capture(encoder_of(1), spec), tmp_path / "x.engine")
+    assert facts["tiled_attention_loops"] >= 1 and facts["left_to_torch"] == 0
+
+
+def test_feature_maps(tmp_path: Path) -> None:
+    maps = {"interface": "feature_maps", "feature_sizes": ((6, 6),), "batch": 1, "prompt_length": 9}
+    artifact = sam3x.export(encoder_of(1), target="trt", output=tmp_path / "out", compute_capability="sm80", **maps)
+    assert artifact.manifest.facts["left_to_torch"] == 0
+
+
+# ---- islands
+
+
+def test_islands_stay_in_float32(captured: Any) -> None:
+    program, _ = legal(captured["select"], precision="fp16", compute_capability="sm89", fp32_ops="layers.1, softmax")
+    weights = {
+        name: value.dtype
+        for name, value in program.program.state_dict.items()
+        if "linear1_weight" in name or "linear1.weight" in name
+    }
+    assert set(weights.values()) == {torch.float16, torch.float32}
+    attention = [node for node in program.program.graph.nodes if "tiled_attention" in str(node.target)]
+    assert [node.meta["val"].dtype for node in attention] == [torch.float32] * 4
+
+
+def test_an_overflow_is_refused_with_the_way_to_find_it(encoder: nn.Module, tmp_path: Path) -> None:
+    loud = encoder_of(1)
+    with torch.no_grad():
+        loud.layers[0].linear1.weight.mul_(4e4)
+        loud.layers[0].linear2.weight.div_(4e4)
+    with pytest.raises(VerificationError, match=r"fp16 overflows.*sam3x doctor"):
+        sam3x.export(loud, target="trt", output=tmp_path / "out", precision="fp16", **SMALL)
+    assert not (tmp_path / "out").exists()
+    artifact = sam3x.export(
+        loud, target="trt", output=tmp_path / "out", precision="fp16", fp32_ops="layers.0.linear1,layers.0.linear2", **SMALL
+    )
+    assert artifact.manifest.facts["engines"] == 1
+
+
+# ---- torch.cuda as it was
+
+
+@pytest.fixture
+def cuda() -> Iterator[dict[str, Any]]:
+    before = {name: getattr(torch.cuda, name) for name in CUDA}
+    yield before
+    assert {name: getattr(torch.cuda, name) for name in CUDA} == before
+
+
+@NO_GPU
+def test_torch_cuda_is_answered_for_inside_and_itself_afterwards(cuda: Any) -> None:
+    shown = warnings.showwarning
+    with pytest.raises(ZeroDivisionError), trt_driver.named_device((8, 9)):
+        assert torch.cuda.get_device_capability() == (8, 9) and torch.cuda.get_device_properties(0).major == 8
+        logging.captureWarnings(True)
+        assert not torch.cuda.is_available()
+        1 / 0  # noqa: B018
+    assert warnings.showwarning is shown and logging._warnings_showwarning is None
+
+
+def test_torch_cuda_is_untouched_where_a_gpu_is_there(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with trt_driver.named_device((8, 9)):
+        assert torch.cuda.get_device_capability is cuda["get_device_capability"]
+    monkeypatch.undo()
+
+
+def test_an_export_and_a_failed_one_leave_torch_cuda_alone(cuda: Any, captured: Any, tmp_path: Path) -> None:
+    lower(captured["select"], tmp_path / "x.engine")
+    with pytest.raises(LoweringError):
+        TrtTarget().lower(_with_unknown(captured["select"]), tmp_path / "y.engine", resolve(TrtTarget(), SMALL)[1])
+
+
+# ---- refusals
+
+
+def _with_unknown(captured: CapturedProgram) -> CapturedProgram:
+    """The program with an operator that has no form in TensorRT."""
+    program = default_pipeline("select").run(captured)[0]
+    node = next(node for node in program.program.graph.nodes if node.target is torch.ops.aten.relu.default)
+    node.target = torch.ops.aten.special_bessel_j0.default
+    values = {name: getattr(program, name) for name in program.__dataclass_fields__}
+    return CapturedProgram(**{**values, "spec": program.spec.model_copy(update={"verify": "off"})})
+
+
+def test_an_operation_that_cannot_be_converted_is_named(captured: Any, tmp_path: Path) -> None:
+    path = tmp_path / "x.engine"
+    said = r"1 operations have no form.*relu \(aten.special_bessel_j0.default: no converter\)"
+    with pytest.raises(LoweringError, match=said):
+        TrtTarget().lower(_with_unknown(captured["select"]), path, resolve(TrtTarget(), SMALL)[1])
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"compute_capability": "sm42"}, r"no GPU 'sm42'.*sm75.*sm121"),
+        ({"compute_capability": "sm89", "opt_batch": 9}, r"--opt-batch 9 is outside batch 1:4"),
+        ({"compute_capability": "sm89", "opt_prompt_length": 78}, r"--opt-prompt-length 78 is outside"),
+        ({"compute_capability": "sm89", "fp32_ops": "layer_norm"}, r"everything is float32 already"),
+        ({"compute_capability": "sm89", "precision": "int8"}, r"precision"),
+        pytest.param({}, r"no GPU here.*--compute-capability sm89", marks=NO_GPU),
+        pytest.param({"compute_capability": "sm89", "format": "ep"}, r"--format ep loads the engine", marks=NO_GPU),
+    ],
+)
+def test_bad_options_are_told_at_once(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        resolve(TrtTarget(), options)
+
+
+@pytest.mark.parametrize("written", ["SM89", "8.9", "sm_89", "89"])
+def test_a_gpu_may_be_written_in_many_ways(written: str) -> None:
+    assert resolve(TrtTarget(), {"compute_capability": written})[1].compute_capability == "sm89"
+
+
+def test_an_island_that_names_nothing_is_refused(captured: Any) -> None:
+    with pytest.raises(sam3x.errors.PassError, match=r"'layers.7' names no operation.*layers.0"):
+        legal(captured["select"], precision="fp16", compute_capability="sm89", fp32_ops="layers.7")
+
+
+def test_without_the_extra_the_install_command_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(trt_target, "distribution", lambda: None)
+    status = TrtTarget().availability()
+    assert not status.available and "sam3x[trt-rtx]" in status.install and "torch_tensorrt" in status.detail
+    with pytest.raises(TargetUnavailableError, match=r"missing torch_tensorrt.*sam3x\[trt-rtx\]"):
+        sam3x.export(encoder_of(1), target="trt", output=tmp_path / "out", **SMALL)
+
+
+@NO_GPU
+def test_tensorrt_itself_needs_the_gpu_that_it_builds_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt_target, "distribution", lambda: "torch-tensorrt")
+    monkeypatch.setattr(trt_target, "version", lambda name: "2.14.0")
+    assert not TrtTarget().availability().available
+    with pytest.raises(TargetUnavailableError, match=r"TensorRT-RTX.*sam3x\[trt-rtx\]"):
+        resolve(TrtTarget(), {"compute_capability": "sm89"})
+
+
+def test_the_status_imports_nothing_heavy() -> None:
+    import subprocess
+
+    code = "import sys; from sam3x.targets.trt_target import TrtTarget; "
+    code += "print(TrtTarget().availability().detail, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "TensorRT" in done.stdout and done.stdout.strip().endswith("False"), done.stderr
+
+
+# ---- on a machine with a GPU
+
+
+@GPU
+@pytest.mark.parametrize(("form", "precision"), itertools.product(("select", "cond"), ("fp32", "fp16", "bf16")))
+def test_the_engine_runs_and_is_verified(encoder: nn.Module, form: str, precision: str, tmp_path: Path) -> None:
+    options = {name: value for name, value in SMALL.items() if name != "compute_capability"}
+    artifact = sam3x.export(encoder, target="trt", output=tmp_path / "out", branches=form, precision=precision, **options)
+    assert artifact.manifest.verified and artifact.manifest.verification
+    inputs = {name: _zeros(artifact.manifest, name) for name in artifact.manifest.input_names}
+    assert artifact.run(inputs)["output"].shape == (2, 36, 32)
+
+
+@GPU
+def test_a_folder_from_another_machine_is_completed(
+    encoder: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {name: value for name, value in SMALL.items() if name != "compute_capability"}
+    monkeypatch.setattr(TrtTarget, "unverifiable", lambda self, options: "pretend")
+    sam3x.export(encoder, target="trt", output=tmp_path / "out", **options)
+    monkeypatch.undo()
+    assert not sam3x.load(tmp_path / "out").manifest.verified
+    sam3x.api.verify(tmp_path / "out", encoder)
+    assert sam3x.load(tmp_path / "out").manifest.verified
+
+
+# ---- ONNX for trtexec
+
+
+@pytest.mark.parametrize("form", ["select", "cond"])
+def test_onnx_for_trtexec_is_verified_and_builds(encoder: nn.Module, form: str, tmp_path: Path) -> None:
+    artifact = sam3x.export(encoder, target="trt", output=tmp_path / "out", format="plan-onnx", branches=form, **SMALL)
+    facts = artifact.manifest.facts
+    assert artifact.manifest.verified and artifact.path.name == "fusion_encoder.onnx"
+    assert facts["engine_bytes"] > 0 and "--minShapes=tgt:1x36x32" in facts["trtexec"]
+    assert (facts["conditionals"] > 0) is (form == "cond")
