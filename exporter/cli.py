@@ -1,4 +1,4 @@
-"""The command line: ``sam3x export | verify | inspect | targets | bench``. torch is imported only once it is needed."""
+"""The command line: ``sam3x export | verify | inspect | targets | doctor | bench``. torch is imported once it is needed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from sam3x import cli_doctor
 from sam3x.cli_pipeline import ImageSource, check_pipeline_options, image_source, lint, run, show_pipeline
 from sam3x.cli_target_options import TargetOptionsCommand, target_options_of
 from sam3x.errors import Sam3xError, SpecError, TargetUnavailableError
@@ -279,6 +280,43 @@ def targets(as_json: Json = False, verbose: Verbose = False) -> None:
             from sam3x import cli_views
 
             cli_views.show([cli_views.targets_table(statuses)])
+
+
+@app.command()
+def doctor(
+    folder: Folder,
+    precision: Annotated[cli_doctor.Low, typer.Option(help="The precision to examine.")] = cli_doctor.Low.FP16,
+    bound: cli_doctor.Bound = None,
+    tokens: cli_doctor.Tokens = 256,
+    checkpoint: Checkpoint = None,
+    module: Module = None,
+    html: cli_doctor.Html = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Rank the operations that a lower precision ruins, and name the fewest to keep in float32.
+
+    Each is run in that precision alone, emulated in torch, in every branch. --checkpoint or --module as in the export.
+    """
+    with _errors(verbose):
+        _exclusive(checkpoint, module)
+        cli_doctor.check_page(html)
+        import sam3x
+
+        sam3x.load(folder)  # a damaged folder is told before torch is imported
+        with _steps(quiet) as steps:
+            steps.begin("import torch")
+            with _hushed(verbose):
+                source = _source(checkpoint, module, steps)
+                report = cli_doctor.run_doctor(folder, source, precision, bound, tokens, html, steps.begin)
+            steps.end()
+        if as_json:
+            typer.echo(report.model_dump_json(indent=2))
+        elif not quiet:
+            from sam3x import cli_views, doctor_views
+
+            cli_views.show(doctor_views.doctor_view(report))
 
 
 @app.command()
