@@ -13,9 +13,12 @@ from unittest import mock
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import BaseModel
 from torch import nn
 
+from sam3x.artifact import load
 from sam3x.errors import ArtifactError, SpecError
+from sam3x.manifest import MANIFEST, SCHEMA_VERSION, sealed
 from sam3x.pipeline import module_image_source, verify_pipeline
 from sam3x.pipeline.contract import COMPONENTS
 from sam3x.runtime import EncodedImage, Segmenter
@@ -221,9 +224,18 @@ def test_verify_runs_the_components_against_the_source_again(tiny_pipeline: Path
         verify_pipeline(tiny_pipeline, module_image_source(tiny_image_model(vocabulary, seed=6)))
 
 
-def test_a_damaged_or_other_folder_is_refused(tiny_pipeline: Path, default_artifact: Path, tmp_path: Path) -> None:
+class OtherManifest(BaseModel):
+    schema_version: int = SCHEMA_VERSION
+    files: dict[str, str] = {}
+
+
+def test_a_damaged_or_other_folder_is_refused(tiny_pipeline: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / MANIFEST).write_text(sealed(OtherManifest()))
     with pytest.raises(ArtifactError, match="holds no pipeline"):
-        Segmenter(default_artifact)
+        Segmenter(tmp_path / "other")
+    with pytest.raises(ArtifactError, match=r"holds a whole image model. Run it with sam3x run"):
+        load(tiny_pipeline)
     with pytest.raises(ArtifactError, match="cannot be read"):
         Segmenter(tmp_path)
     copy = tmp_path / "copy"
