@@ -112,6 +112,10 @@ def check_pipeline_options(target: str, options: dict[str, Any], **others: Any) 
 
     if target not in TARGETS:
         raise SpecError(f"step 1/4 spec: --pipeline writes {', '.join(TARGETS)}, not yet {target}. Leave --target out.")
+    if options.get("layout", "flat") != "flat":
+        raise SpecError(
+            f"step 1/4 spec: --layout {options['layout']} is for one model; a pipeline has six. Leave --layout out."
+        )
     given = [name for name in _ENCODER_ALONE if name in options] + [name for name, value in others.items() if value]
     if given:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)

@@ -66,6 +66,8 @@ def export_pipeline(
     if back_end.name not in TARGETS:
         raise SpecError(f"step 1/4 spec: --pipeline writes {', '.join(TARGETS)}, not yet {target}. Leave --target out.")
     spec, target_options = resolve(back_end, {**FUSION_DEFAULTS, **options})
+    if getattr(target_options, "layout", "flat") != "flat":
+        raise SpecError("step 1/4 spec: a layout of folders is for one model; a pipeline has six. Leave layout out.")
     status = back_end.availability()
     if not status.available:
         raise TargetUnavailableError(
