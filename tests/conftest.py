@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support.image_model import tiny_image_model, write_vocabulary
 
     base = tmp_path_factory.getbasetemp()
-    root = base if base.name.startswith("pytest-") else base.parent  # workers have folders of their own below the run's
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # a worker's folder is inside the run's
     folder = root / "tiny_pipeline"
     with FileLock(str(folder) + ".lock"):
         if not (folder / "manifest.json").exists():
