@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import sam3x
 from sam3x.artifact import STEM, Artifact, load
-from sam3x.capture import capture, dims_of
+from sam3x.capture import capture
+from sam3x.dimensions import dims_of
 from sam3x.errors import ArtifactError, TargetUnavailableError
 from sam3x.fusion_encoder import FusionEncoder
 from sam3x.manifest import (

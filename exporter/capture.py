@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from sam3x.dimensions import dims_of
 from sam3x.errors import CaptureError, Sam3xError
 from sam3x.fusion_encoder import FusionEncoder
 from sam3x.inline import inline_layers
@@ -25,28 +26,6 @@ KEPT_WHOLE = (
     _aten.scaled_dot_product_attention.default,
 )
 """Operators the passes and targets want to see as one node."""
-
-DYNAMIC_DIMS: dict[str, tuple[str | None, ...]] = {
-    "tgt": ("batch", "tokens", None),
-    "query_pos": ("batch", "tokens", None),
-    "memory": ("batch", "prompt_length", None),
-    "pos": ("batch", "prompt_length", None),
-    "tgt_mask": ("tokens", "tokens"),
-    "memory_mask": ("tokens", "prompt_length"),
-    "tgt_key_padding_mask": ("batch", "tokens"),
-    "memory_key_padding_mask": ("batch", "prompt_length"),
-    "prompt": ("prompt_length", "batch", None),
-    "prompt_key_padding_mask": ("batch", "prompt_length"),
-}
-"""Meaning of every input dimension; ``src*`` maps are ("batch", None, …)."""
-
-
-def dims_of(name: str, rank: int) -> tuple[str | None, ...]:
-    """What the dimensions of an input mean; flags have none."""
-    if name.startswith("src"):
-        return ("batch", *[None] * (rank - 1))
-    return DYNAMIC_DIMS.get(name, (None,) * rank)
-
 
 def capture(source: nn.Module | Sequence[nn.Module], spec: ExportSpec) -> CapturedProgram:
     """Export ``source`` with its runtime flags as ``torch.cond`` and its ranges as dynamic dimensions.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sam3x.dimensions import dims_of
 from sam3x.errors import SourceError, SpecError
 from sam3x.fusion_layer import OPTIONAL_INPUTS, fusion_layer, is_stock, opaque_layer, shallow_copy
 from sam3x.layer_op import LAYER_OP
@@ -183,6 +184,7 @@ class FusionEncoder(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Named tensors in, tuple of outputs out, with one ``sam3x::fusion_layer`` a layer (see ``layer_op``)."""
         given: dict[str, Any] = dict(zip(self.input_names, tensors, strict=True))
+        _check_sizes(given)
         dac = given.pop("dac", self.spec.dac)
         fixed = None if self.spec.pre_norm == "module" else self.spec.pre_norm
         return self._run(given, dac, given.pop("pre_norm", fixed), self._stand_in)
@@ -282,6 +284,15 @@ class FusionEncoder(nn.Module):
         if named.get("memory_text") is prompt:
             named["memory_text"] = prompt.clone()
         return tuple(named[name] for name in self.output_names)
+
+
+def _check_sizes(given: Mapping[str, Tensor]) -> None:
+    """Dimensions of one meaning have one size: the contract of the artifact, so that a trace has one symbol for them."""
+    sizes: dict[str, Any] = {}
+    for name, value in given.items():
+        for size, meaning in zip(value.shape, dims_of(name, value.dim()), strict=True):
+            if meaning is not None:
+                torch._check(size == sizes.setdefault(meaning, size))
 
 
 class _Definition(nn.Module):

@@ -185,7 +185,8 @@ def sweep(module: GraphModule) -> bool:
     for name in [name for name, child in module.named_children() if isinstance(child, GraphModule)]:
         if name not in used:
             delattr(module, name)
-    module.recompile()
+    if modified:
+        module.recompile()
     return modified
 
 

@@ -125,7 +125,8 @@ def _run_one(
         result = item.call(current.program)
         for _, module in graph_modules(result.program):
             module.graph.lint()
-            module.recompile()
+        if result.modified:
+            result.program.graph_module.recompile()  # its branches too
         sync_outputs(result.program)
         try:
             result.program.validate()

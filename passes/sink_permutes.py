@@ -46,7 +46,6 @@ class SinkPermutesPass(Pass):
             worker = _Worker(module)
             worker.run()
             module.graph.eliminate_dead_code()
-            module.recompile()
             rewrites += max(before - _moves(module), 0)
         return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites)
 

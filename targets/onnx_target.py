@@ -91,7 +91,9 @@ class OnnxTarget:
     def legalization_passes(self, options: OnnxOptions) -> tuple[Pass, ...]:
         from torch.onnx._internal.exporter import _decomp, _registration
 
+        from sam3x.passes.fuse_alternatives import FuseAlternativesPass
         from sam3x.passes.legalize_operators import LegalizeOperatorsPass
+        from sam3x.passes.unslice_rows import UnsliceRowsPass
         from sam3x.targets import onnx_attention
 
         words = set(_decomp.get_onnx_implemented_overloads(_registration.ONNXRegistry.from_torchlib()))
@@ -99,6 +101,8 @@ class OnnxTarget:
         own = onnx_attention.operators()
         return (
             *onnx_attention.passes(options.attention, options.attention_bytes),
+            UnsliceRowsPass(),
+            FuseAlternativesPass(),
             LegalizeOperatorsPass(
                 lambda op: op in words or op in own or "assert" in op.name() or "sym_constrain" in op.name(), table
             ),
@@ -113,7 +117,7 @@ class OnnxTarget:
         import torch
         from torch.onnx._internal.exporter import _core, _fx_passes, _registration
 
-        from sam3x.targets import onnx_attention, onnx_linear
+        from sam3x.targets import onnx_attention, onnx_linear, onnx_optimize
 
         try:
             # the public torch.onnx.export decomposes, which traces every torch.cond again; this program is decomposed already
@@ -122,9 +126,10 @@ class OnnxTarget:
                 registry = _registration.ONNXRegistry.from_torchlib()
                 onnx_attention.register(registry, captured)
                 onnx_linear.register(registry)
-                built = _core._exported_program_to_onnx_program(captured.program, registry=registry, lower="at_conversion")
-                model = built.model
-                built.optimize()
+                model = _core._exported_program_to_onnx_program(
+                    captured.program, registry=registry, lower="at_conversion"
+                ).model
+                onnx_optimize.optimize(model)
                 _name(model, captured, path.stem)
                 _set_opset(model, self.opset, onnx_attention.domains(options.attention))
         except Exception as error:
