@@ -27,6 +27,7 @@ KEPT_WHOLE = (
 )
 """Operators the passes and targets want to see as one node."""
 
+
 def capture(source: nn.Module | Sequence[nn.Module], spec: ExportSpec) -> CapturedProgram:
     """Export ``source`` with its runtime flags as ``torch.cond`` and its ranges as dynamic dimensions.
 

@@ -15,7 +15,9 @@ Body = Callable[[GraphModule, dict[Node, Any]], Node]
 """Adds a branch's nodes to its graph, given what each operand is there; returns the result."""
 
 
-def new_cond(module: GraphModule, before: Node, predicate: Node, operands: Sequence[Node], bodies: Sequence[Body], like: Any) -> Node:
+def new_cond(
+    module: GraphModule, before: Node, predicate: Node, operands: Sequence[Node], bodies: Sequence[Body], like: Any
+) -> Node:
     """A conditional in front of ``before``; returns the node that reads its one result.
 
     Args:

@@ -161,7 +161,10 @@ def _fuse(module: GraphModule, first: _Optional, second: _Optional) -> None:
     _erase(module, second.value)
     region = _readers(first.value)
     if region is None:
-        return  # it goes on choosing by itself
+        passed_on = [lambda _, given, side=side: given[side] for side in sides]
+        made = new_cond(module, first.value, first.predicate, [first.x, z], passed_on, first.value.meta["val"])
+        first.value.replace_all_uses_with(made)
+        return
     *_, last = region
     # the readers run inside, on what the branch taken passes on: a branch that only passes a tensor on copies it
     read = [item for item in inputs_of(region) if item is not first.value]
@@ -204,4 +207,3 @@ def _readers(value: Node) -> list[Node] | None:
         if any(node.op == "call_function" and node.target not in allowed for node in branch.graph.nodes):
             return None
     return [*parts, reader, results[0][0]]
-

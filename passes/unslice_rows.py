@@ -133,7 +133,11 @@ def _share(module: GraphModule) -> int:
 
 def _predicate(node: Any) -> Any:
     """A predicate as a term, so that the same one computed twice is equal."""
-    if not isinstance(node, Node) or node.target not in (aten.logical_and.default, aten.logical_or.default, aten.logical_not.default):
+    if not isinstance(node, Node) or node.target not in (
+        aten.logical_and.default,
+        aten.logical_or.default,
+        aten.logical_not.default,
+    ):
         return node
     return (node.target, *(_predicate(item) for item in node.args))
 
@@ -166,7 +170,12 @@ def _joined(node: Node, rows: _Rows) -> tuple[Node, Node, Node] | None:
     if node.target is not aten.cat.default or len(node.args[0]) != 2:  # type: ignore[arg-type]
         return None
     total, tail = node.args[0]  # type: ignore[misc]
-    if not isinstance(tail, Node) or tail.target is not aten.slice.Tensor or total.target is not aten.add.Tensor or total.kwargs:
+    if (
+        not isinstance(tail, Node)
+        or tail.target is not aten.slice.Tensor
+        or total.target is not aten.add.Tensor
+        or total.kwargs
+    ):
         return None
     source, dim, start, end, step = slice_args(tail)
     heads = [item for item in total.args if _is_head(item, rows) and slice_args(item)[0] is source]
