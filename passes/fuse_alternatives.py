@@ -43,11 +43,12 @@ class _Optional:
 
 
 class FuseAlternativesPass(Pass):
-    """``t = p ? x : norm(x; a)`` and ``y = p ? norm(t; b) : t`` become ``z = norm(x; p ? b : a)``, ``y = z``, ``t = p ? x : z``.
+    """``t = p ? x : norm(x; a)``, ``y = p ? norm(t; b) : t`` become ``z = norm(x; p ? b : a)``, ``y = z``, ``t = p ? x : z``.
 
     Exactly one of the two norms runs, so one norm with the chosen weights stands for both, and no branch has to copy a
-    tensor to pass it on. What else reads ``t``, as the residual addition does, goes into the branches of a conditional, where it
-    reads ``x`` or ``z``; as data flow, ``t`` is picked by ``where``. Refused, with the reason: norms of another shape or epsilon.
+    tensor to pass it on. What else reads ``t``, as the residual addition does, goes into the branches of a conditional, where
+    it reads ``x`` or ``z``; as data flow, ``t`` is picked by ``where``. Refused, with the reason: norms that differ in more
+    than their weights, and weights that are not known yet where the first norm stands.
     """
 
     name = "fuse_alternatives"

@@ -52,8 +52,8 @@ class _Rows:
 class UnsliceRowsPass(Pass):
     """``x[:n] + y[:n]`` and ``cat(x[:n] + y, x[n:])`` become conditionals that add whole tensors where ``n`` is all rows.
 
-    ``n`` comes out of a ``torch.cond`` that returns a vector or the head of it, as ``dac`` does. A slice of all rows is a copy of
-    the tensor; the addition has to be done anyway. Equal numbers of rows (one a layer) are counted once.
+    ``n`` comes out of a ``torch.cond`` that returns a vector or the head of it, as ``dac`` does. A slice of all rows is a copy
+    of the tensor; the addition has to be done anyway. Equal numbers of rows (one a layer) are counted once.
     """
 
     name = "unslice_rows"
@@ -169,7 +169,8 @@ def _joined(node: Node, rows: _Rows) -> tuple[Node, Node, Node] | None:
     """(x, sum, tail) of ``cat(x[:n] + y, x[n:])``."""
     if node.target is not aten.cat.default or len(node.args[0]) != 2:  # type: ignore[arg-type]
         return None
-    total, tail = node.args[0]  # type: ignore[misc]
+    parts: Any = node.args[0]
+    total, tail = parts
     if (
         not isinstance(tail, Node)
         or tail.target is not aten.slice.Tensor
@@ -178,7 +179,7 @@ def _joined(node: Node, rows: _Rows) -> tuple[Node, Node, Node] | None:
     ):
         return None
     source, dim, start, end, step = slice_args(tail)
-    heads = [item for item in total.args if _is_head(item, rows) and slice_args(item)[0] is source]
+    heads: list[Any] = [item for item in total.args if _is_head(item, rows) and slice_args(item)[0] is source]
     whole = (isinstance(end, Node) and expression(end.meta["val"]) == rows.total) or (isinstance(end, int) and end >= 2**62)
     joined_at = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     if len(heads) != 1 or start is not rows.count or step != 1 or not whole or joined_at != dim:
@@ -188,7 +189,7 @@ def _joined(node: Node, rows: _Rows) -> tuple[Node, Node, Node] | None:
 
 def _unjoin(module: GraphModule, node: Node, rows: _Rows) -> None:
     source, total, tail = _joined(node, rows)  # type: ignore[misc]
-    heads = [item for item in total.args if _is_head(item, rows) and slice_args(item)[0] is source]
+    heads: list[Any] = [item for item in total.args if _is_head(item, rows) and slice_args(item)[0] is source]
     _choose(module, node, rows, [*heads, total, tail, node], total)
 
 
