@@ -195,15 +195,14 @@ def verification_table(records: Sequence[VerificationRecord], *, verbose: bool =
     for record in records:
         groups.setdefault((record.branch, record.output, *([record.case] if verbose else [])), []).append(record)
     for key, group in groups.items():
-        worst = [
-            max(getattr(item, name) for item in group) for name in ("max_abs", "max_rel", "from_float64", "eager_from_float64")
-        ]
+        names = ("max_abs", "max_rel", "from_float64", "eager_from_float64")
+        worst = [[value for item in group if (value := getattr(item, name)) is not None] for name in names]
         passed = all(item.passed for item in group)
         case = key[2] if verbose else str(len(group))
         table.add_row(
             *key[:2],
             case,
-            *(f"{value:.1e}" for value in worst),
+            *(f"{max(values):.1e}" if values else "" for values in worst),
             Text("yes" if passed else "NO", style="" if passed else "bold red"),
         )
     table.caption = (

@@ -59,7 +59,7 @@ class VerificationRecord(_Record):
     """One branch at one size, one output.
 
     ``max_abs`` and ``max_rel`` compare the artifact with eager float32. ``from_float64`` and ``eager_from_float64`` are both
-    runs' distances from eager float64. Passed when ``max_abs`` ≤ ``allowed``, or the artifact is within 4 times eager's own.
+    runs' distances from eager float64, None where float32 decided a large comparison. Passed when ``max_abs`` ≤ ``allowed``, or the artifact is within 4 times eager's own.
     ``undefined`` elements are NaN in eager itself, which only an all-padded prompt may cause; they are not compared.
     """
 
@@ -68,8 +68,8 @@ class VerificationRecord(_Record):
     output: str
     max_abs: float
     max_rel: float
-    from_float64: float
-    eager_from_float64: float
+    from_float64: float | None = None
+    eager_from_float64: float | None = None
     allowed: float
     passed: bool
     undefined: int = 0

@@ -23,7 +23,8 @@ class Sample:
     Attributes:
         branch: e.g. ``"dac=True pre_norm=False"``: the value of every runtime flag, or ``"fixed"``.
         case: sizes and padding, e.g. ``"batch 2, tokens 37, prompt 7, padded"``.
-        all_padded: whether every key of the prompt is padding; eager attention may give NaN there.
+        all_padded: whether every key of some prompt is padding; eager attention may give NaN there.
+        large: whether an eager run in float64 takes minutes.
         inputs: graph input name → tensor, flags included as bool tensors, in graph order.
     """
 
@@ -31,6 +32,7 @@ class Sample:
     case: str
     inputs: dict[str, Tensor]
     all_padded: bool = False
+    large: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

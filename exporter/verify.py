@@ -38,18 +38,27 @@ def _double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def compare(samples: Iterable[Sample], run: Run, eager: Eager) -> tuple[VerificationRecord, ...]:
-    """Run every sample three times (artifact, eager float32, eager float64) and measure each output."""
+    """Run every sample (artifact, eager float32, eager float64) and measure each output.
+
+    A large sample runs in float64 only where the distance from float32 does not decide already.
+    """
     records = []
     for sample in samples:
-        single, double, actual = eager(sample.inputs), eager(_double(sample.inputs)), run(sample.inputs)
+        single, actual = eager(sample.inputs), run(sample.inputs)
+        double = None if sample.large else eager(_double(sample.inputs))
         for name, expected in single.items():
             got = actual[name]
             shaped = tuple(got.shape) == tuple(expected.shape) and got.dtype == expected.dtype
             defined = ~expected.isnan() if expected.is_floating_point() else torch.ones_like(expected, dtype=torch.bool)
             undefined = int((~defined).sum())
             gap = _distance(got, expected, defined) if shaped else float("inf")
-            far = _distance(got, double[name], defined) if shaped else float("inf")
-            own = _distance(expected, double[name], defined)
+            if double is None and shaped and gap > ABSOLUTE:
+                double = eager(_double(sample.inputs))  # minutes of float64 only where float32 does not decide
+            far = own = None
+            if double is not None:
+                far = _distance(got, double[name], defined) if shaped else float("inf")
+                own = _distance(expected, double[name], defined)
+            near = far is not None and own is not None and far <= EAGER_FACTOR * own
             largest = float(expected.double().nan_to_num(0.0, 0.0, 0.0).abs().max()) if expected.numel() else 0.0
             records.append(
                 VerificationRecord(
@@ -61,7 +70,7 @@ def compare(samples: Iterable[Sample], run: Run, eager: Eager) -> tuple[Verifica
                     from_float64=far,
                     eager_from_float64=own,
                     allowed=ABSOLUTE,
-                    passed=(gap <= ABSOLUTE or far <= EAGER_FACTOR * own) and (sample.all_padded or not undefined),
+                    passed=(gap <= ABSOLUTE or near) and (sample.all_padded or not undefined),
                     undefined=undefined,
                 )
             )

@@ -126,10 +126,11 @@ def write(captured: CapturedProgram, path: Path, delegate: str, contract: str) -
 
     captured, _ = PassPipeline((UnifyDimensionsPass(captured),)).run(captured)
     names = {"inputs": captured.input_names, "outputs": captured.output_names}
+    plain = _is_plain(captured.program)
     with torch.no_grad(), _bounded(captured), errors_only("torch.utils._pytree", "root", "executorch"):
         edge = to_edge_transform_and_lower(
-            captured.program,
-            partitioner=partitioners(delegate, plain=_is_plain(captured.program)),
+            PlainProgram.of(captured.program) if plain else captured.program,
+            partitioner=partitioners(delegate, plain=plain),
             constant_methods={contract: json.dumps(names)},
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
         )
@@ -168,6 +169,23 @@ def _is_plain(program: ExportedProgram) -> bool:
         return node.target in _PLAIN
 
     return all(plain(node) for node in program.graph.nodes if node.op == "call_function")
+
+
+class PlainProgram(ExportedProgram):
+    """A program of ``_PLAIN`` operators: asked to decompose, it returns itself instead of retracing a graph that stays the same."""
+
+    @classmethod
+    def of(cls, program: ExportedProgram) -> PlainProgram:
+        """``program``, which is consumed, with the one composite operator that edge programs have another word for."""
+        for node in program.graph.nodes:
+            if node.target is aten.reshape.default:
+                node.target = aten.view.default  # edge programs copy at every view, so that each source is contiguous
+        names = ("graph_signature", "state_dict", "range_constraints", "module_call_graph", "example_inputs", "constants")
+        given = {name: getattr(program, name) for name in (*names, "verifiers")}
+        return cls(root=program.graph_module, graph=program.graph, **given)
+
+    def run_decompositions(self, decomp_table: Any = None, *args: Any, **kwargs: Any) -> ExportedProgram:
+        return self
 
 
 def partitioners(delegate: str, *, plain: bool) -> list[Any]:
