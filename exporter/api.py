@@ -16,6 +16,7 @@ import sam3x
 from sam3x.artifact import STEM, Artifact, load
 from sam3x.capture import capture
 from sam3x.dimensions import dims_of
+from sam3x.eager_precision import eager_in
 from sam3x.errors import ArtifactError, TargetUnavailableError
 from sam3x.fusion_encoder import FusionEncoder
 from sam3x.manifest import (
@@ -33,7 +34,7 @@ from sam3x.publish import publishing, replace_manifest
 from sam3x.samples import Sizes, samples_for, verification_sizes
 from sam3x.sources import Source, source_for
 from sam3x.spec import ExportSpec, make_spec
-from sam3x.targets.base import Runner, file_name, resolve
+from sam3x.targets.base import Runner, TargetOptions, file_name, resolve
 from sam3x.targets.registry import get_target
 from sam3x.verify import check_pass, compare, require
 
@@ -98,7 +99,7 @@ def export(
         verification: tuple[VerificationRecord, ...] = ()
         if runner is not None and unverified is None:
             tell("verify")
-            verification = _timed(figures, "verify_seconds", lambda: _verify(source, spec, runner))
+            verification = _timed(figures, "verify_seconds", lambda: _verify(source, spec, runner, _precision(target_options)))
             require(verification, f"step 4/4 verify {target}")
         figures["total_seconds"] = time.perf_counter() - started
         figures["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -151,7 +152,8 @@ def verify(folder: str | Path, source: nn.Module | Source | None = None, *, full
             f"verify: {folder} was exported from other weights ({artifact.manifest.origin}). "
             "Name the source it came from: --checkpoint or --module."
         )
-    records = _verify(given, spec, artifact._runner)
+    precision = str(artifact.manifest.target_options.get("precision", "fp32"))
+    records = _verify(given, spec, artifact._runner, precision)
     require(records, f"verify {artifact.manifest.target}")
     if not artifact.manifest.verified:
         known = {"verified": True, "verified_reason": None, "verification": records}
@@ -166,9 +168,13 @@ def _timed(figures: dict[str, float], name: str, work: Callable[[], Any]) -> Any
     return result
 
 
-def _verify(source: Source, spec: ExportSpec, runner: Runner) -> tuple[VerificationRecord, ...]:
+def _precision(options: TargetOptions) -> str:
+    return str(getattr(options, "precision", "fp32"))
+
+
+def _verify(source: Source, spec: ExportSpec, runner: Runner, precision: str) -> tuple[VerificationRecord, ...]:
     encoder = FusionEncoder(source.module, spec)
-    sizes: list[Sizes] = verification_sizes(spec)
+    sizes: list[Sizes] = verification_sizes(spec, peaked=precision != "fp32")
     samples = samples_for(encoder.input_names, encoder.flag_names, spec, encoder.d_model, len(encoder.layers), sizes)
 
     def run(inputs: Any) -> dict[str, Tensor]:
@@ -177,7 +183,11 @@ def _verify(source: Source, spec: ExportSpec, runner: Runner) -> tuple[Verificat
             for name, value in runner.run({k: v.numpy() for k, v in inputs.items()}).items()
         }
 
-    return compare(samples, run, encoder.eager)
+    def rounded(inputs: Any) -> dict[str, Tensor]:
+        with eager_in(precision):
+            return encoder.eager(inputs)
+
+    return compare(samples, run, encoder.eager, None if precision == "fp32" else rounded)
 
 
 def _tensor_specs(captured: CapturedProgram) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 
@@ -16,20 +17,27 @@ LARGE = 2048
 """Tokens above which one eager run in float64 takes longer than the rest of an export."""
 
 
+PEAKED = 2.0
+"""Self-attention scores grow with its square, those of the cross-attention with it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """One set of dynamic sizes.
 
     ``padding`` is ``"none"``, ``"some"`` or ``"all"`` of the prompt, or ``"mixed"``: some of the first image's, all of the others'.
+    ``peaked`` attention: positions and prompt, which queries and keys are made of, are twice as large.
     """
 
     batch: int
     tokens: int
     prompt_length: int
     padding: str = "some"
+    peaked: bool = False
 
     def __str__(self) -> str:
-        return f"batch {self.batch}, tokens {self.tokens}, prompt {self.prompt_length}, padded {self.padding}"
+        peaked = ", peaked" if self.peaked else ""
+        return f"batch {self.batch}, tokens {self.tokens}, prompt {self.prompt_length}, padded {self.padding}{peaked}"
 
 
 def _clamp(value: int, bounds: tuple[int, int]) -> int:
@@ -71,7 +79,8 @@ def make_inputs(names: tuple[str, ...], spec: ExportSpec, d_model: int, sizes: S
     for name in names:
         base, _, level = name.rpartition("_")
         if name in shapes:
-            inputs[name] = torch.randn(shapes[name], generator=generator)
+            scale = PEAKED if sizes.peaked and name != "tgt" else 1.0
+            inputs[name] = torch.randn(shapes[name], generator=generator) * scale
         elif name == "tgt_mask":
             inputs[name] = attention_mask(n, n)
         elif name == "memory_mask":
@@ -114,8 +123,11 @@ def branch_values(flag_names: tuple[str, ...], spec: ExportSpec, num_layers: int
     ]
 
 
-def verification_sizes(spec: ExportSpec) -> list[Sizes]:
-    """Sizes other than the traced ones, inside the ranges; ``verify="full"`` adds 72×72 tokens."""
+def verification_sizes(spec: ExportSpec, *, peaked: bool = False) -> list[Sizes]:
+    """Sizes other than the traced ones, inside the ranges; ``verify="full"`` adds 72×72 tokens.
+
+    ``peaked`` adds one with peaked attention, where a precision below float32 shows what it costs.
+    """
     wanted = [(1, 37, 7, "some"), (2, 64, 32, "some"), (2, 37, 1, "none"), (4, 30, 77, "some"), (2, 20, 7, "all")]
     if spec.halved_range[0] > LARGE and spec.verify != "full":
         # a fixed large image: every branch at the upper ends, where memory is planned for, and one image with a short prompt
@@ -131,13 +143,15 @@ def verification_sizes(spec: ExportSpec) -> list[Sizes]:
         )
         for b, n, s, p in wanted
     ]
+    if peaked:
+        sizes.append(dataclasses.replace(sizes[0], prompt_length=_clamp(32, spec.prompt_length), peaked=True))
     unique = list(dict.fromkeys(sizes))
     padded = any(name.endswith("key_padding_mask") for name in spec.inputs)
     return (
         unique
         if padded
         else list(
-            dict.fromkeys(Sizes(batch=s.batch, tokens=s.tokens, prompt_length=s.prompt_length, padding="none") for s in unique)
+            dict.fromkeys(dataclasses.replace(size, padding="none") for size in unique)
         )
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ ABSOLUTE = 2e-5
 
 EAGER_FACTOR = 4.0
 """Peaked attention or larger activations: no further from float64 than this many times eager float32 itself."""
+
+REDUCED_FACTOR, REDUCED_RMS_FACTOR = 4.0, 2.0
+"""Below float32: no further from eager float32 than this many times eager rounded the same way, at worst and on average."""
 
 Run = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 Eager = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -37,29 +41,42 @@ def _double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
 
 
-def compare(samples: Iterable[Sample], run: Run, eager: Eager) -> tuple[VerificationRecord, ...]:
+def compare(
+    samples: Iterable[Sample], run: Run, eager: Eager, rounded: Eager | None = None
+) -> tuple[VerificationRecord, ...]:
     """Run every sample (artifact, eager float32, eager float64) and measure each output.
 
     A large sample runs in float64 only where the distance from float32 does not decide already.
+
+    Args:
+        rounded: eager with the rounding of the artifact's precision, for one below float32; float64 is then not needed.
     """
     records = []
     for sample in samples:
         single, actual = eager(sample.inputs), run(sample.inputs)
-        double = None if sample.large else eager(_double(sample.inputs))
+        other = rounded(sample.inputs) if rounded is not None else None
+        double = None if sample.large or other is not None else eager(_double(sample.inputs))
         for name, expected in single.items():
             got = actual[name]
             shaped = tuple(got.shape) == tuple(expected.shape) and got.dtype == expected.dtype
             defined = ~expected.isnan() if expected.is_floating_point() else torch.ones_like(expected, dtype=torch.bool)
-            undefined = int((~defined).sum())
             gap = _distance(got, expected, defined) if shaped else float("inf")
-            if double is None and shaped and gap > ABSOLUTE:
+            if double is None and other is None and shaped and gap > ABSOLUTE:
                 double = eager(_double(sample.inputs))  # minutes of float64 only where float32 does not decide
-            far = own = None
+            facts: dict[str, Any] = {"allowed": ABSOLUTE}
+            near = False
             if double is not None:
                 far = _distance(got, double[name], defined) if shaped else float("inf")
                 own = _distance(expected, double[name], defined)
-            near = far is not None and own is not None and far <= EAGER_FACTOR * own
+                facts.update(from_float64=far, eager_from_float64=own)
+                near = far <= EAGER_FACTOR * own
+            if other is not None and expected.is_floating_point():
+                rms, own = (_rms(item, expected, defined) if shaped else float("inf") for item in (got, other[name]))
+                allowed = max(ABSOLUTE, REDUCED_FACTOR * _distance(other[name], expected, defined))
+                facts.update(allowed=allowed, rms_rel=rms, eager_rms_rel=own)
+                near = gap <= allowed and rms <= max(ABSOLUTE, REDUCED_RMS_FACTOR * own)
             largest = float(expected.double().nan_to_num(0.0, 0.0, 0.0).abs().max()) if expected.numel() else 0.0
+            undefined = int((~defined).sum())
             records.append(
                 VerificationRecord(
                     branch=sample.branch,
@@ -67,14 +84,20 @@ def compare(samples: Iterable[Sample], run: Run, eager: Eager) -> tuple[Verifica
                     output=name,
                     max_abs=gap,
                     max_rel=gap / largest if largest else gap,
-                    from_float64=far,
-                    eager_from_float64=own,
-                    allowed=ABSOLUTE,
                     passed=(gap <= ABSOLUTE or near) and (sample.all_padded or not undefined),
                     undefined=undefined,
+                    **facts,
                 )
             )
     return tuple(records)
+
+
+def _rms(value: Tensor, expected: Tensor, defined: Tensor) -> float:
+    """Root mean square of the difference over that of ``expected``, where ``defined``."""
+    if not bool(defined.any()):
+        return 0.0
+    gap, size = (value - expected)[defined].double().square().mean(), expected[defined].double().square().mean()
+    return float((gap / size).sqrt()) if size else float(gap.sqrt())
 
 
 def require(records: Iterable[VerificationRecord], step: str) -> None:

@@ -19,7 +19,8 @@ from sam3x.passes.view_layout import Digit, Layout, layout_of
 
 _SDPA = aten.scaled_dot_product_attention.default
 _CAT = 4
-_LOWEST = torch.finfo(torch.float32).min
+LOWEST = torch.finfo(torch.float32).min
+LOWEST_HALF = torch.finfo(torch.float16).min / 2
 
 
 class NoHeadsError(Exception):
@@ -38,6 +39,10 @@ class LegalizeAttentionForPtePass(Pass):
     run_after = ("canonicalize_attention", "canonicalize_layouts", "fold_constants")
     exactness = Exactness.ARITHMETIC
 
+    def __init__(self, lowest: float = LOWEST) -> None:
+        """``lowest`` is added to the scores of hidden keys: far below any score, and with one added still a finite number."""
+        self.lowest = lowest
+
     def call(self, program: ExportedProgram) -> PassResult:
         module = program.graph_module
         constants = Constants(program, fake_mode_of(module))
@@ -47,7 +52,7 @@ class LegalizeAttentionForPtePass(Pass):
             if node.op != "call_function" or node.target is not _SDPA:
                 continue
             try:
-                _Attention(module, constants, node).rewrite()
+                _Attention(module, constants, node, self.lowest).rewrite()
                 rewrites += 1
             except NoHeadsError as reason:
                 missed.append(Missed(node=node.name, reason=str(reason)))
@@ -59,8 +64,8 @@ class LegalizeAttentionForPtePass(Pass):
 class _Attention:
     """One attention: (batch, heads, queries, width) throughout."""
 
-    def __init__(self, module: GraphModule, constants: Constants, node: Node) -> None:
-        self.module, self.constants, self.node = module, constants, node
+    def __init__(self, module: GraphModule, constants: Constants, node: Node, lowest: float) -> None:
+        self.module, self.constants, self.node, self.lowest = module, constants, node, lowest
         self.emit = Builder(module.graph, node, fake_mode_of(module))
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
@@ -195,13 +200,13 @@ class _Attention:
     def _additive(self, mask: Node) -> tuple[Node, Node]:
         """Nothing infinite reaches the softmax: −inf becomes the lowest number, which no other value is near."""
         emit = self.emit
-        low, half, zero = (emit(aten.full.default, [], x, dtype=torch.float32) for x in (_LOWEST, _LOWEST / 2, 0.0))
+        low, half, zero = (emit(aten.full.default, [], x, dtype=torch.float32) for x in (self.lowest, self.lowest / 2, 0.0))
         if mask.meta["val"].dtype is torch.bool:
             visible = mask
             additive = emit(aten.where.self, mask, zero, low)
         else:
             visible = emit(aten.gt.Scalar, mask, float("-inf"))
-            number = emit(aten.where.self, emit(aten.lt.Scalar, mask, _LOWEST / 2), half, mask)
+            number = emit(aten.where.self, emit(aten.lt.Scalar, mask, self.lowest / 2), half, mask)
             additive = emit(aten.where.self, visible, number, low)
         seen = emit(aten.any.dim, visible, -1, True)
         return additive, emit(aten._to_copy.default, seen, dtype=torch.float32)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from sam3x.passes.base import Pass, PassResult
@@ -154,8 +154,10 @@ _PLAIN = {
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.rsqrt.default, aten.reshape.default, aten.where.self),
     *(aten.full.default, aten.full_like.default, aten.scalar_tensor.default, aten.arange.start_step, aten.any.dim),
     *(aten.gt.Scalar, aten.lt.Scalar, aten.logical_not.default, aten.logical_and.default, aten.logical_or.default),
-    *(aten.sym_size.int, aten.select.int, operator.floordiv, operator.mul),
+    *(aten.sym_size.int, aten.select.int, operator.floordiv, operator.mul, operator.getitem),
 }
+_QUANTIZED = {"choose_qparams", "quantize_per_tensor", "dequantize_per_tensor", "dequantize_per_channel"}
+"""PT2E's operators, which exist once torchao is imported."""
 
 
 def _is_plain(program: ExportedProgram) -> bool:
@@ -166,7 +168,8 @@ def _is_plain(program: ExportedProgram) -> bool:
             return len(node.args[0]) <= _CAT  # type: ignore[arg-type]
         if node.target is aten._to_copy.default:
             return node.meta["val"].dtype is not node.args[0].meta["val"].dtype  # type: ignore[union-attr]
-        return node.target in _PLAIN
+        namespace, _, name = getattr(getattr(node.target, "_schema", None), "name", "").partition("::")
+        return node.target in _PLAIN or (namespace == "quantized_decomposed" and name in _QUANTIZED)
 
     return all(plain(node) for node in program.graph.nodes if node.op == "call_function")
 
@@ -188,6 +191,19 @@ class PlainProgram(ExportedProgram):
         return self
 
 
+def _convex(graph: Graph, nodes: set[Node]) -> bool:
+    """Whether no node outside lies on a way from one inside to another."""
+    after: set[Node] = set()
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        if node in nodes:
+            if not after.isdisjoint(sources):
+                return False
+        elif not nodes.isdisjoint(sources) or not after.isdisjoint(sources):
+            after.add(node)
+    return True
+
+
 def partitioners(delegate: str, *, plain: bool) -> list[Any]:
     """ExecuTorch's partitioner for a delegate, none for the portable kernels.
 
@@ -200,6 +216,7 @@ def partitioners(delegate: str, *, plain: bool) -> list[Any]:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir.backend.compile_spec_schema import CompileSpec
     from executorch.exir.backend.partitioner import DelegationSpec
+    from torch.fx.passes.infra.partitioner import Partition
 
     class LegalPartitioner(XnnpackPartitioner):
         """XNNPACK's, less what would only retrace a graph that is legal already: two thirds of the time."""
@@ -209,6 +226,11 @@ def partitioners(delegate: str, *, plain: bool) -> list[Any]:
             if plain:  # XNNPACK's name for "the first pass is enough"
                 specs = [CompileSpec("dqlinear_partitioner", b"")]
                 self.delegation_spec = DelegationSpec("XnnpackBackend", specs)
+
+        def generate_partitions(self, ep: ExportedProgram) -> list[Any]:
+            """All of it in one where that is possible; the search for groups that may merge stops short of it, and is slow."""
+            nodes = [node for group in self.get_matched_nodes_from_configs(ep) for node in group]
+            return [Partition(id=0, nodes=nodes)] if nodes and _convex(ep.graph, set(nodes)) else super().generate_partitions(ep)
 
         def ops_to_not_decompose(self, ep: ExportedProgram) -> Any:
             ops, check = super().ops_to_not_decompose(ep)

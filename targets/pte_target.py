@@ -37,7 +37,9 @@ class PteOptions(TargetOptions):
     """
 
     delegate: Literal["xnnpack", "none"] = Field("xnnpack", description="what runs the graph; default xnnpack.")
-    precision: Literal["fp32"] = Field("fp32", description="of weights and products; default fp32.")
+    precision: Literal["fp32", "fp16", "int8"] = Field(
+        "fp32", description="of weights and arithmetic (int8: of the projections); default fp32."
+    )
 
 
 class PteTarget:
@@ -59,16 +61,19 @@ class PteTarget:
         from sam3x.passes.canonicalize_layouts import CancelViewsPass, CanonicalizeLayoutsPass
         from sam3x.passes.decompose_attention import DecomposeAttentionPass
         from sam3x.passes.fold_constants import FoldConstantsPass
-        from sam3x.passes.legalize_attention_for_pte import LegalizeAttentionForPtePass
+        from sam3x.passes.convert_to_half import ConvertToHalfPass
+        from sam3x.passes.legalize_attention_for_pte import LOWEST, LOWEST_HALF, LegalizeAttentionForPtePass
         from sam3x.passes.legalize_norms_for_pte import LegalizeNormsForPtePass
 
+        half = options.precision == "fp16"
         return (
             CanonicalizeLayoutsPass(),
             FoldConstantsPass(),
-            LegalizeAttentionForPtePass(),
+            LegalizeAttentionForPtePass(LOWEST_HALF if half else LOWEST),
             DecomposeAttentionPass(),
             LegalizeNormsForPtePass(),
             CancelViewsPass(),
+            *([ConvertToHalfPass()] if half else []),
         )
 
     def lower(self, captured: CapturedProgram, path: Path, options: PteOptions) -> dict[str, Any]:
@@ -84,6 +89,10 @@ class PteTarget:
                 "Make the flags data flow (--branches select), or fix them (--dac off --pre-norm on)."
             )
         try:
+            if options.precision == "int8":
+                from sam3x.targets.pte_quantize import quantize
+
+                captured = quantize(captured)
             return write(captured, path, options.delegate, CONTRACT)
         except Exception as error:
             root: BaseException = error
