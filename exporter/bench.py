@@ -31,7 +31,7 @@ from sam3x.errors import ArtifactError
 from sam3x.manifest import ExportManifest
 
 Tell = Callable[[str], None]
-PACKAGES = ("sam3x", "torch", "onnxruntime", "onnx", "onnxscript", "openvino", "sam3", "numpy")
+PACKAGES = ("sam3x", "torch", "onnxruntime", "onnx", "onnxscript", "openvino", "executorch", "sam3", "numpy")
 EXPORT_FIGURES = ("capture_seconds", "passes_seconds", "lower_seconds")
 
 
@@ -83,6 +83,7 @@ def _case(request: BenchRequest, tokens: int, branch: dict[str, bool], tell: Tel
                 "sizes": sizes,
                 "flags": branch,
                 "output": f"{scratch}/{len(facts)}.npy",
+                "profile": request.profile,
                 **{key: getattr(request, key) for key in ("threads", "seed", "checkpoint", "module")},
             }
             with _failures_in(facts[name]):
@@ -101,11 +102,12 @@ def _case(request: BenchRequest, tokens: int, branch: dict[str, bool], tell: Tel
         for name, worker in workers.items():
             if "error" not in facts[name]:
                 with _failures_in(facts[name]):
-                    facts[name]["memory"] = Memory(**worker.finish())
+                    done = worker.finish()
+                    facts[name]["memory"], facts[name]["profile"] = Memory(**done["memory"]), done["profile"]
         for name, values in samples.items():
             if "error" not in facts[name]:
                 facts[name]["timing"] = timing_of([wall for wall, _ in values], [cpu for _, cpu in values])
-        results = [Result(**{key: value for key, value in known.items() if key != "d_model"}) for known in facts.values()]
+        results = [Result.model_validate({k: v for k, v in known.items() if k != "d_model"}) for known in facts.values()]
         reference, ranked = with_ratios(results, [*([request.reference] if request.reference else []), *request.baselines])
         outputs = {name: Path(scratch) / f"{number}.npy" for number, name in enumerate(facts, start=1)}
         ranked = tuple(_compared(item, next((r for r in ranked if r.name == reference), None), outputs) for item in ranked)
@@ -167,10 +169,15 @@ def _static_facts(kind: str, path: str) -> dict[str, Any]:
     names = ("dac", "pre_norm", "branches", "attention", "precision")
     known: dict[str, Any] = {
         "options": {"target": manifest.target, **{name: _word(asked[name]) for name in names if asked.get(name) is not None}},
-        "file_bytes": sum((folder / name).stat().st_size for name in manifest.files if (folder / name).is_file()),
+        "file_bytes": sum(
+            (folder / name).stat().st_size for name in manifest.files if (folder / name).is_file() and ".bpte" not in name
+        ),
     }
     if all(name in manifest.figures for name in EXPORT_FIGURES):
         known["export_seconds"] = sum(manifest.figures[name] for name in EXPORT_FIGURES)
+    operators = [manifest.facts.get(name) for name in ("delegated", "portable")]
+    if all(isinstance(item, dict) for item in operators):
+        known["nodes"] = sum(sum(item.values()) for item in operators if item)
     for name in manifest.files:
         if name.endswith(".onnx"):
             known.update(_onnx_facts(folder / name))

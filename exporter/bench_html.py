@@ -9,11 +9,14 @@ from html import escape
 from sam3x.bench_report import BASELINES, BenchReport, Case, Result, branch_text
 from sam3x.bench_views import (
     COLUMNS,
+    PROFILE,
     began_text,
     case_title,
     contender_text,
     error_texts,
     machine_text,
+    profile_rows,
+    profile_title,
     protocol_text,
     tokens_text,
     versions_text,
@@ -115,8 +118,16 @@ def _section(case: Case, colours: dict[str, str]) -> str:
             _table(case, colours),
             f'<p class="soft">Ratios are against {escape(case.reference)}.</p>' if case.reference else "",
             *(f'<p class="bad">{escape(text)}</p>' for text in error_texts(case)),
+            *(_profile(item) for item in case.results if item.profile),
         ]
     )
+
+
+def _profile(item: Result) -> str:
+    head = "".join(f"<th>{escape(title)}</th>" for title in PROFILE)
+    rows = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in profile_rows(item)]
+    table = f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return f"<h3>{escape(profile_title(item))}</h3>{table}"
 
 
 def _table(case: Case, colours: dict[str, str]) -> str:

@@ -83,9 +83,9 @@ class Worker:
         return answer["seconds"], answer["cpu_seconds"]
 
     def finish(self) -> dict[str, Any]:
-        """Its memory figures; the process ends."""
+        """Its memory figures and its profile; the process ends."""
         self._send({"do": "quit"})
-        return self.until("done")["memory"]
+        return self.until("done")
 
     def close(self) -> None:
         """End the process, whatever it is doing."""

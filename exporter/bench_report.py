@@ -40,6 +40,7 @@ class BenchRequest(_Record):
         threads: of every contender. repeat: timed rounds. warmup: rounds before them that are not counted.
         checkpoint, module: the encoder of the baselines; neither is the default with random weights.
         seed: of those weights and of the inputs. timeout: seconds that one step of one contender may take.
+        profile: also the time by operator, of artifacts whose runtime tells it, in runs of their own after the timed ones.
     """
 
     folders: tuple[str, ...] = ()
@@ -56,6 +57,16 @@ class BenchRequest(_Record):
     module: str | None = None
     seed: int = 0
     timeout: float = 900.0
+    profile: bool = False
+
+
+class ProfileRow(_Record):
+    """One operator of a contender's graph: calls and milliseconds of one run, and its share of all operators."""
+
+    operator: str
+    calls: int
+    milliseconds: float
+    share: float
 
 
 class Timing(_Record):
@@ -114,6 +125,7 @@ class Result(_Record):
             ``onnx-default`` the seconds of ``torch.onnx.export`` in this run.
         file_bytes: graph and weights on disk. nodes: of the graph alone; inner_nodes: of the sub-graphs of its branches.
         weight_bytes: of the weights in the file, or of the module's parameters.
+        profile: time by operator, slowest first; empty where it was not asked for or the runtime tells none.
         from_reference: largest difference of the first output from the reference's, None where weights or shapes differ.
     """
 
@@ -132,6 +144,7 @@ class Result(_Record):
     inner_nodes: int | None = None
     weights_sha256: str | None = None
     from_reference: float | None = None
+    profile: tuple[ProfileRow, ...] = ()
     error: str | None = None
 
 
@@ -266,6 +279,7 @@ def command_of(request: BenchRequest, *, files: Mapping[str, str | Path | None] 
     for name in others:
         if getattr(request, name) != getattr(default, name):
             words += [f"--{name.replace('_', '-')}", f"{getattr(request, name)}"]
+    words += ["--profile"] if request.profile else []
     for option, path in (files or {}).items():
         words += [option, str(path)] if path is not None else []
     return shlex.join(words)

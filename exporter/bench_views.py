@@ -198,6 +198,26 @@ def error_texts(case: Case) -> list[str]:
     return [f"{item.name} failed: {item.error}" for item in case.results if item.error]
 
 
+PROFILE = ("operator", "calls", "ms", "share")
+_PROFILE_ROWS = 15
+
+
+def profile_title(result: Result) -> str:
+    """Above the time by operator of one contender."""
+    return f"{result.name}: time by operator, one run"
+
+
+def profile_rows(result: Result) -> list[tuple[str, str, str, str]]:
+    """The slowest operators, the others as one row."""
+    rows = list(result.profile)
+    shown, others = rows[:_PROFILE_ROWS], rows[_PROFILE_ROWS:]
+    lines = [(row.operator, f"{row.calls:,}", f"{row.milliseconds:,.2f}", f"{100 * row.share:.1f} %") for row in shown]
+    if others:
+        time, share = sum(row.milliseconds for row in others), sum(row.share for row in others)
+        lines.append((f"{len(others)} others", f"{sum(row.calls for row in others):,}", f"{time:,.2f}", f"{100 * share:.1f} %"))
+    return lines
+
+
 # ---- the terminal
 
 
@@ -227,6 +247,15 @@ def bench_view(report: BenchReport) -> list[RenderableType]:
         if case.reference:
             table.caption = f"ratio, off: against {case.reference}. Memory in MB."
         parts.append(Group(Text(""), table, *(Text(text, style="red") for text in error_texts(case))))
+        for item in case.results:
+            if item.profile:
+                profile = Table(title=profile_title(item), title_justify="left", box=None, padding=(0, 1, 0, 0))
+                profile.add_column(PROFILE[0], header_style="dim", overflow="fold")
+                for title in PROFILE[1:]:
+                    profile.add_column(title, justify="right", header_style="dim")
+                for row in profile_rows(item):
+                    profile.add_row(*row)
+                parts.append(Group(Text(""), profile))
     return parts
 
 
@@ -264,6 +293,10 @@ def bench_markdown(report: BenchReport) -> str:
             lines.append(f"| {_cell(item.name)} | " + " | ".join(_cell(column.text(item)) for column in columns) + " |")
         lines += ["", f"Reference: {case.reference}."] if case.reference else []
         lines += ["", *(f"- {text}" for text in error_texts(case))] if error_texts(case) else []
+        for item in case.results:
+            if item.profile:
+                lines += ["", f"### {profile_title(item)}", "", "| " + " | ".join(PROFILE) + " |", "|---|---:|---:|---:|"]
+                lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in profile_rows(item)]
     lines += ["", "## Columns", "", *(f"- **{column.title}**: {column.meaning}." for column in COLUMNS)]
     return "\n".join(lines) + "\n"
 

@@ -119,6 +119,8 @@ class ArtifactContender:
         target = json.loads((Path(self.job["path"]) / MANIFEST).read_text()).get("target")
         if target == "onnx":
             limit_onnxruntime(self.job["threads"])
+        elif target == "pte":
+            limit_executorch(self.job["threads"])
 
     def load(self) -> Run:
         from sam3x.artifact import load
@@ -144,6 +146,11 @@ class ArtifactContender:
 
     def facts(self) -> dict[str, Any]:
         return {"weights_sha256": self.artifact.manifest.weights_sha256}
+
+    def profile(self, arrays: Arrays) -> list[dict[str, Any]]:
+        """Time by operator where the runner can tell it; see ``PteRunner.profile``."""
+        tell = getattr(self.artifact._runner, "profile", None)
+        return tell(arrays) if tell is not None else []
 
 
 class TorchContender:
@@ -261,6 +268,13 @@ def limit_onnxruntime(threads: int) -> None:
     onnxruntime.SessionOptions = limited
 
 
+def limit_executorch(threads: int) -> None:
+    """The pool that XNNPACK and the kernels share; it has no setting outside the process."""
+    from executorch.extension.pybindings import portable_lib
+
+    portable_lib._unsafe_reset_threadpool(threads)
+
+
 def check_branch(spec: dict[str, Any], flags: dict[str, bool]) -> None:
     """An artifact with a flag fixed the other way would answer another question."""
     for name, value in flags.items():
@@ -335,7 +349,10 @@ def serve(commands: TextIO, tell: Callable[..., None]) -> None:
             tell("ran", **_timed(run, arrays))
         figures = {"imported": imported, "loaded": loaded, "peak_load": peak_load, "peak_first": peak_first}
         peak_run = peak_memory()
-        tell("done", memory={**figures, "peak_run": peak_run, "peak": max(peak_load, peak_run), "restarted": restarted})
+        step = "profile"
+        profile = contender.profile(arrays) if job.get("profile") and hasattr(contender, "profile") else []
+        known = {**figures, "peak_run": peak_run, "peak": max(peak_load, peak_run), "restarted": restarted}
+        tell("done", memory=known, profile=profile)
     except BaseException as error:
         import traceback
 

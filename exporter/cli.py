@@ -342,6 +342,7 @@ def bench(
     module: Module = None,
     seed: Annotated[int, typer.Option(help="Of the inputs, and of the baselines' random weights.")] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds that one step of one contender may take.")] = 900.0,
+    profile: Annotated[bool, typer.Option("--profile", help="Also time by operator (.pte), in runs of their own.")] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one page with charts.")] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")] = None,
     quiet: Quiet = False,
@@ -371,6 +372,7 @@ def bench(
             module=module,
             seed=seed,
             timeout=timeout,
+            profile=profile or None,
         )
         files = {"--html": html, "--markdown": markdown}
         for option, path in files.items():

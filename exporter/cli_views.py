@@ -28,6 +28,17 @@ FIGURES = {
 """``manifest.figures`` in the order of an export; others follow under their own names."""
 
 
+FACTS = {
+    "delegated": "operators delegated",
+    "portable": "operators on portable kernels",
+    "delegated_flops": "FLOPs delegated",
+    "gflops": "GFLOPs of the largest run",
+    "planned_bytes": "memory planned outside delegates",
+    "bundled_cases": "test sets of the .bpte",
+}
+"""``manifest.facts`` in words; others under their own names."""
+
+
 def _console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     # markup off: shapes and names hold brackets. A pipe gets a fixed width that fits the tables.
@@ -140,8 +151,7 @@ def manifest_view(manifest: ExportManifest, folder: Path, *, verbose: bool = Fal
     if m.facts:
         facts = _table("Facts of the file", "what", "value")
         for key, value in m.facts.items():
-            shown = ", ".join(f"{name} {count}" for name, count in value.items()) if isinstance(value, dict) else str(value)
-            facts.add_row(key.replace("_", " "), shown)
+            facts.add_row(FACTS.get(key, key.replace("_", " ")), _fact(key, value))
         parts.append(facts)
     if m.notes:
         parts.append(Group(Text("Notes", style="bold"), *(Text(f"- {note}") for note in m.notes)))
@@ -180,6 +190,9 @@ def _refusals(passes: Sequence[PassRecordModel]) -> list[RenderableType]:
 
 def verification_table(records: Sequence[VerificationRecord], *, verbose: bool = False) -> Table:
     """One row a branch and output with its worst figures; verbose: one a comparison."""
+    names = ["max_abs", "max_rel", "from_float64", "eager_from_float64"]
+    reduced = [">rms", ">eager, rounded"] if any(record.rms_rel is not None for record in records) else []
+    names += ["rms_rel", "eager_rms_rel"] if reduced else []
     table = _table(
         "Branches: largest distances",
         "branch",
@@ -189,13 +202,13 @@ def verification_table(records: Sequence[VerificationRecord], *, verbose: bool =
         ">rel",
         ">float64",
         ">eager's own",
+        *reduced,
         "passed",
     )
     groups: dict[tuple[str, ...], list[VerificationRecord]] = {}
     for record in records:
         groups.setdefault((record.branch, record.output, *([record.case] if verbose else [])), []).append(record)
     for key, group in groups.items():
-        names = ("max_abs", "max_rel", "from_float64", "eager_from_float64")
         worst = [[value for item in group if (value := getattr(item, name)) is not None] for name in names]
         passed = all(item.passed for item in group)
         case = key[2] if verbose else str(len(group))
@@ -205,8 +218,9 @@ def verification_table(records: Sequence[VerificationRecord], *, verbose: bool =
             *(f"{max(values):.1e}" if values else "" for values in worst),
             Text("yes" if passed else "NO", style="" if passed else "bold red"),
         )
+    known = "abs, rel, rms" if reduced else "abs, rel"
     table.caption = (
-        "abs, rel: from eager float32; float64, eager's own: the artifact's and eager float32's distance from eager float64"
+        f"{known}: from eager float32; float64, eager's own: the artifact's and eager float32's distance from float64"
     )
     return table
 
@@ -224,7 +238,23 @@ def _verdict(manifest: ExportManifest) -> str:
         return f"NOT verified: {manifest.verified_reason}"
     worst = max(manifest.verification, key=lambda record: record.max_abs)
     branches, comparisons = len({record.branch for record in manifest.verification}), len(manifest.verification)
-    return f"{branches} branches, {comparisons} comparisons, at most {worst.max_abs:.1e} from eager ({worst.branch})"
+    text = f"{branches} branches, {comparisons} comparisons, at most {worst.max_abs:.1e} from eager ({worst.branch})"
+    coarse = [record for record in manifest.verification if record.rms_rel is not None]
+    for peaked, what in ((False, "root mean square"), (True, "with peaked attention")):
+        errors = [record.rms_rel or 0.0 for record in coarse if ("peaked" in record.case) is peaked]
+        text += f", {max(errors):.2%} {what}" if errors else ""
+    return text
+
+
+def _fact(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        counts = sorted(value.items(), key=lambda item: (-item[1], item[0]))
+        return ", ".join(f"{name} {count}" for name, count in counts) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if key == "delegated_flops":
+        return f"{100 * value:.2f} %"
+    return f"{value / 1e6:,.1f} MB" if key == "planned_bytes" else str(value)
 
 
 def _figure(key: str, value: float) -> str:

@@ -19,7 +19,7 @@ _PRODUCTS = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}
 def eager_in(precision: str) -> Iterator[None]:
     """Within it, torch's own float32 operators round as ``fp16`` or ``int8`` would; sums stay float32.
 
-    ``fp16``: weights and every result. ``int8``: the operands of ``linear``, weights with one symmetric scale an output channel,
+    ``fp16``: weights and every result. ``int8``: the operands of ``linear``, weights with a symmetric scale an output channel,
     activations with a scale and zero point for each row (Jacob et al., 2018).
     """
     fast = torch.backends.mha.get_fastpath_enabled()

@@ -59,7 +59,8 @@ class VerificationRecord(_Record):
     """One branch at one size, one output.
 
     ``max_abs`` and ``max_rel`` compare the artifact with eager float32. ``from_float64`` and ``eager_from_float64`` are both
-    runs' distances from eager float64, None where float32 decided a large comparison. Passed when ``max_abs`` ≤ ``allowed``, or the artifact is within 4 times eager's own.
+    runs' distances from eager float64, None where float32 decided a large comparison. Passed when ``max_abs`` ≤ ``allowed``,
+    or the artifact is within 4 times eager's own.
     Below float32 ``rms_rel`` is the root mean square of the difference from eager float32 over that of the output, and
     ``eager_rms_rel`` the same for eager rounded to the artifact's precision; passed by those and ``allowed`` (decision 0010).
     ``undefined`` elements are NaN in eager itself, which only an all-padded prompt may cause; they are not compared.

@@ -12,7 +12,6 @@ from torch import Tensor
 from sam3x.program import Sample
 from sam3x.spec import ExportSpec
 
-
 LARGE = 2048
 """Tokens above which one eager run in float64 takes longer than the rest of an export."""
 
@@ -25,7 +24,7 @@ PEAKED = 2.0
 class Sizes:
     """One set of dynamic sizes.
 
-    ``padding`` is ``"none"``, ``"some"`` or ``"all"`` of the prompt, or ``"mixed"``: some of the first image's, all of the others'.
+    ``padding`` is ``"none"``, ``"some"`` or ``"all"`` of the prompt, or ``"mixed"``: some of the first image's, all of others'.
     ``peaked`` attention: positions and prompt, which queries and keys are made of, are twice as large.
     """
 
@@ -147,13 +146,7 @@ def verification_sizes(spec: ExportSpec, *, peaked: bool = False) -> list[Sizes]
         sizes.append(dataclasses.replace(sizes[0], prompt_length=_clamp(32, spec.prompt_length), peaked=True))
     unique = list(dict.fromkeys(sizes))
     padded = any(name.endswith("key_padding_mask") for name in spec.inputs)
-    return (
-        unique
-        if padded
-        else list(
-            dict.fromkeys(dataclasses.replace(size, padding="none") for size in unique)
-        )
-    )
+    return unique if padded else list(dict.fromkeys(dataclasses.replace(size, padding="none") for size in unique))
 
 
 def can_run(spec: ExportSpec, sizes: Sizes, flags: dict[str, Tensor]) -> bool:

@@ -41,9 +41,7 @@ def _double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
 
 
-def compare(
-    samples: Iterable[Sample], run: Run, eager: Eager, rounded: Eager | None = None
-) -> tuple[VerificationRecord, ...]:
+def compare(samples: Iterable[Sample], run: Run, eager: Eager, rounded: Eager | None = None) -> tuple[VerificationRecord, ...]:
     """Run every sample (artifact, eager float32, eager float64) and measure each output.
 
     A large sample runs in float64 only where the distance from float32 does not decide already.

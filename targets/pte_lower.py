@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from sam3x.passes.base import Pass, PassResult
@@ -19,8 +19,9 @@ from sam3x.passes.canonicalize_layouts import unify_sizes
 from sam3x.passes.cond_graph import aten, expression, fake_mode_of, slice_args
 from sam3x.passes.pipeline import PassPipeline
 from sam3x.program import CapturedProgram
+from sam3x.targets.pte_delegates import PlainProgram, is_plain, partitioners
 from sam3x.targets.pte_facts import facts_of
-from sam3x.targets.quiet import errors_only
+from sam3x.targets.quiet import hushed
 
 
 class UnifyDimensionsPass(Pass):
@@ -115,22 +116,22 @@ def _bounded(captured: CapturedProgram) -> Iterator[None]:
         captured.program.range_constraints.update(constraints)
 
 
-def write(captured: CapturedProgram, path: Path, delegate: str, contract: str) -> dict[str, Any]:
+def write(captured: CapturedProgram, path: Path, delegate: str, precision: str, contract: str) -> dict[str, Any]:
     """Lower ``captured`` and write ``path``; returns the facts of the lowered graph.
 
     Args:
-        delegate: see ``partitioners``. contract: name of the method that returns the names of inputs and outputs as JSON.
+        delegate, precision: see ``partitioners``. contract: the method that returns the names of inputs and outputs as JSON.
     """
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
     from executorch.exir.passes import MemoryPlanningPass
 
     captured, _ = PassPipeline((UnifyDimensionsPass(captured),)).run(captured)
     names = {"inputs": captured.input_names, "outputs": captured.output_names}
-    plain = _is_plain(captured.program)
-    with torch.no_grad(), _bounded(captured), errors_only("torch.utils._pytree", "root", "executorch"):
+    plain = delegate == "xnnpack" and is_plain(captured.program)
+    with torch.no_grad(), _bounded(captured), hushed():
         edge = to_edge_transform_and_lower(
             PlainProgram.of(captured.program) if plain else captured.program,
-            partitioner=partitioners(delegate, plain=plain),
+            partitioner=partitioners(delegate, precision, plain=plain),
             constant_methods={contract: json.dumps(names)},
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
         )
@@ -144,100 +145,3 @@ def write(captured: CapturedProgram, path: Path, delegate: str, contract: str) -
         lowered.write_to_file(stream)
     plan = next(item for item in lowered.executorch_program.execution_plan if item.name == "forward")
     return {**facts, "planned_bytes": sum(plan.non_const_buffer_sizes)}
-
-
-_CAT = 5
-"""The most tensors XNNPACK joins at once."""
-
-_PLAIN = {
-    *(aten.linear.default, aten.bmm.default, aten._softmax.default, aten.permute.default, aten.relu.default, aten.gelu.default),
-    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.rsqrt.default, aten.reshape.default, aten.where.self),
-    *(aten.full.default, aten.full_like.default, aten.scalar_tensor.default, aten.arange.start_step, aten.any.dim),
-    *(aten.gt.Scalar, aten.lt.Scalar, aten.logical_not.default, aten.logical_and.default, aten.logical_or.default),
-    *(aten.sym_size.int, aten.select.int, operator.floordiv, operator.mul, operator.getitem),
-}
-_QUANTIZED = {"choose_qparams", "quantize_per_tensor", "dequantize_per_tensor", "dequantize_per_channel"}
-"""PT2E's operators, which exist once torchao is imported."""
-
-
-def _is_plain(program: ExportedProgram) -> bool:
-    """Whether XNNPACK's graph passes have nothing to do: every operator is one they leave as it is."""
-
-    def plain(node: Node) -> bool:
-        if node.target is aten.cat.default:
-            return len(node.args[0]) <= _CAT  # type: ignore[arg-type]
-        if node.target is aten._to_copy.default:
-            return node.meta["val"].dtype is not node.args[0].meta["val"].dtype  # type: ignore[union-attr]
-        namespace, _, name = getattr(getattr(node.target, "_schema", None), "name", "").partition("::")
-        return node.target in _PLAIN or (namespace == "quantized_decomposed" and name in _QUANTIZED)
-
-    return all(plain(node) for node in program.graph.nodes if node.op == "call_function")
-
-
-class PlainProgram(ExportedProgram):
-    """A program of ``_PLAIN`` operators: asked to decompose, it returns itself instead of retracing a graph that stays the same."""
-
-    @classmethod
-    def of(cls, program: ExportedProgram) -> PlainProgram:
-        """``program``, which is consumed, with the one composite operator that edge programs have another word for."""
-        for node in program.graph.nodes:
-            if node.target is aten.reshape.default:
-                node.target = aten.view.default  # edge programs copy at every view, so that each source is contiguous
-        names = ("graph_signature", "state_dict", "range_constraints", "module_call_graph", "example_inputs", "constants")
-        given = {name: getattr(program, name) for name in (*names, "verifiers")}
-        return cls(root=program.graph_module, graph=program.graph, **given)
-
-    def run_decompositions(self, decomp_table: Any = None, *args: Any, **kwargs: Any) -> ExportedProgram:
-        return self
-
-
-def _convex(graph: Graph, nodes: set[Node]) -> bool:
-    """Whether no node outside lies on a way from one inside to another."""
-    after: set[Node] = set()
-    for node in graph.nodes:
-        sources = node.all_input_nodes
-        if node in nodes:
-            if not after.isdisjoint(sources):
-                return False
-        elif not nodes.isdisjoint(sources) or not after.isdisjoint(sources):
-            after.add(node)
-    return True
-
-
-def partitioners(delegate: str, *, plain: bool) -> list[Any]:
-    """ExecuTorch's partitioner for a delegate, none for the portable kernels.
-
-    Args:
-        plain: leave out XNNPACK's own graph passes (for convolutions, batch norms, long concatenations, copies), which retrace
-            the graph seventeen times; ``_is_plain`` says when they have nothing to do.
-    """
-    if delegate == "none":
-        return []
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir.backend.compile_spec_schema import CompileSpec
-    from executorch.exir.backend.partitioner import DelegationSpec
-    from torch.fx.passes.infra.partitioner import Partition
-
-    class LegalPartitioner(XnnpackPartitioner):
-        """XNNPACK's, less what would only retrace a graph that is legal already: two thirds of the time."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            if plain:  # XNNPACK's name for "the first pass is enough"
-                specs = [CompileSpec("dqlinear_partitioner", b"")]
-                self.delegation_spec = DelegationSpec("XnnpackBackend", specs)
-
-        def generate_partitions(self, ep: ExportedProgram) -> list[Any]:
-            """All of it in one where that is possible; the search for groups that may merge stops short of it, and is slow."""
-            nodes = [node for group in self.get_matched_nodes_from_configs(ep) for node in group]
-            return [Partition(id=0, nodes=nodes)] if nodes and _convex(ep.graph, set(nodes)) else super().generate_partitions(ep)
-
-        def ops_to_not_decompose(self, ep: ExportedProgram) -> Any:
-            ops, check = super().ops_to_not_decompose(ep)
-            if not plain:
-                return ops, check
-            if ep.dialect == "ATEN":
-                ops = [*ops, aten.sym_size.int]  # it has no decomposition, and counts as one
-            return ops, None  # every linear is XNNPACK's: none is tried and put back
-
-    return [LegalPartitioner()]

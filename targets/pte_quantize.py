@@ -1,8 +1,9 @@
-"""int8 by PT2E: per-channel weights, activations quantized as they come, by torchao's quantizer for XNNPACK."""
+"""int8 by PT2E: per-channel weights, activations quantized as they come, by ExecuTorch's quantizer for XNNPACK."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch.export import Dim
@@ -11,38 +12,42 @@ from torch.fx import GraphModule, Node
 
 from sam3x.passes.cond_graph import aten, expression
 from sam3x.program import CapturedProgram
-from sam3x.samples import trace_sizes
 
 
 def quantize(captured: CapturedProgram) -> CapturedProgram:
     """Every projection's weight in int8; ``captured`` is left as it is.
 
-    Weights are symmetric, one scale a row; activations are asymmetric and measured at run time, XNNPACK does it row by row. The
-    products of attention and the rows of 1/n that are a norm's mean stay float32.
+    Weights are symmetric, one scale a row; activations are asymmetric and measured at run time, which XNNPACK does row by row.
+    The products of attention and the rows of 1/n that are a norm's mean stay float32.
     """
-    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True))
-    quantizer.set_filter_function(_is_projection)
-    module = captured.program.module(check_guards=False)
-    prepared = prepare_pt2e(module, quantizer)
+    quantizer = XNNPACKQuantizer().set_global(_config()).set_filter_function(_is_projection)
+    prepared = prepare_pt2e(captured.program.module(check_guards=False), quantizer)
     _observe_weights(prepared)
-    converted = convert_pt2e(prepared)
-    return _again(captured, converted)
+    return _again(captured, convert_pt2e(prepared))
+
+
+def _config() -> Any:
+    """Dynamic and per channel, without the lower end of a weight's scale, 2⁻¹², which small weights would be coarse at."""
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import get_symmetric_quantization_config
+    from torchao.quantization.pt2e import PerChannelMinMaxObserver
+
+    config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
+    observer = PerChannelMinMaxObserver.with_args(eps=torch.finfo(torch.float32).eps)
+    return dataclasses.replace(config, weight=dataclasses.replace(config.weight, observer_or_fake_quant_ctr=observer))
 
 
 def _is_projection(node: Node) -> bool:
-    if node.target is not aten.linear.default:
-        return True
-    weight = node.args[1].meta["val"]
-    return weight.shape[0] > 1
+    return node.target is aten.linear.default and node.args[1].meta["val"].shape[0] > 1  # type: ignore[union-attr]
 
 
 def _observe_weights(prepared: GraphModule) -> None:
+    """Activations are measured at run time, so weights are all there is to observe and nothing need be run."""
     for node in prepared.graph.nodes:
         if node.op == "call_module" and node.args[0].op == "get_attr":
-            value = prepared
+            value: Any = prepared
             for name in str(node.args[0].target).split("."):
                 value = getattr(value, name)
             prepared.get_submodule(str(node.target))(value)
@@ -50,19 +55,20 @@ def _observe_weights(prepared: GraphModule) -> None:
 
 def _again(captured: CapturedProgram, module: GraphModule) -> CapturedProgram:
     """Export the quantized module with the inputs and the dynamic sizes of the one before."""
-    inputs = {node.name: node.meta["val"] for node in captured.program.graph.nodes if node.name in captured.input_names}
-    dims = [_dims(inputs[name], captured) for name in captured.input_names]
-    sizes = trace_sizes(captured.spec)
-    examples = []
-    for name, known in zip(captured.input_names, dims, strict=True):
-        shape = [getattr(sizes, known[i]) if i in known else int(size) for i, size in enumerate(inputs[name].shape)]
-        examples.append(torch.zeros(shape, dtype=inputs[name].dtype))
-    dynamic = tuple(dict.fromkeys(known, Dim.DYNAMIC) for known in dims)
+    before = {node.name: node.meta["val"] for node in captured.program.graph.nodes if node.name in captured.input_names}
+    dims = [_dims(before[name], captured) for name in captured.input_names]
+    examples = tuple(captured.samples[0].inputs[name] for name in captured.input_names)
     with torch.no_grad():
-        program = torch.export.export(module, tuple(examples), dynamic_shapes=dynamic)
+        program = torch.export.export(
+            module, examples, dynamic_shapes=tuple(dict.fromkeys(known, Dim.DYNAMIC) for known in dims)
+        )
     given = [item.arg.name for item in program.graph_signature.input_specs if item.kind is InputKind.USER_INPUT]
     values = {node.name: node.meta["val"] for node in program.graph.nodes if node.name in given}
-    names = {str(expression(values[n].shape[i])): known[i] for n, known in zip(given, dims, strict=True) for i in known}
+    names = {
+        str(expression(values[name].shape[dim])): meaning
+        for name, known in zip(given, dims, strict=True)
+        for dim, meaning in known.items()
+    }
     return dataclasses.replace(captured, program=program, dim_names=names)
 
 

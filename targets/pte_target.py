@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sam3x.errors import ArtifactError, LoweringError, TargetUnavailableError
 from sam3x.spec import Branches
@@ -16,6 +16,7 @@ from sam3x.targets.base import TargetOptions, TargetStatus
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch.export import ExportedProgram
 
     from sam3x.passes.base import Pass
@@ -25,6 +26,12 @@ CONTRACT = "sam3x_contract"
 """A method of the .pte that returns the names of its inputs and outputs, in order, as JSON."""
 
 COND_ISSUE = "https://github.com/pytorch/executorch/issues/21490"
+_BACKENDS = {
+    "coreml": ("CoreMLBackend", "on a Mac, where the executorch wheel has it"),
+    "vulkan": ("VulkanBackend", "where ExecuTorch was built with EXECUTORCH_BUILD_VULKAN=ON"),
+}
+"""Delegates that not every runtime has: the name the runtime knows it by, and where there is one."""
+
 _INSTALL = 'pip install "sam3x[pte]"'
 
 
@@ -32,14 +39,27 @@ class PteOptions(TargetOptions):
     """Options of an export to ExecuTorch.
 
     Attributes:
-        delegate: who runs the graph: ``xnnpack``, or ``none`` for ExecuTorch's portable kernels.
-        precision: of weights and products.
+        delegate: who runs the graph: ``xnnpack`` (any CPU), ``coreml`` (Apple), ``vulkan`` (Android GPUs), or ``none``
+            for ExecuTorch's portable kernels.
+        precision: ``fp16``: weights and arithmetic, inputs and outputs stay float32. ``int8``: the weights of the
+            projections, a scale a row, and their inputs as they come; the rest stays float32.
+        bundle: also ``fusion_encoder.bpte``, the same with inputs and the eager encoder's outputs, one case a branch.
     """
 
-    delegate: Literal["xnnpack", "none"] = Field("xnnpack", description="what runs the graph; default xnnpack.")
+    delegate: Literal["xnnpack", "coreml", "vulkan", "none"] = Field(
+        "xnnpack", description="what runs the graph; default xnnpack."
+    )
     precision: Literal["fp32", "fp16", "int8"] = Field(
         "fp32", description="of weights and arithmetic (int8: of the projections); default fp32."
     )
+    bundle: bool = Field(False, description="also a file with test inputs and outputs, with which a device checks itself.")
+
+    @model_validator(mode="after")
+    def _known_pair(self) -> PteOptions:
+        if (self.precision == "int8" and self.delegate != "xnnpack") or (self.precision == "fp16" and self.delegate == "none"):
+            able = "xnnpack" if self.precision == "int8" else "xnnpack, coreml, vulkan"
+            raise ValueError(f"precision {self.precision} needs another delegate than {self.delegate}: {able}")
+        return self
 
 
 class PteTarget:
@@ -59,21 +79,25 @@ class PteTarget:
 
     def legalization_passes(self, options: PteOptions) -> tuple[Pass, ...]:
         from sam3x.passes.canonicalize_layouts import CancelViewsPass, CanonicalizeLayoutsPass
+        from sam3x.passes.convert_to_half import ConvertToHalfPass
         from sam3x.passes.decompose_attention import DecomposeAttentionPass
         from sam3x.passes.fold_constants import FoldConstantsPass
-        from sam3x.passes.convert_to_half import ConvertToHalfPass
         from sam3x.passes.legalize_attention_for_pte import LOWEST, LOWEST_HALF, LegalizeAttentionForPtePass
         from sam3x.passes.legalize_norms_for_pte import LegalizeNormsForPtePass
 
         half = options.precision == "fp16"
-        return (
-            CanonicalizeLayoutsPass(),
-            FoldConstantsPass(),
+        by_head = [
             LegalizeAttentionForPtePass(LOWEST_HALF if half else LOWEST),
             DecomposeAttentionPass(),
             LegalizeNormsForPtePass(),
             CancelViewsPass(),
-            *([ConvertToHalfPass()] if half else []),
+        ]
+        return (
+            CanonicalizeLayoutsPass(),
+            FoldConstantsPass(),
+            # Core ML has norms, and runs heads side by side
+            *([DecomposeAttentionPass()] if options.delegate == "coreml" else by_head),
+            *([ConvertToHalfPass()] if half and options.delegate == "xnnpack" else []),
         )
 
     def lower(self, captured: CapturedProgram, path: Path, options: PteOptions) -> dict[str, Any]:
@@ -89,11 +113,17 @@ class PteTarget:
                 "Make the flags data flow (--branches select), or fix them (--dac off --pre-norm on)."
             )
         try:
+            legal = captured
             if options.precision == "int8":
                 from sam3x.targets.pte_quantize import quantize
 
-                captured = quantize(captured)
-            return write(captured, path, options.delegate, CONTRACT)
+                legal = quantize(captured)
+            facts = write(legal, path, options.delegate, options.precision, CONTRACT)
+            if options.bundle:
+                from sam3x.targets.pte_bundle import bundle
+
+                facts["bundled_cases"] = bundle(captured, path)
+            return facts
         except Exception as error:
             root: BaseException = error
             while root.__cause__ is not None:
@@ -103,8 +133,18 @@ class PteTarget:
                 "Re-run with --dump-graphs DIR to see the graph."
             ) from error
 
-    def unverifiable(self, options: PteOptions) -> None:
-        return None
+    def unverifiable(self, options: PteOptions) -> str | None:
+        backend, place = _BACKENDS.get(options.delegate, ("", ""))
+        if not backend:
+            return None
+        from executorch.runtime import Runtime
+
+        if Runtime.get().backend_registry.is_available(backend):
+            return None
+        return (
+            f"the ExecuTorch runtime installed here has no {backend}. Run sam3x verify {place}, "
+            "or export with --bundle and let the device check itself (docs/executorch.md)"
+        )
 
     def load_runner(self, path: Path) -> PteRunner:
         return PteRunner(path)
@@ -139,11 +179,20 @@ class PteRunner:
             method = program.load_method("forward")
         except (RuntimeError, ValueError, KeyError) as error:
             raise ArtifactError(f"load: ExecuTorch cannot load {path}: {error}. Export again.") from error
-        self._method, self._inputs, self._outputs = method, names["inputs"], names["outputs"]
+        self._path, self._method, self._inputs, self._outputs = path, method, names["inputs"], names["outputs"]
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        results = self._method.execute(self._tensors(inputs))
+        return {name: value.numpy() for name, value in zip(self._outputs, results, strict=True)}
+
+    def profile(self, inputs: dict[str, np.ndarray], runs: int = 3) -> list[dict[str, Any]]:
+        """Time by operator (``pte_profile.profile``), in a second program beside the loaded one."""
+        from sam3x.targets.pte_profile import profile
+
+        return profile(self._path, self._tensors(inputs), runs)
+
+    def _tensors(self, inputs: dict[str, np.ndarray]) -> list[torch.Tensor]:
         import numpy as np
         import torch
 
-        given = [torch.from_numpy(np.asarray(inputs[name], order="C")) for name in self._inputs]
-        return {name: value.numpy() for name, value in zip(self._outputs, self._method.execute(given), strict=True)}
+        return [torch.from_numpy(np.asarray(inputs[name], order="C")) for name in self._inputs]

@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """No logger speaks below an error, even one that sets its own level when it is imported, and no progress bar is drawn."""
+    level, disabled = logging.getLogger().level, logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+        logging.getLogger().setLevel(level)
 
 
 @contextlib.contextmanager
