@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from sam3x.passes.cond_graph import aten, expression
 from sam3x.program import CapturedProgram
+from sam3x.targets.quiet import hushed
 
 
 def quantize(captured: CapturedProgram) -> CapturedProgram:
@@ -20,6 +21,11 @@ def quantize(captured: CapturedProgram) -> CapturedProgram:
     Weights are symmetric, one scale a row; activations are asymmetric and measured at run time, which XNNPACK does row by row.
     The products of attention and the rows of 1/n that are a norm's mean stay float32.
     """
+    with hushed():
+        return _quantized(captured)
+
+
+def _quantized(captured: CapturedProgram) -> CapturedProgram:
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
