@@ -35,7 +35,7 @@ REQUESTS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=3, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(config=CONFIGS, request=REQUESTS, batch=st.integers(1, 2), padding=st.sampled_from(["none", "some"]))
 def test_any_encoder_and_request(config: dict[str, Any], request: dict[str, Any], batch: int, padding: str) -> None:
     encoder = encoder_of(1, **config)
