@@ -17,30 +17,37 @@ _PRODUCTS = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}
 
 @contextlib.contextmanager
 def eager_in(precision: str) -> Iterator[None]:
-    """Within it, torch's own float32 operators round as ``fp16`` or ``int8`` would; sums stay float32.
+    """Within it, torch's own float32 operators round as ``fp16``, ``bf16`` or ``int8`` would; sums stay float32.
 
-    ``fp16``: weights and every result. ``int8``: the operands of ``linear``, weights with a symmetric scale an output channel,
+    ``fp16``, ``bf16``: weights and every result. ``int8``: the operands of ``linear``, weights with a symmetric scale a row,
     activations with a scale and zero point for each row (Jacob et al., 2018).
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator, in which nothing could be rounded
     try:
-        with {"fp16": _Half, "int8": _Int8}[precision]():
+        with _Int8() if precision == "int8" else _Half(torch.bfloat16 if precision == "bf16" else torch.float16):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
 class _Half(TorchDispatchMode):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PRODUCTS:
-            args = tuple(_half(item) if isinstance(item, Tensor) else item for item in args)
+            args = tuple(self._round(item) if isinstance(item, Tensor) else item for item in args)
         result = func(*args, **(kwargs or {}))
         fresh = not any(item.alias_info is not None for item in func._schema.returns)
         for item in result if isinstance(result, (tuple, list)) else (result,):
             if fresh and isinstance(item, Tensor) and item.dtype is torch.float32:
-                item.copy_(item.half())
+                item.copy_(item.to(self.dtype))
         return result
+
+    def _round(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype).float() if value.dtype is torch.float32 else value
 
 
 class _Int8(TorchDispatchMode):
@@ -50,10 +57,6 @@ class _Int8(TorchDispatchMode):
             args = list(args)
             args[rows], args[weight] = _rows_int8(args[rows]), _columns_int8(args[weight])
         return func(*args, **(kwargs or {}))
-
-
-def _half(value: Tensor) -> Tensor:
-    return value.half().float() if value.dtype is torch.float32 else value
 
 
 def _rows_int8(value: Tensor) -> Tensor:
