@@ -122,8 +122,9 @@ def write(captured: CapturedProgram, path: Path, delegate: str, precision: str, 
     Args:
         delegate, precision: see ``partitioners``. contract: the method that returns the names of inputs and outputs as JSON.
     """
-    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
-    from executorch.exir.passes import MemoryPlanningPass
+    with hushed():
+        from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+        from executorch.exir.passes import MemoryPlanningPass
 
     captured, _ = PassPipeline((UnifyDimensionsPass(captured),)).run(captured)
     names = {"inputs": captured.input_names, "outputs": captured.output_names}
