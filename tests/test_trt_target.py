@@ -19,6 +19,7 @@ from sam3x.capture import capture
 from sam3x.errors import LoweringError, SpecError, TargetUnavailableError, VerificationError
 from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.program import CapturedProgram
+from sam3x.sources import default_source
 from sam3x.targets import trt_driver, trt_target
 from sam3x.targets.base import resolve
 from sam3x.targets.trt_target import TrtTarget
@@ -121,6 +122,13 @@ def test_lower_precisions_in_one_engine(captured: Any, form: str, precision: str
 def test_conditionals_stay_conditionals_in_one_engine(captured: Any, tmp_path: Path) -> None:
     facts = lower(captured["cond"], tmp_path / "x.engine")
     assert facts["conditionals"] == 12 and facts["left_to_torch"] == 0  # six norms a layer; dac is a mask of rows
+
+
+@pytest.mark.parametrize("form", ["select", "cond"])
+def test_dac_at_a_fixed_batch_of_one_leaves_no_conditional_of_sizes(form: str, tmp_path: Path) -> None:
+    spec = sam3x.spec.make_spec(branches=form, tokens=36, batch=1, prompt_length=(1, 9))
+    facts = lower(capture(encoder_of(1), spec), tmp_path / "x.engine")
+    assert facts["conditionals"] == (0 if form == "select" else 6)
 
 
 def test_a_profile_is_tuned_for_the_sizes_that_are_named(captured: Any, tmp_path: Path) -> None:
@@ -326,3 +334,14 @@ def test_onnx_for_trtexec_is_verified_and_builds(encoder: nn.Module, form: str, 
     assert artifact.manifest.verified and artifact.path.name == "fusion_encoder.onnx"
     assert facts["engine_bytes"] > 0 and "--minShapes=tgt:1x36x32" in facts["trtexec"]
     assert (facts["conditionals"] > 0) is (form == "cond")
+
+
+# ---- the default encoder
+
+
+@pytest.mark.slow
+def test_the_default_encoder_in_half_precision_for_one_image(tmp_path: Path) -> None:
+    spec = sam3x.spec.make_spec(branches="select", tokens=5184, batch=1, prompt_length=(1, 77), verify="off")
+    facts = lower(capture(default_source(0).module, spec), tmp_path / "x.engine", precision="fp16")
+    assert (facts["attentions"], facts["attention_layers"], facts["left_to_torch"]) == (12, 12, 0)
+    assert facts["activation_bytes"] <= 60e6
