@@ -67,7 +67,6 @@ class ProgramRunner:
         except Exception as error:
             raise ArtifactError(f"load: torch cannot load {path}: {error}. Export again.") from error
         self._module = self._program.module()
-        self._names = [item.arg.name for item in self._program.graph_signature.input_specs if item.kind.name == "USER_INPUT"]
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         import numpy as np

@@ -7,7 +7,6 @@ from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
 import pytest
 from google.protobuf import text_format
@@ -88,20 +87,3 @@ def test_only_requests_that_do_not_touch_each_other_are_batched(options: dict[st
 def test_a_torch_program_is_no_model_of_triton() -> None:
     with pytest.raises(SpecError, match=r"--layout triton.*another --format"):
         resolve(TrtTarget(), {"compute_capability": "sm89", "format": "ep", "layout": "triton"})
-
-
-def test_a_padded_batch_of_two_requests_is_two_requests(encoder: nn.Module, tmp_path: Path) -> None:
-    options = {"dac": False, "pre_norm": True, "tokens": 36, "prompt_length": 5, "batch": (1, 4)}
-    artifact = sam3x.export(encoder, target="onnx", output=tmp_path / "out", layout="triton", **options)
-    generator = np.random.default_rng(0)
-    one, two = (
-        {
-            "tgt": generator.standard_normal((1, 36, 32), np.float32),
-            "memory": generator.standard_normal((1, 5, 32), np.float32),
-            "memory_key_padding_mask": np.array([[False, False, False, True, True]]),
-            "query_pos": generator.standard_normal((1, 36, 32), np.float32),
-        }
-        for _ in range(2)
-    )
-    joined = artifact.run({name: np.concatenate((one[name], two[name])) for name in one})["output"]
-    np.testing.assert_allclose(joined[:1], artifact.run(one)["output"], atol=1e-5)
