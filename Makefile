@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= out
+MINUTES ?= 20
 
-.PHONY: install export test lint clean
+.PHONY: install export test fuzz lint clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -18,6 +19,9 @@ export: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto --dist loadfile $(PYTEST_ARGS)
+
+fuzz: $(STAMP)
+	$(BIN)/python -W ignore tests/fuzz.py --minutes $(MINUTES) $(FUZZ_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

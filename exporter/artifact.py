@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sam3x.artifact_inputs import checked_inputs
 from sam3x.errors import ArtifactError, Sam3xError, SpecError
 from sam3x.journal import recover
 from sam3x.manifest import MANIFEST, ExportManifest, read_manifest
@@ -59,7 +60,7 @@ class Artifact:
             ArtifactError: a name, dtype, rank or size is not what the manifest says, dac meets an odd dimension, or the file
                 cannot be opened or run.
         """
-        arrays = self._checked(inputs)
+        arrays = checked_inputs(self.manifest, inputs)
         try:
             return self._runner.run(arrays)
         except Sam3xError:
@@ -68,46 +69,6 @@ class Artifact:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
             fact = f"{self.manifest.target} failed on {shapes}: {_first_line(error)}"
             raise ArtifactError(f"run: {fact}. Check the artifact: sam3x verify {self.folder}") from error
-
-    def _checked(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        names = self.manifest.input_names
-        missing, unknown = [n for n in names if n not in inputs], [n for n in inputs if n not in names]
-        if missing or unknown:
-            raise ArtifactError(f"run: inputs missing {missing}, unknown {unknown}. This artifact takes {list(names)}.")
-        sizes: dict[str, int] = {}
-        arrays = {}
-        for spec in self.manifest.inputs:
-            value = inputs[spec.name]
-            array = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
-            if array.dtype != np.dtype(spec.dtype):
-                raise ArtifactError(f"run: '{spec.name}' has dtype {array.dtype}, expected {spec.dtype} {list(spec.shape)}.")
-            if array.ndim != len(spec.shape):
-                raise ArtifactError(f"run: '{spec.name}' has shape {list(array.shape)}, expected {list(spec.shape)}.")
-            for size, dim in zip(array.shape, spec.shape, strict=True):
-                wanted = sizes.setdefault(dim, size) if isinstance(dim, str) else dim
-                low, high = self.manifest.ranges.get(str(dim), (wanted, wanted))
-                if size != wanted or not low <= size <= high:
-                    bounds = f"; '{dim}' is {low} to {high} and the same in every input" if isinstance(dim, str) else ""
-                    raise ArtifactError(
-                        f"run: '{spec.name}' has shape {list(array.shape)}, expected {list(spec.shape)}{bounds}."
-                    )
-            arrays[spec.name] = array
-        self._check_dac(arrays)
-        return arrays
-
-    def _check_dac(self, arrays: dict[str, np.ndarray]) -> None:
-        dac = bool(arrays["dac"]) if "dac" in arrays else self.manifest.spec.get("dac") is True
-        first = self.manifest.input_names[0]
-        size = (
-            arrays[first].shape[self.manifest.spec.get("dac_dim", 0)]
-            if self.manifest.interface == "tokens"
-            else arrays[first].shape[0]
-        )
-        if dac and size % 2:
-            raise ArtifactError(
-                f"run: dac halves dimension {self.manifest.spec['dac_dim']} of '{first}', "
-                f"which has the odd size {size}. Pass dac=False."
-            )
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,146 @@
+"""A few of the cases of ``make fuzz`` on every target, and proof that it finds what is wrong."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch.export import ExportedProgram
+
+from fuzz import search
+from sam3x import api
+from sam3x.passes.base import PassResult, graph_modules
+from sam3x.passes.canonicalize_attention import CanonicalizeAttentionPass
+from support import differential
+from support.differential import Difference, check
+from support.strategies import Case, EncoderCase, InputsCase, cases
+
+ci = settings(
+    deadline=None,
+    derandomize=True,  # the same in every run: what is new is for ``make fuzz`` to find
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+aten = torch.ops.aten
+
+
+def few(target: str, lowerings: int = 2) -> st.SearchStrategy[Case]:
+    """Cases with at most so many ways to lower them."""
+    return cases(target).map(lambda case: replace(case, lowerings=case.lowerings[:lowerings]))
+
+
+@settings(ci, max_examples=2)
+@given(few("onnx"))
+def test_onnx(case: Case) -> None:
+    check(case)
+
+
+@settings(ci, max_examples=1)
+@given(few("pte", lowerings=1))
+def test_pte(case: Case) -> None:
+    check(case)
+
+
+# ---- planted: each must be found
+
+
+def scale_squared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A canonicalizer that takes the square of the scale it found."""
+    original = CanonicalizeAttentionPass.call
+
+    def call(self: CanonicalizeAttentionPass, program: ExportedProgram) -> PassResult:
+        result = original(self, program)
+        for _, module in graph_modules(program):
+            for node in module.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+                if node.kwargs.get("scale") is not None:
+                    node.kwargs = {**node.kwargs, "scale": node.kwargs["scale"] ** 2}
+        return result
+
+    monkeypatch.setattr(CanonicalizeAttentionPass, "call", call)
+
+
+def in_every_capture(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.fx.GraphModule], None]) -> None:
+    original = api.capture
+
+    def capture(*arguments: Any) -> Any:
+        captured = original(*arguments)
+        for _, module in graph_modules(captured.program):
+            change(module)
+            module.recompile()
+        return captured
+
+    monkeypatch.setattr(api, "capture", capture)
+
+
+def mask_inverted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The padding mask that dac slices keeps what it should hide."""
+
+    def change(module: torch.fx.GraphModule) -> None:
+        for node in module.graph.find_nodes(op="call_function", target=aten.slice.Tensor):
+            if node.args[0].name == "tgt_key_padding_mask":
+                users = list(node.users)
+                with module.graph.inserting_after(node):
+                    inverted = module.graph.call_function(aten.logical_not.default, (node,))
+                inverted.meta = dict(node.meta)
+                for user in users:
+                    user.replace_input_with(node, inverted)
+
+    in_every_capture(monkeypatch, change)
+
+
+def half_of_the_batch_baked_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The half that torch.export saw while tracing, at every batch."""
+
+    def change(module: torch.fx.GraphModule) -> None:
+        for node in module.graph.find_nodes(op="call_function", target=operator.floordiv):
+            if node.args[1] == 2:
+                for user in list(node.users):
+                    user.args = tuple(3 if argument is node else argument for argument in user.args)
+
+    in_every_capture(monkeypatch, change)
+
+
+PLANTS = {scale_squared: 44, mask_inverted: 95, half_of_the_batch_baked_in: 62}
+
+
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
+def test_a_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within two minutes of one core; with these seeds among the first cases."""
+    plant(monkeypatch)
+    script = search("onnx", 120, PLANTS[plant], shrink=False, keep=False, clock=time.process_time)
+    assert script is not None and script.count("\n") < 12, script
+    seen = ("Difference: ", "VerificationError: ", "ArtifactError: run: ")  # by the oracle, the export itself, the runtime
+    assert "check(Case(" in script and any(name in script for name in seen), script
+
+
+def test_the_script_of_a_failure_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(differential, "check", seen.append)
+    case = Case(
+        encoder=EncoderCase(num_heads=2, pre_norm=(True, False)),
+        spec={"dac": False, "pre_norm": "module", "batch": (1, 8)},
+        lowerings=({"branches": "select"},),
+        runs=(InputsCase(tokens=7), InputsCase(hidden="all")),
+        relation="fixed",
+    )
+    code = case.script().split("<<EOF\n")[1].removesuffix("EOF")
+    exec(code, {})
+    assert seen == [case]
+
+
+def test_the_oracle_sees_a_thousandth() -> None:
+    """And NaN on one side alone, another shape, another dtype."""
+    right = torch.randn(2, 3)
+    differential._near(Case(), "x", right, right, right.double())
+    wrong = [right + 1e-3, torch.where(right > right.min(), right, torch.nan), right[:1], right.double()]
+    for got in wrong:
+        with pytest.raises(Difference):
+            differential._near(Case(), "x", got, right, right.double())
