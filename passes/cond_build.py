@@ -61,7 +61,7 @@ def copied(source: GraphModule, nodes: Sequence[Node], result: Node, renamed: Ma
 
 
 def inputs_of(nodes: Sequence[Node]) -> list[Node]:
-    """The tensors from outside that ``nodes`` read, in order; sizes are read inside, from the tensor they belong to."""
+    """What ``nodes`` read from outside, in order: tensors alone where ``with_sizes`` put the sizes among them."""
     inside = set(nodes)
     found: dict[Node, None] = {}
     for node in nodes:

@@ -7,9 +7,17 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from sam3x.passes.cond_graph import Builder, aten, attach, fake_mode_of, is_cond, outputs, placeholders, read_cond
-
-_COPIES = {aten.clone.default, aten.alias.default, aten.detach.default}
+from sam3x.passes.cond_graph import (
+    Builder,
+    aten,
+    attach,
+    behind_copies,
+    fake_mode_of,
+    is_cond,
+    outputs,
+    placeholders,
+    read_cond,
+)
 
 
 def collapse(module: GraphModule, node: Node) -> bool:
@@ -49,8 +57,7 @@ def _only_cond(branch: GraphModule) -> Node | None:
     """The conditional whose results, in order, are what the branch returns."""
     found = None
     for index, value in enumerate(outputs(branch)):
-        while isinstance(value, Node) and value.target in _COPIES:
-            value = value.args[0]
+        value = behind_copies(value)
         source = value.args[0] if isinstance(value, Node) and value.op == "call_function" and value.args else None
         if not isinstance(source, Node) or not is_cond(source) or value.args[1] != index or found not in (None, source):
             return None

@@ -81,6 +81,16 @@ def outputs(module: GraphModule) -> list[Any]:
     return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
+_COPIES = {aten.clone.default, aten.alias.default, aten.detach.default}
+
+
+def behind_copies(value: Any) -> Any:
+    """The value that a branch copied only because it may not return its operand."""
+    while isinstance(value, Node) and value.target in _COPIES and isinstance(value.args[0], Node):
+        value = value.args[0]
+    return value
+
+
 def results_of(node: Node) -> dict[int, list[Node]]:
     """Position → the ``getitem`` nodes that read it."""
     found: dict[int, list[Node]] = {}

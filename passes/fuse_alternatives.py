@@ -14,6 +14,7 @@ from sam3x.passes.cond_build import copied, inputs_of, new_cond
 from sam3x.passes.cond_graph import (
     Builder,
     aten,
+    behind_copies,
     fake_mode_of,
     is_cond,
     outputs,
@@ -23,7 +24,6 @@ from sam3x.passes.cond_graph import (
     sweep,
 )
 
-_COPIES = {aten.clone.default, aten.alias.default, aten.detach.default}
 _NORMS = {aten.layer_norm.default}
 
 
@@ -99,7 +99,7 @@ def _optional(module: GraphModule, node: Node) -> _Optional | None:
     if not isinstance(predicate, Node) or not isinstance(predicate.meta["val"], torch.Tensor):
         return None
     for side in (0, 1):
-        norm, passed = (_behind_copies(outputs(cond.branches[i])[0]) for i in (side, 1 - side))
+        norm, passed = (behind_copies(outputs(cond.branches[i])[0]) for i in (side, 1 - side))
         given, other = (dict(zip(placeholders(cond.branches[i]), cond.operands, strict=True)) for i in (side, 1 - side))
         if not isinstance(norm, Node) or norm.target not in _NORMS or other.get(passed) is None:
             continue
@@ -109,12 +109,6 @@ def _optional(module: GraphModule, node: Node) -> _Optional | None:
         if isinstance(x, Node) and x is other[passed] and known and not norm.kwargs:
             return _Optional(node, predicate, (side == 0) is even, x, norm, arguments)
     return None
-
-
-def _behind_copies(value: Any) -> Any:
-    while isinstance(value, Node) and value.target in _COPIES:
-        value = value.args[0]
-    return value
 
 
 def _second(module: GraphModule, first: _Optional) -> _Optional | None:

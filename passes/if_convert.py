@@ -22,6 +22,7 @@ from sam3x.passes.cond_graph import (
     Builder,
     Cond,
     aten,
+    behind_copies,
     cond_places,
     expression,
     fake_mode_of,
@@ -141,7 +142,7 @@ def _select(program: ExportedProgram | None, module: GraphModule, cond: Cond) ->
     chosen: list[Node] = []
     readers = {index for user in cond.node.users for index in [user.args[1]]}
     for index, values in enumerate(zip(*results, strict=True)):
-        true, false = (_behind_copies(value) for value in values)
+        true, false = (behind_copies(value) for value in values)
         chosen.append(emit(aten.where.self, predicate, true, false) if index in readers else true)
     replace_results(program, cond.node, chosen)
     return None
@@ -149,13 +150,6 @@ def _select(program: ExportedProgram | None, module: GraphModule, cond: Cond) ->
 
 def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dim() == b.dim() and all(statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
-
-
-def _behind_copies(node: Any) -> Any:
-    """The value a branch copied only because it may not return its operand."""
-    while node.target in (aten.clone.default, aten.alias.default, aten.detach.default) and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
 
 
 def costly(branch: GraphModule) -> str | None:

@@ -14,6 +14,7 @@ from sam3x.passes.base import Exactness, Pass, PassResult, graph_modules
 from sam3x.passes.cond_build import copied, inputs_of, new_cond, with_sizes
 from sam3x.passes.cond_graph import (
     aten,
+    behind_copies,
     conds_of,
     expression,
     fake_mode_of,
@@ -28,7 +29,6 @@ from sam3x.passes.cond_graph import (
 )
 
 _N = sympy.Symbol("n")
-_COPIES = {aten.clone.default, aten.alias.default, aten.detach.default}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +100,7 @@ def _cut(branch: GraphModule) -> Any:
     inputs, (result,) = placeholders(branch), outputs(branch)
     if len(inputs) != 1 or inputs[0].meta["val"].dim() != 1:
         return None
-    while isinstance(result, Node) and result.target in _COPIES:
-        result = result.args[0]
+    result = behind_copies(result)
     if result is inputs[0]:
         return True
     if isinstance(result, Node) and result.target is aten.slice.Tensor:
