@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from sam3x.passes.canonicalize_attention import CanonicalizeAttentionPass
 from support import differential
 from support.differential import Difference, check
 from support.strategies import Case, EncoderCase, InputsCase, cases
+from support.workers import follow
 
 ci = settings(
     deadline=None,
@@ -119,6 +122,31 @@ def test_a_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], mon
     assert script is not None and script.count("\n") < 12, script
     seen = ("Difference: ", "VerificationError: ", "ArtifactError: run: ")  # by the oracle, the export itself, the runtime
     assert "check(Case(" in script and any(name in script for name in seen), script
+
+
+def test_a_failure_is_told_at_once_and_made_simpler_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case takes thirty seconds and fails: two in the time of the search, two in the minute after it."""
+    now, told = [0.0], []
+
+    def check(case: Case) -> None:
+        now[0] += 30
+        raise Difference("planted")
+
+    monkeypatch.setattr(differential, "check", check)
+    script = search("onnx", 50, 1, keep=False, clock=lambda: now[0], tell=lambda **message: told.append(message))
+    assert script is not None and script.endswith("EOF\nDifference: planted")
+    assert [next(iter(message)) for message in told][:2] == ["trying", "found"]
+    assert sum("trying" in message for message in told) <= 4 and sum("found" in message for message in told) == 1
+
+
+def test_a_process_that_crashes_says_what_it_tried() -> None:
+    code = "from support.workers import say; import os, sys; say(counts={'onnx configurations': 3}); print('not JSON'); "
+    code += "say(trying='the case'); print('its last words', file=sys.stderr, flush=True); os.kill(os.getpid(), 11)"
+    found = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+    heard: list[dict[str, Any]] = []
+    said = follow([sys.executable, "-c", found + code], heard.append)
+    assert heard == [{"counts": {"onnx configurations": 3}}]
+    assert said == "died of SIGSEGV (rc -11), while it tried\nthe case\nits last words"
 
 
 def test_the_script_of_a_failure_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
