@@ -7,7 +7,7 @@ import math
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from sam3x.passes.attention_guard import attentions, guarded, read_sdpa, replace, zeroed
+from sam3x.passes.attention_guard import Sdpa, attentions, guarded, read_sdpa, replace, zeroed
 from sam3x.passes.attention_ops import TILED_ATTENTION
 from sam3x.passes.attention_rewrite import Emitter
 from sam3x.passes.base import Exactness, Missed, Pass, PassResult
@@ -31,19 +31,25 @@ class TileAttentionPass(Pass):
         rewrites, missed = 0, []
         for module, node in attentions(program):
             found = read_sdpa(node)
-            if isinstance(found, str):
-                missed.append(Missed(node=node.name, reason=found))
-                continue
-            size = score_bytes(found.query, found.key)
-            if size <= self.budget:
-                missed.append(Missed(node=node.name, reason=f"its scores take at most {size:,.0f} bytes"))
+            budget = found if isinstance(found, str) else self.budget_of(found)
+            if isinstance(found, str) or isinstance(budget, str):
+                missed.append(Missed(node=node.name, reason=str(budget)))
                 continue
             emit = Emitter(module, node)
-            mask, hidden = guarded(emit, found.mask)
-            tiled = emit(TILED_ATTENTION, found.query, found.key, found.value, mask, found.scale, self.budget)
+            mask, hidden = guarded(emit, self.mask(emit, found))
+            tiled = emit(TILED_ATTENTION, found.query, found.key, found.value, mask, found.scale, budget)
             replace(module, node, zeroed(emit, tiled, hidden))
             rewrites += 1
         return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+
+    def budget_of(self, found: Sdpa) -> int | str:
+        """What the scores of one attention may take, or why it stays as it is."""
+        size = score_bytes(found.query, found.key)
+        return f"its scores take at most {size:,.0f} bytes" if size <= self.budget else self.budget
+
+    def mask(self, emit: Emitter, found: Sdpa) -> Node | None:
+        """The mask in the form that the target's attention takes."""
+        return found.mask
 
 
 def score_bytes(query: Node, key: Node) -> float:

@@ -38,17 +38,17 @@ def build(captured: CapturedProgram, options: TrtOptions, capability: str) -> Bu
     """
     with named_device(capability_of(capability)), builder_log() as log:
         import_torch_tensorrt()
-        network, interpreter, profile = convert(captured, options)
+        network, interpreter, profile = convert(captured, options, log)
         started = time.perf_counter()
         engine = serialize(interpreter.builder, network, interpreter._populate_trt_builder_config(), capability, log)
         return Built(engine, {**facts_of(network), "profile": profile, **figures(log, engine, started)})
 
 
-def convert(captured: CapturedProgram, options: TrtOptions) -> tuple[Any, Any, dict[str, str]]:
+def convert(captured: CapturedProgram, options: TrtOptions, log: list[str]) -> tuple[Any, Any, dict[str, str]]:
     """The network, the interpreter that holds its weights, and the profile in words. Call inside ``named_device``.
 
     Raises:
-        LoweringError: with every operation that no converter takes.
+        LoweringError: every operation that no converter takes, or the first that fails, with TensorRT's reason from ``log``.
     """
     from sam3x.targets.trt_interpreter import Interpreter, unconverted
 
@@ -71,9 +71,10 @@ def convert(captured: CapturedProgram, options: TrtOptions) -> tuple[Any, Any, d
         return interpreter.construct(), interpreter, in_words(shapes)
     except Exception as error:
         node = interpreter._cur_node
+        said = next((line for line in log if "Error" in line), f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         raise LoweringError(
             f"step 4/4 trt: {getattr(node, 'name', 'a node')} ({getattr(node, 'target', '')}) cannot be converted: "
-            f"{type(error).__name__}: {str(error).partition(chr(10))[0]}. Re-run with --dump-graphs DIR to see the graph."
+            f"{said[:400]}. Re-run with --dump-graphs DIR to see the graph."
         ) from error
 
 

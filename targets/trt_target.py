@@ -93,6 +93,7 @@ class TrtTarget:
         return f"{stem}{_SUFFIX[options.format]}"
 
     def legalization_passes(self, options: TrtOptions) -> tuple[Pass, ...]:
+        from sam3x.passes.decompose_attention import DecomposeAttentionPass
         from sam3x.passes.fold_constants import FoldConstantsPass
         from sam3x.passes.fold_static_sizes import FoldStaticSizesPass
         from sam3x.passes.if_convert import IfConvertPass
@@ -104,7 +105,7 @@ class TrtTarget:
             from sam3x.targets.trt_onnx import onnx_passes
 
             return (*lower, *onnx_passes())
-        return (*lower, FoldConstantsPass(), LegalizeAttentionForTrtPass(ATTENTION_BYTES))
+        return (*lower, FoldConstantsPass(), LegalizeAttentionForTrtPass(ATTENTION_BYTES), DecomposeAttentionPass())
 
     def lower(self, captured: CapturedProgram, path: Path, options: TrtOptions) -> dict[str, Any]:
         """Check the graph's numbers, then write ``path``.

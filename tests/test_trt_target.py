@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import sam3x
 from sam3x.capture import capture
@@ -23,6 +23,7 @@ from sam3x.sources import default_source
 from sam3x.targets import trt_driver, trt_target
 from sam3x.targets.base import resolve
 from sam3x.targets.trt_target import TrtTarget
+from support.attention_styles import STYLES, Attention
 from support.upstream import encoder_of
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -154,6 +155,25 @@ def test_masks_of_image_tokens_and_dynamic_tokens_in_tiles(tmp_path: Path, monke
     spec = sam3x.spec.make_spec(branches="select", inputs=names, dac=False, tokens=(16, 90), batch=(1, 2), prompt_length=(1, 9))
     facts = lower(capture(encoder_of(1), spec), tmp_path / "x.engine")
     assert facts["tiled_attention_loops"] >= 1 and facts["left_to_torch"] == 0
+
+
+class OneHead(Attention):
+    """Attention of three dimensions, its mask of two."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, hide: Any) -> Tensor:
+        keep = None if hide is None else ~hide
+        return nn.functional.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0], keep)[:, None]
+
+
+@pytest.mark.parametrize(("style", "layers", "softmax"), [(STYLES["matmul"], 2, 0), (OneHead, 0, 2)])
+def test_a_mask_of_two_dimensions(style: Any, layers: int, softmax: int, tmp_path: Path) -> None:
+    """TensorRT's attention layer takes four; what has other dimensions becomes products and a softmax."""
+    encoder = encoder_of(1)
+    encoder.layers[0].self_attn, encoder.layers[0].cross_attn_image = (style(32, 1) for _ in range(2))
+    names = ("tgt", "memory", "tgt_mask", "memory_mask")
+    spec = sam3x.spec.make_spec(branches="select", inputs=names, dac=False, tokens=36, batch=(1, 2), prompt_length=(1, 9))
+    facts = lower(capture(encoder, spec), tmp_path / "x.engine")
+    assert (facts["attention_layers"], facts["layers"].get("softmax", 0), facts["left_to_torch"]) == (layers, softmax, 0)
 
 
 def test_feature_maps(tmp_path: Path) -> None:
