@@ -52,7 +52,8 @@ def capture(source: nn.Module | Sequence[nn.Module], spec: ExportSpec) -> Captur
     try:
         with torch.no_grad():
             program = torch.export.export(encoder, example, dynamic_shapes=(tuple(dynamic),), strict=False)
-            program = program.run_decompositions(_decompositions())
+            if not _only_layers(program):
+                program = program.run_decompositions(_decompositions())
             inline_layers(program, _templates(encoder, program))
             _free_layouts(program.graph_module)
     except Sam3xError:
@@ -83,6 +84,13 @@ def capture(source: nn.Module | Sequence[nn.Module], spec: ExportSpec) -> Captur
         eager=encoder.eager,
         notes=tuple(notes),
     )
+
+
+def _only_layers(program: ExportedProgram) -> bool:
+    """Whether nothing stands around the layers' operators but sizes and what tracing assumed of them: nothing to decompose."""
+    plain = (LAYER_OP, _aten.sym_size.int, _aten._assert_scalar.default)
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    return all(target in plain or getattr(target, "__module__", "") == "_operator" for target in calls)
 
 
 def _templates(encoder: FusionEncoder, shell: ExportedProgram) -> dict[int, LayerTemplate]:

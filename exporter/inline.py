@@ -17,7 +17,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from sam3x.errors import CaptureError
 from sam3x.layer_op import LAYER_OP
 from sam3x.layer_template import LayerTemplate
-from sam3x.program import sync_outputs
+from sam3x.program import erase_dead, sync_outputs
 
 _STEP = "step 2/4 capture:"
 
@@ -36,7 +36,7 @@ def inline_layers(shell: ExportedProgram, templates: Mapping[int, LayerTemplate]
     for node in [n for n in module.graph.nodes if n.op == "call_function" and n.target is LAYER_OP]:
         inputs, weights, index = node.args
         _Inliner(shell, node, index, templates[index]).run(inputs, weights)
-    module.graph.eliminate_dead_code()
+    erase_dead(module)
     module.graph.lint()
     module.recompile()
     sync_outputs(shell)
@@ -54,6 +54,7 @@ class _Inliner:
         self.template_env = next(n for n in template.program.graph.nodes if "val" in n.meta).meta["val"].fake_mode.shape_env
         self.symbols: dict[sympy.Symbol, sympy.Expr] = {}
         self.nodes: dict[Node, Node] = {}
+        self.values: dict[object, torch.Tensor] = {}
 
     def run(self, inputs: list[Node], weights: list[Node]) -> None:
         program = self.template.program
@@ -163,9 +164,13 @@ class _Inliner:
             return self._size(value)
         if not isinstance(value, torch.Tensor):
             return value
-        shape, stride = ([self._size(s) for s in sizes] for sizes in (value.shape, value.stride()))
-        with self.fake_mode:
-            return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+        sizes = (*value.shape, *value.stride())
+        key = (*(s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes), value.dtype, value.device)
+        if key not in self.values:
+            shape, stride = ([self._size(s) for s in sizes] for sizes in (value.shape, value.stride()))
+            with self.fake_mode:
+                self.values[key] = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+        return self.values[key]
 
     def _size(self, size: Any) -> Any:
         if not isinstance(size, torch.SymInt):

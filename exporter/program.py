@@ -92,3 +92,16 @@ def run_program(program: ExportedProgram, inputs: Mapping[str, Tensor], output_n
         value for value, item in zip(outputs, signature.output_specs, strict=True) if item.kind.name == "USER_OUTPUT"
     ]
     return dict(zip(output_names, user_outputs, strict=True))
+
+
+def erase_dead(module: torch.fx.GraphModule, impure: Callable[[torch.fx.Node], bool] = torch.fx.Node.is_impure) -> bool:
+    """Erase what nobody reads and has no effect; True where something was.
+
+    In this graph alone: ``Graph.eliminate_dead_code`` lints, walks every branch below and generates their code again each time.
+    """
+    dead = False
+    for node in reversed(module.graph.nodes):
+        if not node.users and not impure(node):
+            module.graph.erase_node(node)
+            dead = True
+    return dead

@@ -34,6 +34,7 @@ from sam3x.passes.attention_rewrite import (
     rewrite,
 )
 from sam3x.passes.base import Exactness, Missed, Pass, PassResult, graph_modules
+from sam3x.program import erase_dead
 
 MaskKind = Literal["bool_keep", "bool_hide", "float"]
 
@@ -143,7 +144,7 @@ class CanonicalizeAttentionPass(Pass):
         missed: list[Missed] = []
         constants = Constants(program)
         for prefix, module in graph_modules(program):
-            modified |= module.graph.eliminate_dead_code()  # an unused copy of the weights must not hide attention
+            modified |= erase_dead(module)  # an unused copy of the weights must not hide attention
             changed = False
             for node in list(module.graph.nodes):
                 if node.op != "call_function":
@@ -176,7 +177,7 @@ class CanonicalizeAttentionPass(Pass):
                 module.graph.erase_node(old)  # SDPA may draw random numbers, so dead code elimination keeps it
                 rewrites, changed = rewrites + 1, True
             if changed:
-                module.graph.eliminate_dead_code()
+                erase_dead(module)
                 module.recompile()
         return PassResult(program=program, modified=modified or rewrites > 0, rewrites=rewrites, missed=tuple(missed))
 

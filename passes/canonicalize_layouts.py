@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from sam3x.passes.base import Exactness, Pass, PassResult, graph_modules
 from sam3x.passes.cond_graph import Builder, aten, expression, fake_mode_of, quietly, substitute
 from sam3x.passes.view_layout import Layout, layout_of
+from sam3x.program import erase_dead
 
 _PERMUTES_ROWS = {aten.permute.default, aten.transpose.int, aten.reshape.default, aten.linear.default, aten.add.Tensor}
 _PERMUTES_ROWS |= {aten.where.self, aten.mul.Tensor, aten.layer_norm.default, aten.sub.Tensor}
@@ -36,7 +37,7 @@ class CanonicalizeLayoutsPass(Pass):
                 if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
                     continue
                 rewrites += _hoist(module, node) if node.target is aten.linear.default else _shorten(node)
-            module.graph.eliminate_dead_code()
+            erase_dead(module)
         return PassResult(program=program, modified=bool(rewrites or unified), rewrites=rewrites)
 
 

@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from sam3x.passes.base import graph_modules
+from sam3x.program import erase_dead
 
 COND = torch.ops.higher_order.cond
 aten = torch.ops.aten
@@ -184,13 +185,13 @@ def _impure(node: Node) -> bool:
 
 def sweep(module: GraphModule) -> bool:
     """Drop dead nodes, operands that neither branch reads, and sub-graphs nobody refers to, innermost first."""
-    modified = bool(module.graph.eliminate_dead_code(is_impure_node=_impure))
+    modified = erase_dead(module, _impure)
     for node in conds_of(module):
         cond = read_cond(module, node)
         for branch in cond.branches:
             modified |= sweep(branch)
         modified |= _drop_operands(cond)
-    modified |= module.graph.eliminate_dead_code(is_impure_node=_impure)
+    modified |= erase_dead(module, _impure)
     used = {str(node.target).partition(".")[0] for node in module.graph.nodes if node.op == "get_attr"}
     for name in [name for name, child in module.named_children() if isinstance(child, GraphModule)]:
         if name not in used:

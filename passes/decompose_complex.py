@@ -12,6 +12,7 @@ from sam3x.passes.attention_rewrite import Emitter
 from sam3x.passes.base import Exactness, Missed, Pass, PassResult, graph_modules
 from sam3x.passes.cond_graph import fake_mode_of
 from sam3x.passes.constants import Constants
+from sam3x.program import erase_dead
 
 _aten = torch.ops.aten
 _SHAPED = {_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.expand.default}
@@ -85,7 +86,7 @@ def _rewrite(program: ExportedProgram, module: GraphModule) -> int:
                     pair if user.target is _aten.view_as_real.default else _part(emit, pair, user.target is _aten.imag.default)
                 )
                 user.replace_all_uses_with(new)
-    module.graph.eliminate_dead_code()
+    erase_dead(module)
     constants.drop_unused()
     return len(complexes)
 

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sam3x.passes.base import Exactness, Pass, PassResult, graph_modules
+from sam3x.program import erase_dead
 
 _aten = torch.ops.aten
 _ALWAYS = {_aten.alias.default, _aten.detach.default, _aten.lift_fresh_copy.default}
@@ -42,7 +43,7 @@ class EliminateNoopsPass(Pass):
         rewrites, modified = 0, False
         for prefix, module in graph_modules(program):
             done = _eliminate(program if not prefix else None, module)
-            dead = module.graph.eliminate_dead_code()
+            dead = erase_dead(module)
             rewrites += done
             if done or dead:
                 modified = True

@@ -12,6 +12,7 @@ from torch.fx import Node
 from sam3x.passes.base import Pass, PassResult
 from sam3x.passes.cond_graph import fake_mode_of
 from sam3x.passes.constants import Constants
+from sam3x.program import erase_dead
 
 
 class FoldConstantsPass(Pass):
@@ -45,7 +46,7 @@ class FoldConstantsPass(Pass):
                     for user in readers:
                         user.replace_input_with(node, new)
                     rewrites += 1
-        module.graph.eliminate_dead_code()
+        erase_dead(module)
         dropped = constants.drop_unused()
         return PassResult(program=program, modified=bool(rewrites or dropped), rewrites=rewrites)
 

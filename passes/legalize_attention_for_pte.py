@@ -16,6 +16,7 @@ from sam3x.passes.base import Exactness, Missed, Pass, PassResult
 from sam3x.passes.cond_graph import Builder, aten, expression, fake_mode_of
 from sam3x.passes.constants import Constants
 from sam3x.passes.view_layout import Digit, Layout, layout_of
+from sam3x.program import erase_dead
 
 _SDPA = aten.scaled_dot_product_attention.default
 _CAT = 4
@@ -56,7 +57,7 @@ class LegalizeAttentionForPtePass(Pass):
                 rewrites += 1
             except NoHeadsError as reason:
                 missed.append(Missed(node=node.name, reason=str(reason)))
-        module.graph.eliminate_dead_code()
+        erase_dead(module)
         constants.drop_unused()
         return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
 

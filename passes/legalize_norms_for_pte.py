@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from sam3x.passes.base import Exactness, Missed, Pass, PassResult
 from sam3x.passes.cond_graph import Builder, aten, fake_mode_of
 from sam3x.passes.constants import Constants
+from sam3x.program import erase_dead
 
 
 class LegalizeNormsForPtePass(Pass):
@@ -45,7 +46,7 @@ class LegalizeNormsForPtePass(Pass):
             elif node.target is aten.where.self and node.users and _is_flag(node):
                 work.select(node)
                 rewrites += 1
-        module.graph.eliminate_dead_code()
+        erase_dead(module)
         work.constants.drop_unused()
         return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
 

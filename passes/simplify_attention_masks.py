@@ -15,6 +15,7 @@ from sam3x.passes.attention_pattern import Axis, Layout, NotAttentionError, axes
 from sam3x.passes.attention_rewrite import Emitter
 from sam3x.passes.base import Exactness, Missed, Pass, PassResult
 from sam3x.passes.sink_permutes import SHAPING, regrouped
+from sam3x.program import erase_dead
 
 _aten = torch.ops.aten
 _FILLS = {_aten.full.default, _aten.full_like.default}
@@ -70,7 +71,7 @@ def _rewrite(module: GraphModule, node: Node, mask: Node) -> int:
     if new is mask:
         return 0
     node.replace_input_with(mask, new)
-    module.graph.eliminate_dead_code()
+    erase_dead(module)
     return 1
 
 

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from sam3x.passes.attention_pattern import RESHAPES, Axis, Layout, axes_of, leaves, permutation, shape_of
 from sam3x.passes.base import Exactness, Pass, PassResult, graph_modules
+from sam3x.program import erase_dead
 
 _aten = torch.ops.aten
 SHAPING = RESHAPES - {_aten.expand.default}
@@ -45,7 +46,7 @@ class SinkPermutesPass(Pass):
             before = _moves(module)
             worker = _Worker(module)
             worker.run()
-            module.graph.eliminate_dead_code()
+            erase_dead(module)
             rewrites += max(before - _moves(module), 0)
         return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites)
 

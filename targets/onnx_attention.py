@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from sam3x.program import CapturedProgram
 
 CONTRIB = "com.microsoft"
-TILE_BYTES = 32 << 20
+TILE_BYTES = 16 << 20
 """Scores of one tile, where the budget leaves a choice: about what stays in the last-level cache."""
-TILE_ROWS = 128
+TILE_ROWS = 96
 """Fewest queries of a tile, where the budget leaves a choice: below, the products lose more than the cache gains."""
 LOWEST = -3.4028234663852886e38
 

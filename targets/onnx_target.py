@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib.util
 import re
 from collections.abc import Mapping
@@ -71,6 +73,14 @@ class OnnxOptions(TargetOptions):
         return int(number) * _UNITS[unit]
 
 
+@functools.cache
+def _torchlib() -> Any:
+    """torch's converter functions, read once: 0.3 s. A registry to add to is a copy."""
+    from torch.onnx._internal.exporter import _registration
+
+    return _registration.ONNXRegistry.from_torchlib()
+
+
 class OnnxTarget:
     """``fusion_encoder.onnx`` with ``If`` for the branches."""
 
@@ -89,14 +99,14 @@ class OnnxTarget:
         return TargetStatus(name=self.name, available=not missing, detail=detail, install='pip install "sam3x[onnx]"')
 
     def legalization_passes(self, options: OnnxOptions) -> tuple[Pass, ...]:
-        from torch.onnx._internal.exporter import _decomp, _registration
+        from torch.onnx._internal.exporter import _decomp
 
         from sam3x.passes.fuse_alternatives import FuseAlternativesPass
         from sam3x.passes.legalize_operators import LegalizeOperatorsPass
         from sam3x.passes.unslice_rows import UnsliceRowsPass
         from sam3x.targets import onnx_attention
 
-        words = set(_decomp.get_onnx_implemented_overloads(_registration.ONNXRegistry.from_torchlib()))
+        words = set(_decomp.get_onnx_implemented_overloads(_torchlib()))
         table = _decomp.create_onnx_friendly_decomposition_table(words)
         own = onnx_attention.operators()
         return (
@@ -115,7 +125,7 @@ class OnnxTarget:
         import onnx
         import onnx_ir as ir
         import torch
-        from torch.onnx._internal.exporter import _core, _fx_passes, _registration
+        from torch.onnx._internal.exporter import _core, _fx_passes
 
         from sam3x.targets import onnx_attention, onnx_linear, onnx_optimize
 
@@ -123,7 +133,8 @@ class OnnxTarget:
             # the public torch.onnx.export decomposes, which traces every torch.cond again; this program is decomposed already
             with torch.no_grad(), errors_only(*_CHATTY):
                 _fx_passes.remove_assertion_nodes(captured.program.graph_module)  # ONNX has no word for them
-                registry = _registration.ONNXRegistry.from_torchlib()
+                registry = copy.copy(_torchlib())
+                registry.functions = {name: list(found) for name, found in registry.functions.items()}
                 onnx_attention.register(registry, captured)
                 onnx_linear.register(registry)
                 model = _core._exported_program_to_onnx_program(

@@ -18,7 +18,7 @@ from sam3x.passes.base import Pass, PassResult
 from sam3x.passes.canonicalize_layouts import unify_sizes
 from sam3x.passes.cond_graph import aten, expression, fake_mode_of, slice_args
 from sam3x.passes.pipeline import PassPipeline
-from sam3x.program import CapturedProgram
+from sam3x.program import CapturedProgram, erase_dead
 from sam3x.targets.pte_delegates import PlainProgram, is_plain, partitioners
 from sam3x.targets.pte_facts import facts_of
 from sam3x.targets.quiet import hushed
@@ -68,7 +68,7 @@ class UnifyDimensionsPass(Pass):
                 rewrites += 1
             elif node.target is aten.sym_size.int and expression(node.meta["val"]) in sizes:
                 node.args = sizes[expression(node.meta["val"])]
-        module.graph.eliminate_dead_code()
+        erase_dead(module)
         rewrites += _share(module)
         return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites)
 
