@@ -50,9 +50,16 @@ def convert(captured: CapturedProgram, options: TrtOptions, log: list[str]) -> t
     Raises:
         LoweringError: every operation that no converter takes, or the first that fails, with TensorRT's reason from ``log``.
     """
-    from sam3x.targets.trt_interpreter import Interpreter, unconverted
+    from sam3x.targets.trt_interpreter import described
 
     module = captured.program.module(check_guards=False)
+    with described(module):
+        return _convert(module, captured, options, log)
+
+
+def _convert(module: Any, captured: CapturedProgram, options: TrtOptions, log: list[str]) -> tuple[Any, Any, dict[str, str]]:
+    from sam3x.targets.trt_interpreter import Interpreter, unconverted
+
     left = unconverted(module)
     if left:
         shown = "; ".join(f"{name} ({reason})" for name, reason in left[:8]) + ("; …" if len(left) > 8 else "")

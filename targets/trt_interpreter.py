@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorrt as trt
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch_tensorrt import Input
 from torch_tensorrt.dynamo._settings import CompilationSettings
 from torch_tensorrt.dynamo.conversion import impl
@@ -102,8 +104,24 @@ def largest_size(size: Any, bounds: Mapping[str, int]) -> int:
     return int(expression.subs({symbol: bounds[str(symbol)] for symbol in expression.free_symbols}))
 
 
+@contextlib.contextmanager
+def described(module: GraphModule) -> Iterator[None]:
+    """Every node with the ``tensor_meta`` by which Torch-TensorRT chooses converters; torch.fx's shape propagation gives it."""
+    told: list[Node] = []
+    try:
+        for child in module.modules():
+            for node in child.graph.nodes if isinstance(child, GraphModule) else ():
+                if isinstance(node.meta.get("val"), torch.Tensor) and "tensor_meta" not in node.meta:
+                    node.meta["tensor_meta"] = _extract_tensor_metadata(node.meta["val"])
+                    told.append(node)
+        yield
+    finally:
+        for node in told:
+            del node.meta["tensor_meta"]
+
+
 def unconverted(module: GraphModule) -> list[tuple[str, str]]:
-    """(node, reason) of everything in ``module`` and its branches that no converter takes."""
+    """(node, reason) of everything in ``module`` and its branches that no converter takes. Call inside ``described``."""
     DYNAMO_CONVERTERS.set_compilation_settings(CompilationSettings(assume_dynamic_shape_support=True))
     found = []
     for node in module.graph.nodes:

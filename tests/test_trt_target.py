@@ -165,12 +165,20 @@ class OneHead(Attention):
         return nn.functional.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0], keep)[:, None]
 
 
-@pytest.mark.parametrize(("style", "layers", "softmax"), [(STYLES["matmul"], 2, 0), (OneHead, 0, 2)])
-def test_a_mask_of_two_dimensions(style: Any, layers: int, softmax: int, tmp_path: Path) -> None:
-    """TensorRT's attention layer takes four; what has other dimensions becomes products and a softmax."""
+@pytest.mark.parametrize(
+    ("style", "masks", "layers", "softmax"),
+    [
+        (STYLES["matmul"], ("tgt_mask", "memory_mask"), 2, 0),
+        (OneHead, ("tgt_mask", "memory_mask"), 0, 2),
+        (STYLES["sdpa"], ("memory_mask", "memory_key_padding_mask"), 2, 0),
+    ],
+    ids=["two dimensions", "three-dimensional attention", "bitwise"],
+)
+def test_masks_as_others_write_them(style: Any, masks: tuple[str, ...], layers: int, softmax: int, tmp_path: Path) -> None:
+    """TensorRT's attention layer takes four dimensions; attention that has others becomes products and a softmax."""
     encoder = encoder_of(1)
     encoder.layers[0].self_attn, encoder.layers[0].cross_attn_image = (style(32, 1) for _ in range(2))
-    names = ("tgt", "memory", "tgt_mask", "memory_mask")
+    names = ("tgt", "memory", *masks)
     spec = sam3x.spec.make_spec(branches="select", inputs=names, dac=False, tokens=36, batch=(1, 2), prompt_length=(1, 9))
     facts = lower(capture(encoder, spec), tmp_path / "x.engine")
     assert (facts["attention_layers"], facts["layers"].get("softmax", 0), facts["left_to_torch"]) == (layers, softmax, 0)
