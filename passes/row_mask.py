@@ -2,6 +2,7 @@
 
 The rows of a tensor are found by following one dimension through the graph. ``Rows(dim, left, right)`` says that dimension
 ``dim`` of a tensor counts left × rows × right, so that merging and splitting dimensions keeps track of them.
+In an attention among the chosen rows a mask hides the others.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import sympy
 import torch
@@ -34,6 +35,7 @@ from sam3x.passes.cond_graph import (
     slice_args,
     substitute,
 )
+from sam3x.passes.row_mask_emit import chosen_rows, hide_keys, join, swap
 
 _COPIES = {aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default}
 _RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default}
@@ -93,6 +95,7 @@ class _Choice:
         self.size = self._full_size()
         self.rows: dict[Node, Rows | _Rest] = {}
         self.closings: list[Node] = []
+        self.over_keys: list[Node] = []  # attention whose keys are the chosen rows too
         self.heads: list[Node] = []
         self.checks: list[Node] = []
 
@@ -292,6 +295,8 @@ class _Choice:
         if rows.dim < rank - 2:
             if any(inside.get(item) != rows for item in factors):
                 raise refused
+        elif node.target is _SDPA and rows == Rows(rank - 2, sympy.S.One, sympy.S.One) == inside.get(factors[0]):
+            return self._over_keys(node, inside, rows, masks, refused)
         elif rows.dim == rank - 1 or any(item in inside for item in factors):
             raise refused
         for mask in masks:
@@ -300,6 +305,18 @@ class _Choice:
                 raise refused
             if mask not in inside and at >= 0 and not statically_known_true(mask.meta["val"].shape[at] == 1):
                 raise refused
+        return rows
+
+    def _over_keys(self, node: Node, inside: dict[Node, Any], rows: Rows, masks: list[Node], refused: NotRowsError) -> Rows:
+        """Attention among the chosen rows: at full size the others' keys are hidden; a mask over the keys is one of rows."""
+        if inside.get(node.args[2]) != rows or node.kwargs.get("attn_mask") is not None:  # type: ignore[arg-type]
+            raise refused
+        for mask in masks:
+            sizes = mask.meta["val"].shape
+            of_keys = inside.get(mask) == Rows(len(sizes) - 1, sympy.S.One, sympy.S.One)
+            if not of_keys or (len(sizes) > 1 and not statically_known_true(sizes[-2] == 1)):
+                raise refused
+        self.over_keys.append(node)
         return rows
 
     # --- the rewrite
@@ -312,7 +329,8 @@ class _Choice:
         operand, dim = self.prefixes[0]
         source = self.cond.operands[operand]
         size: Any = int(self.size) if self.size.is_Integer else emit(aten.sym_size.int, source, dim)
-        mask = self._mask(emit, source, size, [_prefix(result[0], dim, self.cond.operands)[1] for result in results])
+        lengths = [_prefix(result[0], dim, self.cond.operands)[1] for result in results]
+        mask = chosen_rows(emit, self.cond.predicate, source, size, lengths)
         for check in reversed(self.checks):
             if not check.users:
                 module.graph.erase_node(check)
@@ -320,56 +338,20 @@ class _Choice:
             for reader in readers:
                 for user in list(reader.users):
                     if user.target is aten.sym_size.int and self._has(user.meta["val"]):
-                        _swap(user, size)
+                        swap(user, size)
         replace_results(None, node, [self.cond.operands[self.prefixes[i][0]] for i in range(len(self.prefixes))])
         for head in self.heads:
             head_source, head_dim, *_ = slice_args(head)
             if expression(head_source.meta["val"].shape[head_dim]) == self.size:
-                _swap(head, head_source)
+                swap(head, head_source)
             elif size not in head.all_input_nodes and not isinstance(size, Node):
                 head.args = (head_source, head_dim, 0, size)
         substitute(module, {self.symbol: self.size})
+        for attention in self.over_keys:
+            hide_keys(module, attention, mask, size)
         for closing in self.closings:
-            self._close(program, closing, mask, size)
-
-    def _mask(self, emit: Builder, source: Node, size: Any, lengths: Sequence[Any]) -> Node:
-        """(rows,) bool: whether a row is one of the chosen."""
-        predicate: Any = self.cond.predicate
-        if predicate.meta["val"].dim():
-            predicate = emit(aten.reshape.default, predicate, [])
-        device = source.meta["val"].device
-        index = emit(aten.arange.start_step, 0, size, 1, dtype=torch.int64, device=device, pin_memory=False)
-        true, false = (None if length is None else emit(aten.lt.Scalar, index, length) for length in lengths)
-        if true is not None and false is not None:
-            return emit(aten.where.self, predicate, true, false)
-        if true is not None:
-            return emit(aten.logical_or.default, true, emit(aten.logical_not.default, predicate))
-        if false is not None:
-            return emit(aten.logical_or.default, false, predicate)
-        return emit(aten.ge.Scalar, index, 0)
-
-    def _close(self, program: ExportedProgram | None, closing: Node, mask: Node, size: Any) -> None:
-        head, rest = cast(list[Node], closing.args[0])
-        kept: Any = self.rows[rest]
-        emit = Builder(closing.graph, closing, fake_mode_of(self.module))
-        rank = closing.meta["val"].dim()
-        view = emit(aten.reshape.default, mask, [size if d == kept.dim else 1 for d in range(rank)])
-        chosen = emit(aten.where.self, view, head, kept.whole)
-        if program is not None:
-            program.graph_signature.replace_all_uses(closing.name, chosen.name)
-        _swap(closing, chosen)
-        if not rest.users:
-            rest.graph.erase_node(rest)
-
-
-def _swap(node: Node, value: Any) -> None:
-    if isinstance(value, Node):
-        node.replace_all_uses_with(value)
-    else:
-        for user in list(node.users):
-            user.args = torch.fx.node.map_arg(user.args, lambda item: value if item is node else item)
-            user.kwargs = torch.fx.node.map_arg(user.kwargs, lambda item: value if item is node else item)
-    node.graph.erase_node(node)
+            rest: Any = self.rows[closing.args[0][1]]  # type: ignore[index]
+            join(program, module, closing, rest.whole, rest.dim, mask, size)
 
 
 def _shape_of(value: torch.Tensor) -> list[sympy.Expr]:

@@ -146,9 +146,41 @@ def test_rows_become_a_mask(name: str) -> None:
     assert not IfConvertPass().call(program).modified
 
 
+KEYS: dict[str, Callable[..., Tensor]] = {
+    "no mask": lambda x, hide, add: scaled_dot_product_attention(x, x, layer_norm(x, [4])),
+    "bool": lambda x, hide, add: scaled_dot_product_attention(x, x, x, hide[:, None]),
+    "numbers": lambda x, hide, add: scaled_dot_product_attention(x, x, x, add[:, None] * 2),
+}
+
+
+@pytest.mark.parametrize("name", list(KEYS))
+def test_chosen_rows_that_attend_to_each_other_do_not_see_the_others(name: str) -> None:
+    def run(x: Tensor, f: Tensor, hide: Tensor, add: Tensor) -> Tensor:
+        n = rows(f, x, 1)
+        head, *masks = (value.narrow(1, 0, n) for value in (x, hide, add))
+        return torch.cat([head + KEYS[name](head, *masks), x.narrow(1, n, x.shape[1] - n)], 1)
+
+    def inputs(batch: int, tokens: int) -> tuple[Tensor, ...]:
+        random = torch.Generator().manual_seed(tokens)
+        hide = torch.rand(batch, tokens, generator=random) < 0.6
+        hide[-1] = False  # a row that sees no key
+        add = torch.randn(batch, tokens, generator=random).masked_fill(~hide, -torch.inf)
+        return torch.randn(batch, tokens, 4, generator=random), FLAG, hide, add
+
+    program = capture(Program(run), inputs(3, 8), {0: {0: DYN, 1: DYN}, 2: {0: DYN, 1: DYN}, 3: {0: DYN, 1: DYN}})
+    before = private(program)
+    result = IfConvertPass().call(program)
+    assert result.rewrites == 1 and not result.missed, result.missed
+    assert ops(program, COND) == 0 and not unbacked(program)
+    check_sound(program)
+    for batch, tokens in ((2, 4), (3, 8), (5, 14)):
+        check_numbers(before, program, inputs(batch, tokens), exact=False)
+    assert not IfConvertPass().call(program).modified
+
+
 MIXING: dict[str, tuple[Callable[..., Tensor], int, str]] = {
     "sum of rows": (lambda x, w: x - x.sum(0, keepdim=True), 0, "may mix"),
-    "keys": (lambda x, w: scaled_dot_product_attention(x, x, x), 1, "may mix"),
+    "mask of both sides": (lambda x, w: scaled_dot_product_attention(x, x, x, x @ x.mT), 1, "may mix"),
     "softmax": (lambda x, w: x.softmax(0), 0, "may mix"),
     "flip": (lambda x, w: x.flip(0), 0, "may mix"),
     "cut": (lambda x, w: x.reshape(-1).reshape(3, -1).softmax(-1).reshape(-1, 3, 4), 0, "cuts across|may mix"),

@@ -34,7 +34,7 @@ def follow(command: Sequence[str], hear: Callable[[dict[str, Any]], None]) -> st
         if process.wait() == 0:
             return None
         stderr.seek(0)
-        said = "".join(stderr.readlines()[-30:]).rstrip()
+        said = "".join(stderr.readlines()[-60:]).rstrip()
     return "\n".join(part for part in (f"died of {_cause(process.returncode)}, while it tried", trying, said) if part)
 
 
