@@ -31,7 +31,7 @@ from sam3x.manifest_files import names_in, sha256_of
 from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.program import CapturedProgram
 from sam3x.publish import publishing, replace_manifest
-from sam3x.samples import Sizes, samples_for, verification_sizes
+from sam3x.samples import Sizes, samples_for, thinned, verification_sizes
 from sam3x.sources import Source, source_for
 from sam3x.spec import ExportSpec, make_spec
 from sam3x.targets.base import Runner, TargetOptions, file_name, resolve
@@ -176,6 +176,7 @@ def _verify(source: Source, spec: ExportSpec, runner: Runner, precision: str) ->
     encoder = FusionEncoder(source.module, spec)
     sizes: list[Sizes] = verification_sizes(spec, peaked=precision != "fp32")
     samples = samples_for(encoder.input_names, encoder.flag_names, spec, encoder.d_model, len(encoder.layers), sizes)
+    samples = samples if spec.verify == "full" else thinned(samples)
 
     def run(inputs: Any) -> dict[str, Tensor]:
         return {

@@ -175,3 +175,14 @@ def samples_for(
                     )
                 )
     return result
+
+
+def thinned(samples: list[Sample]) -> list[Sample]:
+    """Of the large ones each branch once, at the first size it can run at, and each size once: they take seconds apiece."""
+    kept: dict[str, Sample] = {}
+    for sample in samples:
+        kept.setdefault(sample.branch, sample)
+    for sample in samples:
+        if all(sample.case != other.case for other in kept.values()):
+            kept[sample.case] = sample
+    return [sample for sample in samples if not sample.large or any(sample is other for other in kept.values())]

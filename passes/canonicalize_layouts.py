@@ -143,6 +143,8 @@ def unify_sizes(module: GraphModule, given: dict[sympy.Symbol, sympy.Symbol] | N
         if node.target is aten.sym_size.int:
             equal(node.args[0].meta["val"].shape[node.args[1]], value)
         elif node.target in _PERMUTES_ROWS and node.target is not aten.reshape.default and isinstance(value, torch.Tensor):
+            if len(_symbols(node)) < 2:
+                continue  # one symbol meets no other
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             try:
                 with quietly(fake_mode):
@@ -154,3 +156,10 @@ def unify_sizes(module: GraphModule, given: dict[sympy.Symbol, sympy.Symbol] | N
     if same:
         substitute(module, {symbol: find(symbol) for symbol in same})
     return len(same)
+
+
+def _symbols(node: Node) -> set[sympy.Symbol]:
+    """What the sizes of a node's operands and of its result are made of."""
+    values = [item.meta.get("val") for item in (node, *node.all_input_nodes)]
+    sizes = [size for value in values for size in (value.shape if isinstance(value, torch.Tensor) else (value,))]
+    return {symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}

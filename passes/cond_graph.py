@@ -247,20 +247,30 @@ def size_of(fake_mode: Any, value: sympy.Expr) -> Any:
 def substitute(module: GraphModule, symbols: Mapping[sympy.Symbol, sympy.Expr]) -> None:
     """Write other sizes for ``symbols`` into the values of a graph and of its branches."""
     fake_mode = fake_mode_of(module)
+    made: dict[object, torch.Tensor] = {}
+
+    def stays(value: Any) -> bool:
+        return not isinstance(value, torch.SymInt) or not value.node.expr.free_symbols & symbols.keys()
 
     def size(value: Any) -> Any:
-        if not isinstance(value, torch.SymInt) or not value.node.expr.free_symbols & symbols.keys():
-            return value
-        return size_of(fake_mode, value.node.expr.xreplace(dict(symbols)))
+        return value if stays(value) else size_of(fake_mode, value.node.expr.xreplace(dict(symbols)))
 
     def leaf(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            shape, stride = [size(item) for item in value.shape], [size(item) for item in value.stride()]
-            if all(a is b for a, b in zip((*shape, *stride), (*value.shape, *value.stride()), strict=True)):
-                return value
+        if not isinstance(value, torch.Tensor):
+            return size(value)
+        sizes = (*value.shape, *value.stride())
+        if all(stays(item) for item in sizes):
+            return value
+        key = (*map(expression, sizes), value.dtype, value.device)
+        if key not in made:
             with quietly(fake_mode):
-                return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
-        return size(value)
+                made[key] = torch.empty_strided(
+                    [size(item) for item in value.shape],
+                    [size(item) for item in value.stride()],
+                    dtype=value.dtype,
+                    device=value.device,
+                )
+        return made[key]
 
     def walk(part: GraphModule) -> None:
         for node in part.graph.nodes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from pathlib import Path
@@ -19,7 +20,7 @@ from sam3x.bench_views import bench_markdown
 from sam3x.eager_precision import eager_in
 from sam3x.errors import SpecError
 from sam3x.fusion_encoder import FusionEncoder
-from sam3x.samples import Sizes, make_inputs, samples_for, verification_sizes
+from sam3x.samples import Sizes, make_inputs, samples_for, thinned, verification_sizes
 from sam3x.spec import make_spec
 from sam3x.verify import compare
 from support.upstream import encoder_of, run_layers
@@ -193,6 +194,14 @@ def test_a_large_fixed_image_is_verified_at_both_ends_and_with_an_all_padded_ima
     sizes = verification_sizes(make_spec(tokens=5184, batch=(1, 2)))
     assert [(s.batch, s.tokens, s.prompt_length, s.padding) for s in sizes] == [(1, 5184, 7, "some"), (2, 5184, 77, "mixed")]
     assert verification_sizes(make_spec(tokens=5184, batch=1))[-1].padding == "all"
+
+    def run(flags: tuple[str, ...]) -> list[tuple[str, int]]:
+        small = [dataclasses.replace(size, tokens=4096) for size in sizes]
+        samples = thinned(samples_for(("tgt", "memory", *flags), flags, make_spec(tokens=4096, batch=(1, 2)), 2, 1, small))
+        return [(sample.branch, len(sample.inputs["tgt"])) for sample in samples]
+
+    assert run(("dac",)) == [("dac=False", 1), ("dac=True", 2)]
+    assert run(("pre_norm",)) == [("pre_norm=False", 1), ("pre_norm=True", 1), ("pre_norm=False", 2)]
     mask = make_inputs(
         ("memory_key_padding_mask",), make_spec(), 4, Sizes(batch=2, tokens=4, prompt_length=9, padding="mixed"), 0
     )
