@@ -134,7 +134,8 @@ def write(captured: CapturedProgram, path: Path, delegate: str, precision: str, 
             PlainProgram.of(captured.program) if plain else captured.program,
             partitioner=partitioners(delegate, precision, plain=plain),
             constant_methods={contract: json.dumps(names)},
-            compile_config=EdgeCompileConfig(_check_ir_validity=False),
+            # a plain graph names no memory format, so there is none to make explicit: two retraces less
+            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=plain),
         )
         facts = facts_of(edge.exported_program().graph_module)
         # inputs are read where the caller has them, no copy and no room in the arena, unless one is an output too: ExecuTorch
