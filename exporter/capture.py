@@ -126,7 +126,8 @@ def _free_layouts(root: torch.fx.GraphModule) -> None:
 
 
 def _operand(name: str, value: torch.Tensor, spec: ExportSpec) -> Operand:
-    halved = ("batch", "tokens")[spec.dac_dim] if spec.dac == "runtime" else None
+    by_flag = spec.dac == "runtime" or (spec.dac is True and spec.pre_norm in ("runtime", "per-layer"))  # post-norm ignores dac
+    halved = ("batch", "tokens")[spec.dac_dim] if by_flag else None
     size = {"batch": 6, "tokens": 22, None: 0}[halved]
     dims = dims_of(name, value.dim())
     fixed = [i for i, meaning in enumerate(dims) if meaning and meaning == halved and isinstance(value.shape[i], int)]
