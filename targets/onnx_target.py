@@ -11,11 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from sam3x.errors import LoweringError, TargetUnavailableError
 from sam3x.spec import Branches
-from sam3x.targets.base import TargetOptions, TargetStatus
+from sam3x.targets.attention_memory import AttentionMemory
+from sam3x.targets.base import TargetStatus
 from sam3x.targets.quiet import errors_only
 from sam3x.targets.triton import DESCRIPTION, Layout, model_path, write_config
 
@@ -31,10 +32,7 @@ _CHATTY = ("onnxscript", "torch.onnx._internal.exporter._core")  # a warning for
 _LARGEST_PROTO = 2_000_000_000  # protobuf's 2 GiB, less room for the graph
 
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-
-
-class OnnxOptions(TargetOptions):
+class OnnxOptions(AttentionMemory):
     """Options of an export to ONNX.
 
     Attributes:
@@ -50,27 +48,7 @@ class OnnxOptions(TargetOptions):
     attention: Literal["portable", "ort", "decomposed"] = Field(
         "portable", description="opset 18 in tiles (portable, default), ONNX Runtime's operator, or plain."
     )
-    attention_memory: str = Field(
-        "256MB",
-        description="what the scores of one attention may take; default 256MB.",
-        json_schema_extra={"metavar": "SIZE"},
-    )
-
     layout: Layout = Field("flat", description=DESCRIPTION)
-
-    @field_validator("attention_memory", mode="before")
-    @classmethod
-    def _size(cls, value: Any) -> Any:
-        found = re.fullmatch(r"([0-9]+)\s*([KMG]i?B|B)", value) if isinstance(value, str) else None
-        if found is None or not 0 < int(found[1]) * _UNITS[found[2]] < 2**62:
-            raise ValueError(f"expected a whole number above 0 and a unit ({', '.join(_UNITS)}), as in 256MB, got {value!r}")
-        return f"{int(found[1])}{found[2]}"
-
-    @property
-    def attention_bytes(self) -> int:
-        """``attention_memory`` in bytes."""
-        number, unit = re.fullmatch(r"([0-9]+)(.*)", self.attention_memory).groups()  # type: ignore[union-attr]
-        return int(number) * _UNITS[unit]
 
 
 @functools.cache

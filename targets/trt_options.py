@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from sam3x.errors import SpecError
 from sam3x.spec import ExportSpec
-from sam3x.targets.base import TargetOptions
+from sam3x.targets.attention_memory import AttentionMemory
 from sam3x.targets.triton import DESCRIPTION, Layout
 
 CAPABILITIES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
@@ -21,7 +21,7 @@ DIMENSIONS = {"batch": "opt_batch", "tokens": "opt_tokens", "prompt_length": "op
 _USUAL = {"batch": 1, "tokens": 5184, "prompt_length": 32}
 
 
-class TrtOptions(TargetOptions):
+class TrtOptions(AttentionMemory):
     """Options of an export to TensorRT.
 
     Attributes:
@@ -31,6 +31,8 @@ class TrtOptions(TargetOptions):
         precision: of weights, products and attention. Inputs and outputs stay float32.
         fp32_ops: operations that stay in float32, separated by commas: a kind (``layer_norm``), a place
             (``layers.3.linear2``), or a pattern with ``*``.
+        attention_memory: what the scores of one attention in float32 may take, in which TensorRT-RTX fuses none; not
+            ``plan-onnx``.
         layout: ``triton``: the folder is a model repository for Triton Inference Server.
         opt_batch, opt_tokens, opt_prompt_length: the sizes the profile is tuned for.
     """

@@ -23,8 +23,6 @@ DISTRIBUTIONS = {"torch-tensorrt-rtx": "TensorRT-RTX", "torch-tensorrt": "Tensor
 
 _INSTALL = 'pip install "sam3x[trt-rtx]", or "sam3x[trt]" for TensorRT itself'
 _SUFFIX = {"engine": ".engine", "ep": ".pt2", "plan-onnx": ".onnx"}
-ATTENTION_BYTES = 256 << 20
-"""What the scores of one attention in float32 may take."""
 
 
 class TrtTarget:
@@ -105,7 +103,7 @@ class TrtTarget:
             from sam3x.targets.trt_onnx import onnx_passes
 
             return (*lower, *onnx_passes())
-        return (*lower, FoldConstantsPass(), LegalizeAttentionForTrtPass(ATTENTION_BYTES), DecomposeAttentionPass())
+        return (*lower, FoldConstantsPass(), LegalizeAttentionForTrtPass(options.attention_bytes), DecomposeAttentionPass())
 
     def lower(self, captured: CapturedProgram, path: Path, options: TrtOptions) -> dict[str, Any]:
         """Check the graph's numbers, then write ``path``.

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from sam3x.errors import LoweringError, SpecError, TargetUnavailableError, Verif
 from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.program import CapturedProgram
 from sam3x.sources import default_source
-from sam3x.targets import trt_driver, trt_target
+from sam3x.targets import trt_driver, trt_program, trt_target
 from sam3x.targets.base import resolve
 from sam3x.targets.trt_target import TrtTarget
 from support.attention_styles import STYLES, Attention
@@ -137,23 +138,21 @@ def test_a_profile_is_tuned_for_the_sizes_that_are_named(captured: Any, tmp_path
     assert facts["profile"]["memory"] == "1x1x32 / 2x5x32 / 4x9x32"
 
 
-def test_scores_in_float32_keep_the_budget(encoder: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_in_float32_keep_the_budget(encoder: nn.Module, tmp_path: Path) -> None:
     fixed = {"dac": False, "pre_norm": True, "batch": 1, "prompt_length": 9}
     program = capture(encoder, sam3x.spec.make_spec(branches="select", tokens=2400, verify="off", **fixed))
     plain = lower(program, tmp_path / "plain.engine")
-    monkeypatch.setattr(trt_target, "ATTENTION_BYTES", 4 << 20)
-    tiled = lower(program, tmp_path / "tiled.engine")
+    tiled = lower(program, tmp_path / "tiled.engine", attention_memory="4MiB")
     assert plain["attentions"] == tiled["attentions"] == 4
     assert plain["tiled_attention_loops"] == 0 and tiled["tiled_attention_loops"] == 2
     scores = 4 * 2400 * 2400 * 4  # heads, queries, keys, bytes
     assert plain["activation_bytes"] > 2 * scores and tiled["activation_bytes"] < scores / 4
 
 
-def test_masks_of_image_tokens_and_dynamic_tokens_in_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt_target, "ATTENTION_BYTES", 1 << 16)
+def test_masks_of_image_tokens_and_dynamic_tokens_in_tiles(tmp_path: Path) -> None:
     names = ("tgt", "memory", "tgt_mask", "memory_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "pos", "query_pos")
     spec = sam3x.spec.make_spec(branches="select", inputs=names, dac=False, tokens=(16, 90), batch=(1, 2), prompt_length=(1, 9))
-    facts = lower(capture(encoder_of(1), spec), tmp_path / "x.engine")
+    facts = lower(capture(encoder_of(1), spec), tmp_path / "x.engine", attention_memory="64KiB")
     assert facts["tiled_attention_loops"] >= 1 and facts["left_to_torch"] == 0
 
 
@@ -326,7 +325,73 @@ def test_the_status_imports_nothing_heavy() -> None:
     assert "TensorRT" in done.stdout and done.stdout.strip().endswith("False"), done.stderr
 
 
+# ---- a torch program that holds the engine
+
+
+class InPlaceOfTheEngine(nn.Module):
+    """Called as ``TorchTensorRTModule`` is: one tensor or a tuple comes back. Output i is the first input plus i."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, *inputs: Tensor) -> Any:
+        found = tuple(inputs[0] + i for i in range(self.outputs))
+        return found if len(found) > 1 else found[0]
+
+
+EP_SPECS = {
+    "tokens": {"tokens": 36, "batch": (1, 4), "prompt_length": (1, 9)},
+    "feature maps": {"interface": "feature_maps", "feature_sizes": ((6, 6),), "batch": (1, 4), "prompt_length": (1, 9)},
+}
+
+
+@pytest.mark.parametrize("name", EP_SPECS)
+def test_a_program_around_the_engine_keeps_names_and_sizes(name: str, encoder: nn.Module, tmp_path: Path) -> None:
+    """All of ``--format ep`` but the engine's own run: sizes other than the profile's best one, every output under its name."""
+    program, own = legal(capture(encoder, sam3x.spec.make_spec(branches="select", **EP_SPECS[name])), compute_capability="sm89")
+    path = tmp_path / "x.pt2"
+    trt_program.save_program(InPlaceOfTheEngine(len(program.output_names)), program, path, own, "cpu")
+    runner = trt_program.ProgramRunner(path, "cpu")
+    batches = set()
+    for sample in program.samples:
+        inputs = {name: sample.inputs[name].numpy() for name in program.input_names}
+        got, first = runner.run(inputs), inputs[program.input_names[0]]
+        assert tuple(got) == program.output_names
+        assert all(np.array_equal(value, first + np.float32(i)) for i, value in enumerate(got.values()))
+        batches.add(len(first))
+    assert batches - {own.opt_batch or 1}, "at the size the profile is tuned for alone"
+
+
+def test_torch_tensorrt_knows_the_outputs_sizes_from_the_inputs(captured: Any) -> None:
+    """Its own shape function, on what the export tells it; without that it cannot be exported at all."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    program, _ = legal(captured["select"], compute_capability="sm89")
+    with trt_driver.named_device((8, 9)):
+        trt_driver.import_torch_tensorrt()
+        from torch_tensorrt.dynamo.runtime.meta_ops.register_meta_ops import _apply_symbolic_shape_expressions
+
+        told = trt_program.shape_expressions(program)
+        assert tuple(item["name"] for item in told["inputs"]) == program.input_names
+        with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+            inputs = [mode.from_tensor(program.samples[0].inputs[name]) for name in program.input_names]
+            (output,) = _apply_symbolic_shape_expressions(inputs, told)
+    assert tuple(output.shape) == tuple(program.samples[0].inputs["tgt"].shape) and output.dtype is torch.float32
+
+
 # ---- on a machine with a GPU
+
+
+@GPU
+@pytest.mark.parametrize("name", EP_SPECS)
+def test_a_program_with_the_engine_runs_and_is_verified(name: str, encoder: nn.Module, tmp_path: Path) -> None:
+    artifact = sam3x.export(encoder, target="trt", output=tmp_path / "out", format="ep", **EP_SPECS[name])
+    assert artifact.path.name == "fusion_encoder.pt2" and artifact.manifest.verified
+    inputs = {name: _zeros(artifact.manifest, name) for name in artifact.manifest.input_names}
+    assert tuple(artifact.run(inputs)) == artifact.manifest.output_names
+    assert tuple(sam3x.load(tmp_path / "out").run(inputs)) == artifact.manifest.output_names
 
 
 @GPU
