@@ -53,11 +53,13 @@ def named_device(capability: tuple[int, int]) -> Iterator[None]:
 
 def import_torch_tensorrt() -> Any:
     """``torch_tensorrt``, to be called inside ``named_device``."""
-    from sam3x.targets.quiet import errors_only
+    from sam3x.targets.quiet import errors_only, native_silence
 
     if "torch_tensorrt" in sys.modules:
         return sys.modules["torch_tensorrt"]
-    with errors_only("torch_tensorrt", "torch_tensorrt.dynamo.conversion.aten_ops_converters", "torch._opaque_base", "torch"):
+    chatty = ("torch_tensorrt", "torch_tensorrt.dynamo.conversion.aten_ops_converters", "torch._opaque_base", "torch")
+    # where there is no driver its runtime says so, whatever logger is set how
+    with errors_only(*chatty), contextlib.nullcontext() if gpu_count() else native_silence():
         import torch_tensorrt
     return torch_tensorrt
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from sam3x.errors import LoweringError, SpecError, TargetUnavailableError, Verif
 from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.program import CapturedProgram
 from sam3x.sources import default_source
-from sam3x.targets import trt_driver, trt_program, trt_target
+from sam3x.targets import quiet, trt_driver, trt_program, trt_target
 from sam3x.targets.base import resolve
 from sam3x.targets.trt_target import TrtTarget
 from support.attention_styles import STYLES, Attention
@@ -250,6 +251,16 @@ def test_an_export_and_a_failed_one_leave_torch_cuda_alone(cuda: Any, captured: 
     lower(captured["select"], tmp_path / "x.engine")
     with pytest.raises(LoweringError):
         TrtTarget().lower(_with_unknown(captured["select"]), tmp_path / "y.engine", resolve(TrtTarget(), SMALL)[1])
+
+
+def test_what_native_code_says_is_dropped_unless_it_fails(capfd: pytest.CaptureFixture[str]) -> None:
+    with quiet.native_silence():
+        os.write(2, b"a warning")
+    with pytest.raises(ZeroDivisionError), quiet.native_silence():
+        os.write(2, b"the reason")
+        1 / 0  # noqa: B018
+    os.write(2, b", and on")
+    assert capfd.readouterr().err == "the reason, and on"
 
 
 # ---- refusals
