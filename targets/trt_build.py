@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sam3x.program import CapturedProgram
 
 _LOG = "torch_tensorrt [TensorRT Conversion Context]"
+_SIZES = "Data-dependent shapes"
+"""What the builder says of sizes it cannot follow into a conditional or a loop: dynamic tokens with dac and several masks."""
 _FIGURES = {"activation_bytes": "Total Activation Memory", "weights_bytes": "Total Weights Memory"}
 
 
@@ -136,8 +138,9 @@ def serialize(builder: Any, network: Any, config: Any, capability: str, log: lis
         )
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        said = [line for line in log if "Error" in line]
-        raise LoweringError(f"step 4/4 trt: the builder refused the network: {(said or log or ['no reason given'])[-1][:400]}")
+        said = ([line for line in log if "Error" in line] or log or ["no reason given"])[-1][:400]
+        out = " Fix the tokens (--tokens 5184), fix dac (--dac off), or leave a mask out (--inputs)." if _SIZES in said else ""
+        raise LoweringError(f"step 4/4 trt: the builder refused the network: {said}{out}")
     return bytes(plan)
 
 

@@ -283,6 +283,14 @@ def test_an_operation_that_cannot_be_converted_is_named(captured: Any, tmp_path:
     assert not path.exists()
 
 
+def test_sizes_that_the_builder_cannot_follow_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    """Dynamic tokens, dac and all masks beside conditionals: TensorRT wants such sizes at the top level."""
+    names = ("tgt", "memory", "tgt_mask", "memory_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "pos", "query_pos")
+    spec = sam3x.spec.make_spec(branches="cond", inputs=names, tokens=(16, 90), batch=(1, 2), prompt_length=(1, 9))
+    with pytest.raises(LoweringError, match=r"Data-dependent shapes.*Fix the tokens \(--tokens 5184\)"):
+        lower(capture(encoder_of(1), spec), tmp_path / "x.engine")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
