@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,29 +24,26 @@ def optimize(model: ir.Model) -> None:
     """Fold constants, drop what is dead or there twice, lift constants to initializers; in place.
 
     ``onnxscript.optimizer.optimize`` with a few of its rewrite rules: trying all forty on every node twice took two thirds of
-    the lowering, and the graph passes leave nothing to the others. A graph with convolutions gets them all: batch norms fold.
+    the lowering (of a ViT's more: a rule with two results tries every pair of nodes), and the graph passes leave nothing to the
+    others. A graph with convolutions also gets those that fold batch norms and padding.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
-    from onnxscript.optimizer import fold_constants_ir, optimize_ir
+    from onnxscript.optimizer import fold_constants_ir
     from onnxscript.rewriter import rewrite
     from onnxscript.rewriter.rules import common as rules
 
+    chosen = [rules.squeeze_reshape_1d_rule, rules.transpose_transpose_rule, rules.reshape_reshape_rule, rules.cast_cast_rule]
     if any(node.op_type == "Conv" for node in ir.traversal.RecursiveGraphIterator(model.graph)):
-        optimize_ir(model)
-        return
+        chosen += [
+            rules.fuse_batchnorm_into_conv_rule,
+            rules.fuse_batchnorm_into_conv_transpose_rule,
+            rules.normalize_pad_format_conv_rule,
+            rules.fuse_pad_into_conv_rule,
+        ]
     common.InlinePass()(model)
     fold_constants_ir(model, onnx_shape_inference=True)
-    rewrite(
-        model,
-        [
-            _activation_first(),
-            rules.squeeze_reshape_1d_rule,
-            rules.transpose_transpose_rule,
-            rules.reshape_reshape_rule,
-            rules.cast_cast_rule,
-        ],
-    )
+    rewrite(model, [_activation_first(), *copy.deepcopy(chosen)])  # a rule keeps the last graph it looked at, weights and all
     fold_constants_ir(model)  # the rewrites leave an Identity each
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),

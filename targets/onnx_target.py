@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 _EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 _CHATTY = ("onnxscript", "torch.onnx._internal.exporter._core")  # a warning for each Split, each node without a stack trace
-_LARGEST_PROTO = 2_000_000_000  # protobuf's 2 GiB, less room for the graph
+_LARGEST_PROTO = 1_000_000_000  # protobuf ends at 2 GiB, and holds everything twice while it writes
 
 
 class OnnxOptions(AttentionMemory):
     """Options of an export to ONNX.
 
     Attributes:
-        external_data: write weights beside the graph file; past 2 GB that happens anyway.
+        external_data: write weights beside the graph file; past 1 GB that happens anyway.
         attention: ``portable`` (opset 18, a tile of queries at a time), ``ort`` (ONNX Runtime's own operator) or
             ``decomposed`` (plain products, all scores in memory).
         attention_memory: a whole number and a unit, as in ``256MB``: what the scores of one attention may take. ``ort`` needs
@@ -105,7 +105,7 @@ class OnnxTarget:
         import torch
         from torch.onnx._internal.exporter import _core, _fx_passes
 
-        from sam3x.targets import onnx_attention, onnx_linear, onnx_optimize
+        from sam3x.targets import onnx_attention, onnx_linear, onnx_norm, onnx_optimize
 
         try:
             # the public torch.onnx.export decomposes, which traces every torch.cond again; this program is decomposed already
@@ -115,6 +115,7 @@ class OnnxTarget:
                 registry.functions = {name: list(found) for name, found in registry.functions.items()}
                 onnx_attention.register(registry, captured)
                 onnx_linear.register(registry)
+                onnx_norm.register(registry)
                 model = _core._exported_program_to_onnx_program(
                     captured.program, registry=registry, lower="at_conversion"
                 ).model

@@ -1,0 +1,45 @@
+"""Group norms of the size that a mask head has, in ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from sam3x.pipeline.capture import capture_component
+from sam3x.pipeline.contract import Component, Port
+from sam3x.targets.onnx_target import OnnxOptions, OnnxTarget
+
+
+class _Norm(nn.Module):
+    def __init__(self, groups: int, channels: int, affine: bool) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, affine=affine)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.norm(x),)
+
+
+@pytest.mark.parametrize(
+    ("shape", "affine"), [((2, 16, 288, 288), True), ((3, 16, 5, 7), False), ((2, 16, 40), True), ((2, 16), True)]
+)
+def test_a_group_norm_is_as_near_float64_as_torchs(shape: tuple[int, ...], affine: bool, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    module = _Norm(2, shape[1], affine).eval()
+    if affine:
+        nn.init.uniform_(module.norm.weight, 0.5, 1.5, generator=generator)
+        nn.init.uniform_(module.norm.bias, -0.5, 0.5, generator=generator)
+    x = torch.relu(torch.randn(shape, generator=generator) + 0.3)
+    port = Port(name="x", dims=("batch", *[None] * (len(shape) - 1)))
+    component = Component(name="norm", module=module, inputs=(port,), outputs=("y",), ranges={"batch": (1, 4)})
+    path, target = tmp_path / "norm.onnx", OnnxTarget()
+    target.lower(capture_component(component, {"x": x}), path, OnnxOptions())
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for batch in (1, shape[0]):
+        (got,) = session.run(None, {"x": x[:batch].numpy()})
+        wanted = component.eager_double({"x": x[:batch]})["y"].numpy()
+        np.testing.assert_allclose(got, wanted, atol=1.5e-5)
