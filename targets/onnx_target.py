@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib.util
 import re
+import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -51,9 +52,14 @@ class OnnxOptions(AttentionMemory):
     layout: Layout = Field("flat", description=DESCRIPTION)
 
 
-@functools.cache
 def _torchlib() -> Any:
-    """torch's converter functions, read once: 0.3 s. A registry to add to is a copy."""
+    """torch's converter functions. A registry to add to is a copy."""
+    return _read_torchlib("torchvision" in sys.modules)  # its operators have converters once it is imported
+
+
+@functools.cache
+def _read_torchlib(torchvision: bool) -> Any:
+    """Takes 0.3 s."""
     from torch.onnx._internal.exporter import _registration
 
     return _registration.ONNXRegistry.from_torchlib()

@@ -1,7 +1,8 @@
-"""Group norms of the size that a mask head has, in ONNX Runtime."""
+"""Converters that the ONNX target brings or finds: group norms of a mask head's size, operators of torchvision."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 
 from sam3x.pipeline.capture import capture_component
 from sam3x.pipeline.contract import Component, Port
-from sam3x.targets.onnx_target import OnnxOptions, OnnxTarget
+from sam3x.targets.onnx_target import OnnxOptions, OnnxTarget, _torchlib
 
 
 class _Norm(nn.Module):
@@ -43,3 +44,13 @@ def test_a_group_norm_is_as_near_float64_as_torchs(shape: tuple[int, ...], affin
         (got,) = session.run(None, {"x": x[:batch].numpy()})
         wanted = component.eager_double({"x": x[:batch]})["y"].numpy()
         np.testing.assert_allclose(got, wanted, atol=1.5e-5)
+
+
+def test_operators_of_torchvision_are_known_once_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that exported an encoder before may export a pipeline, whose prompt encoder has ``roi_align``."""
+    import torchvision  # noqa: F401
+
+    with monkeypatch.context() as before:
+        before.delitem(sys.modules, "torchvision")
+        without = _torchlib()
+    assert _torchlib() is not without and "torchvision::roi_align" in _torchlib().functions
