@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from sam3x.bench_pipeline_contenders import EagerPipelineContender, PipelineContender
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -250,6 +252,8 @@ CONTENDERS: dict[str, Any] = {
     "export": TorchContender,
     "onnx-default": OnnxContender,
     "openvino": OpenvinoContender,
+    "pipeline": PipelineContender,
+    "pipeline-eager": EagerPipelineContender,
 }
 
 

@@ -53,9 +53,9 @@ def capture(source: nn.Module | Sequence[nn.Module], spec: ExportSpec) -> Captur
         with torch.no_grad():
             program = torch.export.export(encoder, example, dynamic_shapes=(tuple(dynamic),), strict=False)
             if not _only_layers(program):
-                program = program.run_decompositions(_decompositions())
+                program = program.run_decompositions(core_decompositions())
             inline_layers(program, _templates(encoder, program))
-            _free_layouts(program.graph_module)
+            free_layouts(program.graph_module)
     except Sam3xError:
         raise
     except Exception as error:
@@ -66,10 +66,10 @@ def capture(source: nn.Module | Sequence[nn.Module], spec: ExportSpec) -> Captur
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-    placeholders = _user_placeholders(program)
+    placeholders = user_placeholders(program)
     dim_names = _dim_names(placeholders, names, dynamic)
     for node, name in zip(placeholders, names, strict=True):
-        _rename_input(program, node, name)
+        rename_input(program, node, name)
     notes = ["a row whose keys are all masked gets zeros from the attention, as torch's scaled_dot_product_attention gives"]
     if not all(encoder.stock):
         odd = sorted({type(layer).__name__ for layer, stock in zip(encoder.layers, encoder.stock, strict=True) if not stock})
@@ -106,12 +106,12 @@ def _templates(encoder: FusionEncoder, shell: ExportedProgram) -> dict[int, Laye
         kind: object = kind_of(layer, (call.names, call.fixed, shapes)) if encoder.stock[index] else index
         if kind not in kinds:
             inputs = [_operand(name, n.meta["val"], encoder.spec) for name, n in zip(call.names, operands, strict=True)]
-            kinds[kind] = trace_template(layer, encoder.layer_calls(index), inputs, _decompositions())
+            kinds[kind] = trace_template(layer, encoder.layer_calls(index), inputs, core_decompositions())
         result[index] = kinds[kind]
     return result
 
 
-def _free_layouts(root: torch.fx.GraphModule) -> None:
+def free_layouts(root: torch.fx.GraphModule) -> None:
     """``view`` → ``reshape``, branches too: a pass may change a tensor's strides, never its elements.
 
     Complex numbers stay views: back ends know those alone, and no pass moves them.
@@ -134,14 +134,14 @@ def _operand(name: str, value: torch.Tensor, spec: ExportSpec) -> Operand:
     return Operand(value=value, freed=dict.fromkeys(fixed, size))
 
 
-def _decompositions() -> dict:
+def core_decompositions() -> dict:
     table = torch.export.default_decompositions()
     for op in KEPT_WHOLE:
         table.pop(op, None)
     return table
 
 
-def _user_placeholders(program: ExportedProgram) -> list[torch.fx.Node]:
+def user_placeholders(program: ExportedProgram) -> list[torch.fx.Node]:
     wanted = set(program.graph_signature.user_inputs)
     return [node for node in program.graph.nodes if node.op == "placeholder" and node.name in wanted]
 
@@ -163,7 +163,7 @@ def _dim_names(placeholders: list, names: tuple[str, ...], dynamic: list) -> dic
     return found
 
 
-def _rename_input(program: ExportedProgram, node: torch.fx.Node, name: str) -> None:
+def rename_input(program: ExportedProgram, node: torch.fx.Node, name: str) -> None:
     """Give a placeholder the public input's name, in the graph and in the signature."""
     old = node.name
     if old == name:

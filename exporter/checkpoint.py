@@ -49,7 +49,7 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
         raise _error(path, f"holds a {type(state).__name__}, not named weights. {_SAVE_AGAIN}")
     tensors = _unwrap(state)
     if not tensors:
-        raise _error(path, f"holds no tensors ({_some(map(str, state))}). {_SAVE_AGAIN}")
+        raise _error(path, f"holds no tensors ({some_of(map(str, state))}). {_SAVE_AGAIN}")
     return tensors
 
 
@@ -67,7 +67,7 @@ def _error(path: Path, fact: str) -> SourceError:
     return SourceError(f"step 1/4 source: {path} {fact}")
 
 
-def _some(names: Iterable[str], total: int | None = None) -> str:
+def some_of(names: Iterable[str], total: int | None = None) -> str:
     """The first few names and how many there are."""
     names = list(names)
     total = len(names) if total is None else total
@@ -83,7 +83,7 @@ def _head(path: Path) -> bytes:
         if path.is_dir():
             inside = sorted(item.name for item in path.iterdir() if item.suffix.lower() in SUFFIXES)
             raise _error(
-                path, f"is a folder. Name the file in it: {_some(inside) if inside else 'a .pt, .pth or .safetensors'}."
+                path, f"is a folder. Name the file in it: {some_of(inside) if inside else 'a .pt, .pth or .safetensors'}."
             )
         if not path.exists():
             raise _error(path, "does not exist. Check the path given as --checkpoint.")
@@ -203,7 +203,7 @@ def find_encoder(state: Mapping[str, Tensor], subject: str = "the checkpoint") -
         fact = f"keeps q, k and v apart under '{encoders[0]}', as the tracker's memory encoder does, not the fusion encoder"
         raise _misfit(subject, f"{fact}. Give the checkpoint of the whole SAM3 image model.")
     fact = "has no fusion encoder: no keys <prefix>layers.0.self_attn.in_proj_weight and <prefix>layers.0.cross_attn_image.…"
-    raise _misfit(subject, f"{fact}. It has: {_some(state)}. Give a SAM3 or EfficientSAM3 checkpoint.")
+    raise _misfit(subject, f"{fact}. It has: {some_of(state)}. Give a SAM3 or EfficientSAM3 checkpoint.")
 
 
 def _misfit(subject: str, fact: str) -> SourceError:
@@ -221,7 +221,7 @@ def hyper_parameters(found: FoundEncoder, subject: str = "the checkpoint") -> di
     missing = (max(indices) + 1) - len(indices)
     if missing:
         absent = [f"{found.prefix}layers.{i}" for i in islice((i for i in count() if i not in indices), min(missing, _SHOWN))]
-        raise _misfit(subject, f"lacks layers in between: {_some(absent, missing)}. Give a complete checkpoint.")
+        raise _misfit(subject, f"lacks layers in between: {some_of(absent, missing)}. Give a complete checkpoint.")
     order = sorted(indices)
     width = _size(state, [f"layers.{i}.norm1.weight" for i in order], 1, 0)
     width = width or _size(state, [f"layers.{i}.self_attn.in_proj_weight" for i in order], 2, 1)
@@ -247,7 +247,7 @@ def load_weights(encoder: nn.Module, found: FoundEncoder, subject: str = "the ch
         SourceError: missing, unexpected or mis-shaped keys, weights that are no plain numbers, or not finite.
     """
     expected = encoder.state_dict()
-    full = lambda keys: _some(found.prefix + key for key in keys)  # noqa: E731
+    full = lambda keys: some_of(found.prefix + key for key in keys)  # noqa: E731
     missing = [key for key in expected if key not in found.state]
     unexpected = [key for key in found.state if key not in expected]
     shapes = [(key, found.state[key], value) for key, value in expected.items() if key in found.state]

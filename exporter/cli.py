@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from sam3x import cli_doctor
+from sam3x.cli_bench_pipeline import bench_pipeline
+from sam3x.cli_compatibility import compatibility
 from sam3x.cli_pipeline import ImageSource, check_pipeline_options, image_source, lint, run, show_pipeline
 from sam3x.cli_target_options import TargetOptionsCommand, target_options_of
 from sam3x.errors import Sam3xError, SpecError, TargetUnavailableError
@@ -125,6 +127,9 @@ def export(
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="FILE", help="With --pipeline: bpe_simple_vocab_16e6.txt.gz or a tokenizer.json.")
     ] = None,
+    components: Annotated[
+        str | None, typer.Option(metavar="A,B", help="With --pipeline: only these; see docs/compatibility.md.")
+    ] = None,
     disable_pass: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Leave a pass out; repeatable.")] = None,
     dump_graphs: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the graph after each pass.")] = None,
     quiet: Quiet = False,
@@ -154,8 +159,8 @@ def export(
         options = {name: value for name, value in options.items() if value is not None}  # ExportSpec's defaults rule
         options.update(target_options_of(context))
         _check_early(target, options, checkpoint, module)
-        if not pipeline and (tokenizer is not None or source is not None):
-            raise SpecError("step 1/4 spec: --tokenizer and --source belong to --pipeline.")
+        if not pipeline and (tokenizer is not None or source is not None or components is not None):
+            raise SpecError("step 1/4 spec: --tokenizer, --source and --components belong to --pipeline.")
         if pipeline:
             check_pipeline_options(target, options, disable_pass=disable_pass, dump_graphs=dump_graphs)
         with _steps(quiet) as steps:
@@ -174,6 +179,7 @@ def export(
                         target=target,
                         output=output,
                         tokenizer=tokenizer,
+                        **({} if components is None else {"components": components.split(",")}),
                         **options,
                     )
                     steps.end()
@@ -400,6 +406,8 @@ def bench(
 
 
 app.command()(run)
+app.command(name="bench-pipeline")(bench_pipeline)
+app.command()(compatibility)
 app.command()(lint)
 
 

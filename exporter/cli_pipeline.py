@@ -99,19 +99,15 @@ def parse_boxes(given: list[str] | tuple[str, ...]) -> tuple[list[list[float]], 
     return boxes, labels
 
 
-_ENCODER_ALONE = ("interface", "inputs", "dac_dim", "batch", "tokens", "prompt_length", "feature_sizes", "mask_dtype")
+_ENCODER_ALONE = ("interface", "inputs", "dac_dim", "tokens", "prompt_length", "feature_sizes", "mask_dtype")
 
 
 def check_pipeline_options(target: str, options: dict[str, Any], **others: Any) -> None:
-    """Refuse what says something about a fusion encoder alone, and back ends that pipelines are not yet lowered to.
+    """Refuse what says something about a fusion encoder alone.
 
     Raises:
         SpecError: naming the options that have no meaning for a whole model.
     """
-    from sam3x.pipeline import TARGETS
-
-    if target not in TARGETS:
-        raise SpecError(f"step 1/4 spec: --pipeline writes {', '.join(TARGETS)}, not yet {target}. Leave --target out.")
     if options.get("layout", "flat") != "flat":
         raise SpecError(
             f"step 1/4 spec: --layout {options['layout']} is for one model; a pipeline has six. Leave --layout out."

@@ -118,7 +118,7 @@ def export_summary(manifest: ExportManifest, folder: Path, *, verbose: bool) -> 
     ]
     rows.append(("cost", ", ".join(figures)))
     more = [passes_table(manifest.passes), *_refusals(manifest.passes)] if verbose else []
-    return [*more, _pairs(rows)]
+    return [*more, pairs(rows)]
 
 
 def manifest_view(manifest: ExportManifest, folder: Path, *, verbose: bool = False) -> list[RenderableType]:
@@ -134,22 +134,22 @@ def manifest_view(manifest: ExportManifest, folder: Path, *, verbose: bool = Fal
         ("versions", ", ".join(f"{name} {version}" for name, version in m.versions.items())),
         ("verification", _verdict(m)),
     ]
-    parts: list[RenderableType] = [_pairs(identity), tensors_table("Inputs", m.inputs), tensors_table("Outputs", m.outputs)]
-    ranges = _table("Ranges", "dimension", "min", "max")
+    parts: list[RenderableType] = [pairs(identity), tensors_table("Inputs", m.inputs), tensors_table("Outputs", m.outputs)]
+    ranges = plain_table("Ranges", "dimension", "min", "max")
     for name, (low, high) in m.ranges.items():
         ranges.add_row(name, str(low), str(high))
     parts += [ranges, passes_table(m.passes), *_refusals(m.passes)]
     if m.verification:
         parts.append(verification_table(m.verification, verbose=verbose))
-    files = _table("Files", "name", "sha256")
+    files = plain_table("Files", "name", "sha256")
     for name, digest in m.files.items():
         files.add_row(name, digest)
-    figures = _table("Figures of the export", "what", ">value")
+    figures = plain_table("Figures of the export", "what", ">value")
     for key in [*(key for key in FIGURES if key in m.figures), *(key for key in m.figures if key not in FIGURES)]:
         figures.add_row(FIGURES.get(key, (key, ""))[0], _figure(key, m.figures[key]))
     parts += [files, figures]
     if m.facts:
-        facts = _table("Facts of the file", "what", "value")
+        facts = plain_table("Facts of the file", "what", "value")
         for key, value in m.facts.items():
             facts.add_row(FACTS.get(key, key.replace("_", " ")), _fact(key, value))
         parts.append(facts)
@@ -160,7 +160,7 @@ def manifest_view(manifest: ExportManifest, folder: Path, *, verbose: bool = Fal
 
 def tensors_table(title: str, tensors: Sequence[TensorSpec]) -> Table:
     """Names in graph order, dtypes, shapes."""
-    table = _table(title, "name", "dtype", "shape")
+    table = plain_table(title, "name", "dtype", "shape")
     for item in tensors:
         table.add_row(
             item.name, item.dtype, "(" + ", ".join(str(size) for size in item.shape) + ")" if item.shape else "scalar"
@@ -170,7 +170,7 @@ def tensors_table(title: str, tensors: Sequence[TensorSpec]) -> Table:
 
 def passes_table(passes: Sequence[PassRecordModel]) -> Table:
     """One row a pass."""
-    table = _table("Passes", "name", ">rewrites", ">refused", ">nodes before", ">after", ">seconds", ">max change")
+    table = plain_table("Passes", "name", ">rewrites", ">refused", ">nodes before", ">after", ">seconds", ">max change")
     for item in passes:
         change = "" if item.max_change is None else f"{item.max_change:.1e}"
         counts = (item.rewrites, len(item.missed), item.nodes_before, item.nodes_after)
@@ -182,7 +182,7 @@ def _refusals(passes: Sequence[PassRecordModel]) -> list[RenderableType]:
     rows = [(item.name, missed.node, missed.reason) for item in passes for missed in item.missed]
     if not rows:
         return []
-    table = _table("Refused by passes", "pass", "node", "reason")
+    table = plain_table("Refused by passes", "pass", "node", "reason")
     for row in rows:
         table.add_row(*row)
     return [table]
@@ -193,7 +193,7 @@ def verification_table(records: Sequence[VerificationRecord], *, verbose: bool =
     names = ["max_abs", "max_rel", "from_float64", "eager_from_float64"]
     reduced = [">rms", ">eager, rounded"] if any(record.rms_rel is not None for record in records) else []
     names += ["rms_rel", "eager_rms_rel"] if reduced else []
-    table = _table(
+    table = plain_table(
         "Branches: largest distances",
         "branch",
         "output",
@@ -227,7 +227,7 @@ def verification_table(records: Sequence[VerificationRecord], *, verbose: bool =
 
 def targets_table(statuses: Sequence[TargetStatus]) -> Table:
     """Each back end, whether it works here, and the command that makes it so."""
-    table = _table("", "target", "works here", "detail", "install")
+    table = plain_table("", "target", "works here", "detail", "install")
     for item in statuses:
         table.add_row(item.name, "yes" if item.available else "no", item.detail, item.install)
     return table
@@ -262,7 +262,7 @@ def _figure(key: str, value: float) -> str:
     return f"{value:,.0f} MB" if unit == "MB" else f"{value:.1f} s" if unit == "s" else f"{value:g}"
 
 
-def _table(title: str, *columns: str) -> Table:
+def plain_table(title: str, *columns: str) -> Table:
     """A plain table; a column that begins with ``>`` is right-aligned."""
     table = Table(
         title=title or None, title_justify="left", title_style="bold", caption_justify="left", box=None, padding=(0, 2, 0, 0)
@@ -274,7 +274,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _pairs(rows: Sequence[tuple[str, str]]) -> Table:
+def pairs(rows: Sequence[tuple[str, str]]) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from sam3x.cli_views import _pairs, _table, passes_table, tensors_table, verification_table
+from sam3x.cli_views import pairs, passes_table, plain_table, tensors_table, verification_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,7 +42,7 @@ def pipeline_view(manifest: PipelineManifest, folder: Path, *, verbose: bool) ->
 
 
 def _components(manifest: PipelineManifest, folder: Path) -> Table:
-    table = _table("components", "file", "size", "takes", "gives", "furthest from eager")
+    table = plain_table("components", "file", "size", "takes", "gives", "furthest from eager")
     for item in manifest.components:
         names = [name for name in manifest.files if name.startswith(f"{item.name}.")]
         size = sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
@@ -61,7 +61,7 @@ def detections_view(result: Result) -> RenderableType:
     """One row a detection, best first, or that nothing was found."""
     if not len(result):
         return f"nothing found for {_listed(result.prompts)}"
-    table = _table(f"{len(result)} found", "label", "score", "box", "pixels")
+    table = plain_table(f"{len(result)} found", "label", "score", "box", "pixels")
     for index in sorted(range(len(result)), key=lambda i: -float(result.scores[i])):
         box = ", ".join(f"{value:.0f}" for value in result.boxes[index])
         table.add_row(result.labels[index], f"{result.scores[index]:.3f}", box, f"{int(result.masks[index].sum()):,}")
@@ -73,7 +73,7 @@ def lint_view(report: LintReport, *, verbose: bool) -> list[RenderableType]:
     what = f"{report.kind} image model" if report.kind != "unknown" else "no image model that sam3x knows"
     rows = [(name, value) for name, value in report.facts.items()]
     rows += [("parameters", f"{report.parameters:,}, {', '.join(report.dtypes)}")]
-    lines: list[RenderableType] = [f"{report.path}: {what}", _pairs(rows)]
+    lines: list[RenderableType] = [f"{report.path}: {what}", pairs(rows)]
     findings = {
         "missing": report.missing,
         "mis-shaped": report.misshaped,

@@ -62,6 +62,10 @@ class CapturedProgram:
     notes: tuple[str, ...] = field(default=())
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
+    def range_of(self, meaning: str) -> tuple[int, int]:
+        """Inclusive sizes of a dynamic dimension, a component's own or the spec's."""
+        return self.ranges[meaning] if meaning in self.ranges else getattr(self.spec, meaning)
+
     def with_program(self, program: ExportedProgram) -> CapturedProgram:
         """The same capture around another program."""
         values: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}

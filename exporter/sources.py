@@ -107,7 +107,7 @@ def module_source(module: nn.Module | Sequence[nn.Module], origin: str) -> Sourc
     try:
         layers = layers_of(module)
     except (TypeError, ValueError) as error:  # inspect.signature on a compiled or scripted forward
-        fact = f"{type(module).__name__} does not tell what its forward takes ({_reason(error)})"
+        fact = f"{type(module).__name__} does not tell what its forward takes ({reason_of(error)})"
         raise SourceError(f"step 1/4 source: {fact}. Pass the module before it was scripted.") from error
     whole = module if isinstance(module, nn.Module) else nn.ModuleList(layers)
     return Source(module=whole, origin=origin, config=None, weights_sha256=weights_hash(whole))
@@ -150,7 +150,7 @@ def _factory_error(name: str, fact: str) -> SourceError:
     return SourceError(f"step 1/4 source: --module {name} {fact}")
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     text = str(error).strip().split("\n", 1)[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -169,7 +169,7 @@ def _import(name: str, module_name: str, attribute: str) -> Any:
         raise
     except (Exception, SystemExit) as error:  # user code may raise anything
         raise _factory_error(
-            name, f"was found, but importing {module_name} raised {_reason(error)}. Mend that module."
+            name, f"was found, but importing {module_name} raised {reason_of(error)}. Mend that module."
         ) from error
     try:
         return functools.reduce(getattr, attribute.split("."), module)
@@ -192,11 +192,11 @@ def _call(name: str, factory: Any) -> Any:
     except Sam3xError:
         raise
     except (Exception, SystemExit) as error:  # user code may raise anything
-        raise _factory_error(name, f"raised {_reason(error)} when called with no arguments. Mend the factory.") from error
+        raise _factory_error(name, f"raised {reason_of(error)} when called with no arguments. Mend the factory.") from error
 
 
 @contextlib.contextmanager
-def _untouched() -> Iterator[None]:
+def untouched() -> Iterator[None]:
     """Neither the global random state, stdout nor the user's terminal shows that upstream is imported and built."""
     state = random.getstate()  # importing sam3 draws from it
     try:
@@ -213,12 +213,12 @@ def build_encoder(config: FusionConfig, device: str = "cpu") -> nn.Module:
     Raises:
         SourceError: the sam3 package, or something it needs, is missing.
     """
-    with _untouched():
+    with untouched():
         try:
             from sam3.model.encoder import TransformerEncoderFusion, TransformerEncoderLayer
             from sam3.model.model_misc import MultiheadAttentionWrapper
         except Exception as error:  # forks of the package raise RuntimeError for a missing video reader
-            fact = f"Meta's sam3 package cannot be imported ({_reason(error)})"
+            fact = f"Meta's sam3 package cannot be imported ({reason_of(error)})"
             raise SourceError(f'step 1/4 source: {fact}. Install it: pip install "sam3x[sam3]".') from error
         with torch.device(device):
             attention = [

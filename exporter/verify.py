@@ -25,7 +25,7 @@ Run = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 Eager = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
-def _distance(left: Tensor, right: Tensor, defined: Tensor | None = None) -> float:
+def distance(left: Tensor, right: Tensor, defined: Tensor | None = None) -> float:
     """Largest absolute difference where ``defined``; equal infinities and NaN on both sides agree, on one side never."""
     left, right = left.double(), right.double()
     same = (left == right) | (left.isnan() & right.isnan())
@@ -58,19 +58,19 @@ def compare(samples: Iterable[Sample], run: Run, eager: Eager, rounded: Eager | 
             got = actual[name]
             shaped = tuple(got.shape) == tuple(expected.shape) and got.dtype == expected.dtype
             defined = ~expected.isnan() if expected.is_floating_point() else torch.ones_like(expected, dtype=torch.bool)
-            gap = _distance(got, expected, defined) if shaped else float("inf")
+            gap = distance(got, expected, defined) if shaped else float("inf")
             if double is None and other is None and shaped and gap > ABSOLUTE:
                 double = eager(_double(sample.inputs))  # minutes of float64 only where float32 does not decide
             facts: dict[str, Any] = {"allowed": ABSOLUTE}
             near = False
             if double is not None:
-                far = _distance(got, double[name], defined) if shaped else float("inf")
-                own = _distance(expected, double[name], defined)
+                far = distance(got, double[name], defined) if shaped else float("inf")
+                own = distance(expected, double[name], defined)
                 facts.update(from_float64=far, eager_from_float64=own)
                 near = far <= EAGER_FACTOR * own
             if other is not None and expected.is_floating_point():
                 rms, own = (_rms(item, expected, defined) if shaped else float("inf") for item in (got, other[name]))
-                allowed = max(ABSOLUTE, REDUCED_FACTOR * _distance(other[name], expected, defined))
+                allowed = max(ABSOLUTE, REDUCED_FACTOR * distance(other[name], expected, defined))
                 facts.update(allowed=allowed, rms_rel=rms, eager_rms_rel=own)
                 near = gap <= allowed and rms <= max(ABSOLUTE, REDUCED_RMS_FACTOR * own)
             largest = float(expected.double().nan_to_num(0.0, 0.0, 0.0).abs().max()) if expected.numel() else 0.0
@@ -115,7 +115,7 @@ def check_pass(before: CapturedProgram, after: CapturedProgram, pass_: object, e
     for sample in after.samples:
         old = run_program(before.program, sample.inputs, before.output_names)
         new = run_program(after.program, sample.inputs, after.output_names)
-        largest = max([largest, *(_distance(new[name], old[name]) for name in old)])
+        largest = max([largest, *(distance(new[name], old[name]) for name in old)])
     name = getattr(pass_, "name", str(pass_))
     records = compare(after.samples, lambda x: run_program(after.program, x, after.output_names), after.eager)
     require(records, f"step 3/4 passes: '{name}' after {list(earlier)}")

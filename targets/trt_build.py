@@ -89,7 +89,7 @@ def _convert(module: Any, captured: CapturedProgram, options: TrtOptions, log: l
 
 def shapes_of(captured: CapturedProgram, options: TrtOptions) -> dict[str, tuple[list[int], list[int], list[int]]]:
     """Input → the least, the tuned-for and the largest shape, in graph order."""
-    best, ranges = optima(captured.spec, options), _ranges(captured)
+    best, ranges = {**_usual(captured), **optima(captured.spec, options)}, _ranges(captured)
     found = {}
     for node in captured.program.graph.nodes:
         if node.op == "placeholder" and node.name in captured.input_names:
@@ -111,7 +111,12 @@ def in_words(shapes: Mapping[str, tuple[list[int], list[int], list[int]]]) -> di
 
 def _ranges(captured: CapturedProgram) -> dict[str, tuple[int, int]]:
     spec = captured.spec
-    return {"batch": spec.batch, "tokens": spec.halved_range, "prompt_length": spec.prompt_length}
+    return {"batch": spec.batch, "tokens": spec.halved_range, "prompt_length": spec.prompt_length, **captured.ranges}
+
+
+def _usual(captured: CapturedProgram) -> dict[str, int]:
+    """Of a pipeline's component: one picture, one prompt, one box, otherwise the most."""
+    return {name: low if low == 1 else high for name, (low, high) in captured.ranges.items()}
 
 
 def _input(shapes: tuple[list[int], list[int], list[int]], dtype: Any) -> Any:

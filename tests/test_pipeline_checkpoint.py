@@ -100,7 +100,7 @@ def test_a_transformers_checkpoint_is_known(tmp_path: Path) -> None:
     [
         (["export", "--tokenizer", "x"], "belong to --pipeline"),
         (["export", "--pipeline", "--tokens", "64"], "--tokens belong to a fusion encoder alone"),
-        (["export", "--pipeline", "--target", "pte"], "--pipeline writes onnx, not yet pte"),
+        (["export", "--pipeline", "--target", "nowhere"], "nowhere"),
         (["export", "--pipeline", "--layout", "triton"], "a pipeline has six"),
         (["export", "--pipeline", "--source", "transformers"], "--source transformers takes --checkpoint FOLDER"),
         (["export", "--pipeline", "--source", "sam3", "--checkpoint", "."], "is a folder"),

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
         transformers_image_source,
     )
 
-TARGETS = ("onnx",)
-"""Back ends whose lowering knows the contract's dimensions."""
-
 _HOMES = {
     "export_pipeline": "sam3x.pipeline.export",
     "verify_pipeline": "sam3x.pipeline.reverify",

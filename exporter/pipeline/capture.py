@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from sam3x.capture import _decompositions, _free_layouts, _rename_input, _user_placeholders, capture
+from sam3x.capture import capture, core_decompositions, free_layouts, rename_input, user_placeholders
 from sam3x.errors import CaptureError
 from sam3x.pipeline.contract import Component, Port
 from sam3x.program import CapturedProgram, Sample
@@ -35,8 +35,8 @@ def capture_component(component: Component, example: Mapping[str, Tensor], sampl
         with torch.no_grad():  # with gradients, decompositions meet strides they refuse
             args = tuple(_example(example[port.name], port, free) for port in component.inputs)
             program = torch.export.export(_Positional(component.module), args, dynamic_shapes=(dynamic,), strict=False)
-            program = program.run_decompositions(_decompositions())
-            _free_layouts(program.graph_module)
+            program = program.run_decompositions(core_decompositions())
+            free_layouts(program.graph_module)
     except Exception as error:
         fact = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CaptureError(
@@ -46,8 +46,8 @@ def capture_component(component: Component, example: Mapping[str, Tensor], sampl
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
     dims: dict[str, str] = {}
-    for node, port in zip(_user_placeholders(program), component.inputs, strict=True):
-        _rename_input(program, node, port.name)
+    for node, port in zip(user_placeholders(program), component.inputs, strict=True):
+        rename_input(program, node, port.name)
         for index, meaning in enumerate(port.dims):
             size = node.meta["val"].shape[index]
             if meaning in free and isinstance(size, int):
@@ -64,9 +64,13 @@ def capture_component(component: Component, example: Mapping[str, Tensor], sampl
         output_names=component.outputs,
         dim_names=dims,
         samples=tuple(samples),
-        eager=component.eager,
+        eager=lambda inputs: (component.eager_double if _is_double(inputs) else component.eager)(inputs),
         ranges=dict(component.ranges),
     )
+
+
+def _is_double(inputs: Mapping[str, Tensor]) -> bool:
+    return any(value.dtype == torch.float64 for value in inputs.values())
 
 
 def _example(value: Tensor, port: Port, free: set[str]) -> Tensor:

@@ -13,12 +13,14 @@ MAX_BOXES = 64
 MAX_IMAGES = 8
 
 
-def ranges_of(context_length: int, num_queries: int, *, fixed_length: bool) -> dict[str, tuple[int, int]]:
-    """Inclusive sizes of the contract's dynamic dimensions."""
+def ranges_of(
+    context_length: int, num_queries: int, *, fixed_length: bool, prompts: tuple[int, int] = (1, MAX_PROMPTS)
+) -> dict[str, tuple[int, int]]:
+    """Inclusive sizes of the contract's dynamic dimensions; ``prompts`` bounds pictures too, for back ends that plan memory."""
     lowest = context_length if fixed_length else 1
     return {
-        "images": (1, MAX_IMAGES),
-        "prompts": (1, MAX_PROMPTS),
+        "images": (1, min(MAX_IMAGES, prompts[1])),
+        "prompts": prompts,
         "boxes": (1, MAX_BOXES),
         "text_length": (lowest, context_length),
         "prompt_length": (lowest + 2, context_length + MAX_BOXES + 1),

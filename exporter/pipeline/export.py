@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,20 +16,22 @@ import torch
 from torch import Tensor
 
 from sam3x.errors import SpecError, TargetUnavailableError
+from sam3x.layer_template import weights_of
 from sam3x.manifest import MANIFEST, PassRecordModel, TensorSpec, VerificationRecord, sealed
 from sam3x.manifest_files import names_in, sha256_of
 from sam3x.passes.decompose_complex import DecomposeComplexPass
 from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.passes.pipeline import PassPipeline
-from sam3x.pipeline import TARGETS
 from sam3x.pipeline.capture import capture_component
-from sam3x.pipeline.contract import Component, ImageModel, walk
+from sam3x.pipeline.contract import COMPONENTS, Component, ImageModel, walk
+from sam3x.pipeline.cut import MAX_PROMPTS
 from sam3x.pipeline.tokenizer import write_tokenizer
 from sam3x.pipeline.verify import Case, verify_component
+from sam3x.program import Sample
 from sam3x.publish import publishing
 from sam3x.runtime.manifest import ComponentSpec, PipelineManifest
 from sam3x.spec import ExportSpec
-from sam3x.targets.base import Target, TargetOptions, resolve
+from sam3x.targets.base import Target, TargetOptions, file_name, resolve
 from sam3x.targets.registry import get_target
 from sam3x.verify import require
 
@@ -35,8 +39,8 @@ Progress = Callable[[str], None]
 Cut = Callable[[ExportSpec], ImageModel]
 """A source that is cut into components once the spec of its fusion encoder is known."""
 
-FUSION_DEFAULTS: dict[str, Any] = {"dac": False, "pre_norm": "module"}
-"""The pipeline runs the fusion encoder as the source does; ``runtime`` keeps the branches in the file."""
+DEFAULTS: dict[str, Any] = {"dac": False, "pre_norm": "module", "batch": (1, MAX_PROMPTS)}
+"""The fusion encoder runs as in the source (``runtime`` keeps the branches in the file); batch counts prompts."""
 
 
 def export_pipeline(
@@ -45,6 +49,7 @@ def export_pipeline(
     target: str = "onnx",
     output: str | Path,
     tokenizer: str | Path | None = None,
+    components: Sequence[str] = COMPONENTS,
     progress: Progress | None = None,
     **options: Any,
 ) -> PipelineManifest:
@@ -54,6 +59,7 @@ def export_pipeline(
         cut: what ``sam3x.pipeline.sources`` returns.
         target: see ``sam3x targets``. output: folder; replaced as a whole once everything is verified.
         tokenizer: ``bpe_simple_vocab_16e6.txt.gz``, a ``tokenizer.json`` or a folder with one. None: the source's own, or none.
+        components: those to export, all by default; docs/compatibility.md says which a target takes.
         progress: told each step as it begins.
         options: ``dac``, ``pre_norm``, ``branches``, ``verify``, ``seed`` of ``ExportSpec``, and the target's own options.
 
@@ -63,9 +69,12 @@ def export_pipeline(
     tell = progress or (lambda _: None)
     started = time.perf_counter()
     back_end = get_target(target)
-    if back_end.name not in TARGETS:
-        raise SpecError(f"step 1/4 spec: --pipeline writes {', '.join(TARGETS)}, not yet {target}. Leave --target out.")
-    spec, target_options = resolve(back_end, {**FUSION_DEFAULTS, **options})
+    spec, target_options = resolve(back_end, {**DEFAULTS, **back_end.default_options, **options})
+    unknown = [name for name in components if name not in COMPONENTS]
+    if unknown or not components:
+        raise SpecError(f"step 1/4 spec: no component {', '.join(unknown) or 'named'}; there are {', '.join(COMPONENTS)}.")
+    if getattr(target_options, "precision", "fp32") != "fp32":
+        raise SpecError("step 1/4 spec: a pipeline is exported in fp32; less has no tolerance yet. Leave precision out.")
     if getattr(target_options, "layout", "flat") != "flat":
         raise SpecError("step 1/4 spec: a layout of folders is for one model; a pipeline has six. Leave layout out.")
     status = back_end.availability()
@@ -80,13 +89,19 @@ def export_pipeline(
         vocabulary = write_tokenizer(tokenizer or model.tokenizer, staging, model)
         tell("eager components")
         cases = cases_of(model, spec)
-        job = _Job(back_end, target_options, spec, staging, tell)
-        specs = [job.export(component, cases[component.name]) for component in model.components]
+        job = ComponentJob(back_end, target_options, spec, staging, tell)
+        waiting = sorted((item for item in model.components if item.name in components), key=_weight, reverse=True)
+        model = replace(model, components=())
+        made: dict[str, ComponentSpec] = {}
+        while waiting:  # the largest last, when the others' weights are gone; nothing but the list holds a component
+            made[waiting[-1].name] = job.export(waiting[-1], cases.pop(waiting[-1].name))
+            del waiting[-1]
+            gc.collect()  # traced programs hold weights in cycles
         manifest = PipelineManifest(
             target=target,
             opset=back_end.opset,
             source=model.source,
-            components=tuple(specs),
+            components=tuple(made[name] for name in COMPONENTS if name in made),
             image_size=model.image_size,
             mean=model.mean,
             std=model.std,
@@ -104,8 +119,8 @@ def export_pipeline(
             origin=model.origin,
             weights_sha256=model.weights_sha256,
             versions={"sam3x": version("sam3x"), **back_end.versions()},
-            verified=spec.verify != "off",
-            verified_reason=None if spec.verify != "off" else "verification was switched off (--verify off)",
+            verified=job.unverified is None,
+            verified_reason=job.unverified,
             files={name: sha256_of(staging / name) for name in names_in(staging)},
             figures={
                 "total_seconds": round(time.perf_counter() - started, 3),
@@ -119,8 +134,8 @@ def export_pipeline(
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """What the export of every component shares."""
+class ComponentJob:
+    """What the export of every component shares: any target, by ``Target``'s contract alone."""
 
     target: Target
     options: TargetOptions
@@ -128,21 +143,35 @@ class _Job:
     folder: Path
     tell: Progress
 
+    @property
+    def unverified(self) -> str | None:
+        """Why the files are not run here; None where they are."""
+        if self.spec.verify == "off":
+            return "verification was switched off (--verify off)"
+        return self.target.unverifiable(self.options)
+
     def export(self, component: Component, cases: list[Case]) -> ComponentSpec:
+        """Capture, rewrite, lower and verify one component; its file is then in ``folder``.
+
+        Raises:
+            Sam3xError: typed by step.
+        """
         self.tell(f"{component.name}: capture")
         started = time.perf_counter()
-        _, example, outputs = cases[0]
-        captured = capture_component(component, example)
+        case, example, outputs = cases[0]
+        branch = " ".join(f"{name}={value.tolist()}" for name, value in component.constants.items()) or "fixed"
+        captured = capture_component(component, example, [Sample(branch=branch, case=case, inputs=dict(example))])
         self.tell(f"{component.name}: passes")
         before = PassPipeline((DecomposeComplexPass(), *default_pipeline(str(self.spec.branches)).passes))
         captured, records = before.then(*self.target.legalization_passes(self.options)).run(captured)
         self.tell(f"{component.name}: lower to {self.target.name}")
-        path = self.folder / f"{component.name}{self.target.suffix}"
+        path = self.folder / file_name(self.target, component.name, self.options)
         facts = self.target.lower(captured, path, self.options) or {}
         verification: tuple[VerificationRecord, ...] = ()
-        if self.spec.verify != "off":
+        if self.unverified is None:
             self.tell(f"{component.name}: verify")
-            verification = verify_component(component, self.target.load_runner(path), cases)
+            del captured
+            verification = verify_component(component, partial(self.target.load_runner, path), cases)
             require(verification, f"step 4/4 verify {self.target.name} {component.name}")
         return ComponentSpec(
             name=component.name,
@@ -160,6 +189,11 @@ class _Job:
         )
 
 
+def _weight(component: Component) -> int:
+    """Bytes of its parameters and buffers."""
+    return sum(value.nbytes for value in weights_of(component.module).values())
+
+
 def _described(name: str, value: Tensor, dims: tuple[str | None, ...]) -> TensorSpec:
     named = dims or (None,) * value.dim()
     shape = tuple(dim or int(size) for dim, size in zip(named, value.shape, strict=True))
@@ -168,9 +202,10 @@ def _described(name: str, value: Tensor, dims: tuple[str | None, ...]) -> Tensor
 
 def cases_of(model: ImageModel, spec: ExportSpec) -> dict[str, list[Case]]:
     """Component → inputs and eager outputs at several sizes: many prompts, one prompt, boxes that are padding."""
-    sizes = [(3, min(5, model.context_length), 2, 4), (1, model.context_length, 1, 1)]
+    most = spec.batch[1]
+    sizes = [(min(3, most), min(5, model.context_length), 2, 4), (1, model.context_length, 1, 1)]
     if spec.verify == "full":
-        sizes.append((4, max(2, model.context_length // 2), 5, 3))
+        sizes.append((min(4, most), max(2, model.context_length // 2), 5, 3))
     found: dict[str, list[Case]] = {component.name: [] for component in model.components}
     vision = None
     for index, (prompts, length, boxes, queries) in enumerate(sizes):

@@ -11,7 +11,7 @@ from torch import nn
 from sam3x.errors import SourceError
 from sam3x.pipeline import adaptations
 from sam3x.pipeline.image_config import ImageModelConfig
-from sam3x.sources import _reason, _untouched
+from sam3x.sources import reason_of, untouched
 
 
 def build_image_model(config: ImageModelConfig, tokenizer: Callable[..., Any] | None = None, device: str = "cpu") -> nn.Module:
@@ -26,11 +26,11 @@ def build_image_model(config: ImageModelConfig, tokenizer: Callable[..., Any] | 
     Raises:
         SourceError: the sam3 package, or something it needs, is missing.
     """
-    with _untouched():
+    with untouched():
         try:
             from sam3.model.sam3_image import Sam3Image
         except Exception as error:  # forks of the package raise RuntimeError for a missing video reader
-            fact = f"Meta's sam3 package cannot be imported ({_reason(error)})"
+            fact = f"Meta's sam3 package cannot be imported ({reason_of(error)})"
             raise SourceError(f'step 1/4 source: {fact}. Install it: pip install "sam3x[sam3]".') from error
         with torch.device(device), adaptations.numbers_on_cpu():
             model = Sam3Image(

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from sam3x.checkpoint import _some, load_state
+from sam3x.checkpoint import load_state, some_of
 from sam3x.pipeline.image_model import build_image_model
 from sam3x.pipeline.state import TEXT, TRUNK, config_of, detector_keys, is_vit
 
@@ -71,7 +71,7 @@ class StateFindings:
     def errors(self) -> list[str]:
         """What keeps the checkpoint from being exported, a sentence each."""
         named = {"missing": self.missing, "mis-shaped": self.misshaped, "not finite": self.not_finite}
-        return [f"{kind}: {_some(names)}" for kind, names in named.items() if names]
+        return [f"{kind}: {some_of(names)}" for kind, names in named.items() if names]
 
 
 def lint(path: str | Path) -> LintReport:

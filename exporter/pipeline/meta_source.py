@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sam3x.errors import SourceError
-from sam3x.fusion_encoder import FusionEncoder, twin_of
+from sam3x.fusion_encoder import FusionEncoder, shallow_copy, twin_of
 from sam3x.pipeline import meta
 from sam3x.pipeline.contract import Component, ImageModel, Port
 from sam3x.pipeline.cut import cut_components, ranges_of
@@ -46,16 +48,16 @@ def meta_model(model: nn.Module, origin: str, image_size: int, spec: ExportSpec)
         raise SourceError(f"step 1/4 source: num_feature_levels is {model.num_feature_levels}; sam3x takes 1, as in SAM3.")
     twin: Any = private_twin(model)
     text = twin.backbone.language_backbone
-    with torch.no_grad():  # fills the position caches too
-        out = twin.backbone.forward_image(torch.zeros((1, 3, image_size, image_size)))
-    size, levels = out["backbone_fpn"][-1].shape[-1], len(out["backbone_fpn"]) - 1
+    fresh: Any = private_twin(model)  # its caches would hold tensors without values
+    maps = shapes_of(lambda: fresh.backbone.forward_image(torch.zeros((1, 3, image_size, image_size))))["backbone_fpn"]
+    size, levels = maps[-1].shape[-1], len(maps) - 1
     fixed = not isinstance(getattr(text.encoder, "positional_embedding", None), nn.Parameter)  # students stretch positions
-    ranges = ranges_of(text.context_length, twin.transformer.decoder.num_queries, fixed_length=fixed)
+    ranges = ranges_of(text.context_length, twin.transformer.decoder.num_queries, fixed_length=fixed, prompts=spec.batch)
     modules = {
-        "vision_encoder": meta.VisionEncoder(twin.backbone),
+        "vision_encoder": meta.VisionEncoder(without(twin.backbone, "language_backbone")),
         "text_encoder": meta.TextEncoder(text),
         "prompt_encoder": meta.PromptEncoder(twin.geometry_encoder, size),
-        "decoder": meta.Decoder(twin, size),
+        "decoder": meta.Decoder(_heads(twin), size),
         "mask_head": meta.MaskHead(twin.segmentation_head, size),
     }
     limits = {"tokens": (size * size,) * 2, "batch": ranges["prompts"], "prompt_length": ranges["prompt_length"]}
@@ -107,3 +109,23 @@ def private_twin(model: nn.Module) -> nn.Module:
             if type(value) is dict and not name.startswith("_"):
                 module.__dict__[name] = dict(value)
     return twin
+
+
+def without(module: nn.Module, *names: str) -> nn.Module:
+    """``module`` over the same children, less the named ones: what a component does not hold can be freed before it."""
+    copy = shallow_copy(module)
+    copy.__dict__["_modules"] = {name: child for name, child in module.named_children() if name not in names}
+    return copy
+
+
+def _heads(twin: Any) -> nn.Module:
+    """What ``_run_decoder`` uses of a ``Sam3Image``."""
+    heads = without(twin, "backbone", "geometry_encoder", "segmentation_head")
+    heads.__dict__["_modules"]["transformer"] = without(twin.transformer, "encoder")
+    return heads
+
+
+def shapes_of(run: Callable[[], Any]) -> Any:
+    """What ``run`` returns, as tensors without values: a second of shapes in place of half a minute of a ViT."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        return run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from sam3x.errors import ArtifactError
@@ -35,9 +36,10 @@ def verify_pipeline(folder: str | Path, cut: Cut, *, full: bool = False) -> list
         )
     cases, target = cases_of(model, spec), get_target(manifest.target)
     records: list[VerificationRecord] = []
-    for component in model.components:
-        runner = target.load_runner(Path(folder) / manifest.component(component.name).file)
-        found = verify_component(component, runner, cases[component.name])
+    exported = {item.name for item in manifest.components}
+    for component in (item for item in model.components if item.name in exported):
+        path = Path(folder) / manifest.component(component.name).file
+        found = verify_component(component, partial(target.load_runner, path), cases[component.name])
         require(found, f"verify {manifest.target} {component.name}")
         records += found
     return records

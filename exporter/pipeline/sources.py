@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sam3x.checkpoint import _some, load_state
+from sam3x.checkpoint import load_state, some_of
 from sam3x.errors import SourceError
 from sam3x.pipeline.contract import ImageModel
 from sam3x.pipeline.export import Cut
@@ -34,23 +34,23 @@ def module_image_source(model: nn.Module, origin: str | None = None, image_size:
     """
     name = origin or f"{type(model).__module__}.{type(model).__qualname__}"
     if is_transformers(model):
-        return lambda spec: transformers_model(model, name)
+        return lambda spec: transformers_model(model, name, spec)
     if not is_meta(model):
         raise SourceError(
             f"step 1/4 source: {type(model).__name__} is no image model sam3x knows: it has "
-            f"{_some(n for n, _ in model.named_children())}. Give Meta's Sam3Image or transformers' Sam3Model."
+            f"{some_of(n for n, _ in model.named_children())}. Give Meta's Sam3Image or transformers' Sam3Model."
         )
     size = image_size or _image_size(model)
     return lambda spec: meta_model(model, name, size, spec)
 
 
 def factory_image_source(name: str, image_size: int | None = None) -> Cut:
-    """What ``package.module:factory`` returns when called with no arguments.
+    """What ``package.module:factory`` returns when called with no arguments, which happens as it is cut: nothing else holds it.
 
     Raises:
         SourceError: the name, the import, the call or its result is wrong.
     """
-    return module_image_source(call_factory(name), f"module {name}", image_size)
+    return lambda spec: module_image_source(call_factory(name), f"module {name}", image_size)(spec)
 
 
 def random_image_source(config: ImageModelConfig | None = None) -> Cut:
@@ -92,7 +92,7 @@ def transformers_image_source(folder: str | Path) -> Cut:
 
     def cut(spec: ExportSpec) -> ImageModel:
         model = load_folder(path)
-        return transformers_model(model, f"transformers {type(model).__name__} in {path.name}", path)
+        return transformers_model(model, f"transformers {type(model).__name__} in {path.name}", spec, path)
 
     return cut
 

@@ -14,7 +14,8 @@ from sam3x.pipeline import transformers_parts as parts
 from sam3x.pipeline.contract import ImageModel
 from sam3x.pipeline.cut import cut_components, ranges_of
 from sam3x.pipeline.meta_source import private_twin
-from sam3x.sources import _reason, _untouched, weights_hash
+from sam3x.sources import reason_of, untouched, weights_hash
+from sam3x.spec import ExportSpec
 
 _PARTS = (
     "vision_encoder",
@@ -33,11 +34,11 @@ def is_transformers(model: nn.Module) -> bool:
     return all(isinstance(getattr(model, name, None), nn.Module) for name in (*_PARTS, "dot_product_scoring"))
 
 
-def transformers_model(model: nn.Module, origin: str, folder: Path | None = None) -> ImageModel:
+def transformers_model(model: nn.Module, origin: str, spec: ExportSpec, folder: Path | None = None) -> ImageModel:
     """Cut a ``Sam3Model`` into components; it is left as it is.
 
     Args:
-        folder: where its tokenizer lies, if anywhere.
+        spec: ``batch`` is how many prompts. folder: where its tokenizer lies, if anywhere.
     """
     twin: Any = private_twin(model)
     config: Any = model.config
@@ -52,7 +53,8 @@ def transformers_model(model: nn.Module, origin: str, folder: Path | None = None
         "RepMixer" in type(module).__name__ or "PositionEmbedding" in type(module).__name__
         for module in twin.text_encoder.modules()
     )
-    ranges = ranges_of(text.max_position_embeddings, twin.detr_decoder.query_embed.num_embeddings, fixed_length=fixed)
+    queries = twin.detr_decoder.query_embed.num_embeddings
+    ranges = ranges_of(text.max_position_embeddings, queries, fixed_length=fixed, prompts=spec.batch)
     modules = {
         "vision_encoder": parts.VisionEncoder(twin.vision_encoder),
         "text_encoder": parts.TextEncoder(twin.text_encoder, twin.text_projection),
@@ -91,7 +93,7 @@ def load_folder(folder: Path) -> nn.Module:
         raise SourceError(
             f"step 1/4 source: {folder} has no config.json. Give a folder that transformers' save_pretrained wrote."
         )
-    with _untouched():
+    with untouched():
         try:
             import transformers
         except ImportError:
@@ -103,7 +105,7 @@ def load_folder(folder: Path) -> nn.Module:
                 str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
             )
         except Exception as error:  # transformers raises many kinds
-            raise SourceError(f"step 1/4 source: {folder} cannot be loaded by transformers ({_reason(error)}).") from error
+            raise SourceError(f"step 1/4 source: {folder} cannot be loaded by transformers ({reason_of(error)}).") from error
     if not is_transformers(model):
         raise SourceError(f"step 1/4 source: {folder} holds a {type(model).__name__}. Give a Sam3Model or a Sam3LiteTextModel.")
     return model.eval()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from sam3x.manifest import VerificationRecord
 from sam3x.pipeline.contract import Component
-from sam3x.verify import EAGER_FACTOR, _distance
+from sam3x.targets.base import Runner
+from sam3x.verify import EAGER_FACTOR, distance
 
 RELATIVE = 2e-5
 """Of an output's largest value: what another order of summation may cost through some tens of layers."""
@@ -20,27 +20,27 @@ Case = tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]]
 """Sizes in words, inputs, eager float32 outputs."""
 
 
-def verify_component(component: Component, runner: Any, cases: Iterable[Case]) -> tuple[VerificationRecord, ...]:
+def verify_component(
+    component: Component, open_runner: Callable[[], Runner], cases: Iterable[Case]
+) -> tuple[VerificationRecord, ...]:
     """Run the artifact on inputs that eager components made, and measure every output.
 
     An output that is further off than ``RELATIVE`` is compared with an eager float64 run: it passes when it is no further from
-    that than four times eager float32 itself.
+    that than four times eager float32 itself. The artifact's own copy of the weights is gone by then.
     """
     records = []
     branch = " ".join(f"{name}={value.tolist()}" for name, value in component.constants.items()) or "fixed"
-    for case, inputs, expected in cases:
-        arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()}
-        got = {name: torch.from_numpy(np.array(value)) for name, value in runner.run(arrays).items()}
+    for (case, inputs, expected), got in _run(open_runner(), list(cases)):
         double: dict[str, Tensor] | None = None
         for name, want in expected.items():
             shaped = tuple(got[name].shape) == tuple(want.shape) and got[name].dtype == want.dtype
-            gap = _distance(got[name], want) if shaped else float("inf")
+            gap = distance(got[name], want) if shaped else float("inf")
             largest = float(want.double().abs().max()) if want.numel() else 0.0
             allowed = RELATIVE * max(largest, 1.0)
             passed, far, own = gap <= allowed, 0.0, 0.0
             if not passed and shaped:
                 double = double if double is not None else component.eager_double(inputs)
-                far, own = _distance(got[name], double[name]), _distance(want, double[name])
+                far, own = distance(got[name], double[name]), distance(want, double[name])
                 passed = far <= EAGER_FACTOR * own
             records.append(
                 VerificationRecord(
@@ -56,3 +56,11 @@ def verify_component(component: Component, runner: Any, cases: Iterable[Case]) -
                 )
             )
     return tuple(records)
+
+
+def _run(runner: Runner, cases: list[Case]) -> list[tuple[Case, dict[str, Tensor]]]:
+    results = []
+    for case in cases:
+        arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in case[1].items()}
+        results.append((case, {name: torch.from_numpy(np.array(value)) for name, value in runner.run(arrays).items()}))
+    return results

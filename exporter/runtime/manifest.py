@@ -84,8 +84,15 @@ class PipelineManifest(_Record):
     manifest_sha256: str = ""
 
     def component(self, name: str) -> ComponentSpec:
-        """The component of that name."""
-        return next(item for item in self.components if item.name == name)
+        """The component of that name.
+
+        Raises:
+            ArtifactError: it was left out of the export.
+        """
+        for item in self.components:
+            if item.name == name:
+                return item
+        raise ArtifactError(f"run: the pipeline was exported without its {name}. Export it whole: leave --components out.")
 
 
 def is_pipeline(folder: str | Path) -> bool:

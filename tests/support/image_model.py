@@ -13,32 +13,11 @@ from PIL import Image
 from torch import nn
 
 from sam3x.pipeline.adaptations import unpinned
-from sam3x.pipeline.image_config import ImageModelConfig
+from sam3x.pipeline.compatibility import SMALL
 from sam3x.pipeline.image_model import build_image_model
 from sam3x.pipeline.sources import draw_image_weights
 
-TINY = ImageModelConfig(
-    image_size=112,
-    embed_dim=32,
-    depth=2,
-    vit_heads=2,
-    mlp_ratio=2.0,
-    window_size=4,
-    global_att_blocks=(1,),
-    pretrain_img_size=56,
-    text_width=32,
-    text_heads=2,
-    text_layers=2,
-    context_length=16,
-    vocab_size=530,
-    d_model=32,
-    num_heads=4,
-    dim_feedforward=64,
-    encoder_layers=2,
-    decoder_layers=2,
-    geometry_layers=1,
-    num_queries=12,
-)
+TINY = SMALL
 MERGES = [
     "t h",
     "th e</w>",
