@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam3x.errors import SpecError, TargetUnavailableError
+from sam3x.errors import SpecError, TargetUnavailableError, VerificationError
 from sam3x.layer_template import weights_of
 from sam3x.manifest import MANIFEST, PassRecordModel, TensorSpec, VerificationRecord, sealed
 from sam3x.manifest_files import names_in, sha256_of
@@ -171,7 +171,13 @@ class ComponentJob:
         if self.unverified is None:
             self.tell(f"{component.name}: verify")
             del captured
-            verification = verify_component(component, partial(self.target.load_runner, path), cases)
+            try:
+                verification = verify_component(component, partial(self.target.load_runner, path), cases)
+            except RuntimeError as error:  # a runtime's own
+                raise VerificationError(
+                    f"step 4/4 verify {self.target.name} {component.name}: the file was written and does not run: {error}. "
+                    f"Leave the component out (--components), or take another target."
+                ) from error
             require(verification, f"step 4/4 verify {self.target.name} {component.name}")
         return ComponentSpec(
             name=component.name,
