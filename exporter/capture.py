@@ -135,6 +135,7 @@ def _operand(name: str, value: torch.Tensor, spec: ExportSpec) -> Operand:
 
 
 def core_decompositions() -> dict:
+    """torch's default table, less ``KEPT_WHOLE``."""
     table = torch.export.default_decompositions()
     for op in KEPT_WHOLE:
         table.pop(op, None)
@@ -142,6 +143,7 @@ def core_decompositions() -> dict:
 
 
 def user_placeholders(program: ExportedProgram) -> list[torch.fx.Node]:
+    """The placeholders that are inputs, not weights, in graph order."""
     wanted = set(program.graph_signature.user_inputs)
     return [node for node in program.graph.nodes if node.op == "placeholder" and node.name in wanted]
 

@@ -275,6 +275,7 @@ def plain_table(title: str, *columns: str) -> Table:
 
 
 def pairs(rows: Sequence[tuple[str, str]]) -> Table:
+    """Names and values, a line each."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")

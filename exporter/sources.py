@@ -151,6 +151,7 @@ def _factory_error(name: str, fact: str) -> SourceError:
 
 
 def reason_of(error: BaseException) -> str:
+    """The kind of an error and its first line."""
     text = str(error).strip().split("\n", 1)[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

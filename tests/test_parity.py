@@ -127,7 +127,9 @@ def test_a_fixed_batch_of_two_has_a_half_of_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sizes", [{"batch": 2, "tokens": 36}, {"dac_dim": 1, "tokens": 2}], ids=["images", "tokens"])
 def test_pre_norm_alone_decides_about_a_half_of_one(sizes: dict, tmp_path: Path) -> None:
     """Post-norm ignores dac, so a dac that is always on halves by the flag of the norm; found by ``make fuzz``."""
-    sam3x.export(encoder_of(1), output=tmp_path / "out", dac=True, prompt_length=4, **sizes)  # verified, each branch
+    artifact = sam3x.export(encoder_of(1), output=tmp_path / "out", dac=True, prompt_length=4, **sizes)
+    records = artifact.manifest.verification
+    assert {record.branch for record in records} == {"pre_norm=False", "pre_norm=True"} and all(r.passed for r in records)
 
 
 def test_the_module_and_the_callers_objects_are_left_as_they_were(tmp_path: Path) -> None:
