@@ -42,9 +42,8 @@ def drift(captured: CapturedProgram, precision: str, samples: tuple[Sample, ...]
 
 
 def _exact(captured: CapturedProgram, samples: tuple[Sample, ...]) -> dict[str, dict[str, float]]:
-    lazily = [
-        replace(sample, large=True) for sample in samples
-    ]  # eager float64 takes longest: only where float32 does not decide
+    # as large ones: eager float64, which takes longest, runs only where float32 does not decide
+    lazily = [replace(sample, large=True) for sample in samples]
     records = compare(lazily, lambda inputs: run_program(captured.program, inputs, captured.output_names), captured.eager)
     require(records, "step 4/4 trt: the graph the engine is built from")
     found: dict[str, dict[str, float]] = {}
