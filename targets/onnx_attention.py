@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sam3x.targets.onnx_linear import opset
+from sam3x.targets.onnx_loop import TILE_BYTES, Tiles, for_each, ints, node
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -16,10 +17,6 @@ if TYPE_CHECKING:
     from sam3x.program import CapturedProgram
 
 CONTRIB = "com.microsoft"
-TILE_BYTES = 16 << 20
-"""Scores of one tile, where the budget leaves a choice: about what stays in the last-level cache."""
-TILE_ROWS = 96
-"""Fewest queries of a tile, where the budget leaves a choice: below, the products lose more than the cache gains."""
 LOWEST = -3.4028234663852886e38
 
 
@@ -103,21 +100,6 @@ def _largest(dim: Any, largest: Mapping[str, float]) -> float:
     return float(value) if value.is_number and expression.is_polynomial(*known) else math.inf
 
 
-def _node(op_type: str, inputs: Sequence[Any], *, domain: str = "", version: int | None = 18, **attributes: Any) -> ir.Node:
-    import onnx_ir as ir
-
-    return ir.node(op_type, inputs, attributes=attributes or None, domain=domain, version=version)
-
-
-def _record(node: ir.Node) -> ir.Value:
-    """Put a node made by hand among those the converter records."""
-    from torch.onnx._internal.exporter import _core
-
-    assert _core.current_tracer is not None
-    _core.current_tracer.nodes.append(node)
-    return node.outputs[0]
-
-
 def _scalar(value: float, like: ir.Value) -> ir.Value:
     import numpy as np
     import onnx_ir as ir
@@ -135,11 +117,14 @@ def _is_bool(mask: ir.Value) -> bool:
 
 def _scaled_and_swapped(query: ir.Value, key: ir.Value, scale: float) -> tuple[ir.Value, ir.Value]:
     """Scaled query, transposed key."""
+    import onnx_ir as ir
+
     op = opset()
-    rank = len(query.shape)  # type: ignore[arg-type]
+    rank = len(key.shape)  # type: ignore[arg-type]
     order = [*range(rank - 2), rank - 1, rank - 2]
     scaled, swapped = op.Mul(query, _scalar(scale, query)), op.Transpose(key, perm=order)
     scaled.dtype, scaled.shape = query.dtype, query.shape
+    swapped.dtype, swapped.shape = key.dtype, ir.Shape([key.shape[axis] for axis in order])  # type: ignore[index]
     return scaled, swapped
 
 
@@ -163,98 +148,89 @@ def _plain(query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | Non
 
 def _scan(query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | None, scale: float, budget: int) -> ir.Value:
     """(…, N, D), (…, S, D), (…, S, E) → (…, N, E)."""
-    op = opset()
-    rank = len(query.shape)  # type: ignore[arg-type]
-    lead = op.ReduceProd(op.Shape(query, start=0, end=rank - 2), keepdims=1)
-    tiles = _Tiles(query, rank - 2, op.Mul(lead, op.Shape(key, start=rank - 2, end=rank - 1)), budget)
     scaled, swapped = _scaled_and_swapped(query, key, scale)
     if mask is not None and not _varies(mask):
         mask = _additive(mask, query)
-    zero, hide = _scalar(0.0, query), _scalar(-math.inf, query)
+    if _head_by_head(query, key, value, mask):
+        return _heads(scaled, swapped, value, mask, budget)
+    return _tiled(scaled, swapped, value, mask, budget)
 
-    def body(tile: Callable[[ir.Value, int], ir.Value], add: Callable[..., ir.Value]) -> ir.Value:
-        scores = add("MatMul", tile(scaled, rank - 2), swapped)
+
+def _tiled(scaled: ir.Value, swapped: ir.Value, value: ir.Value, mask: ir.Value | None, budget: int) -> ir.Value:
+    """Scaled query (…, N, D), transposed key (…, D, S), value (…, S, E) → (…, N, E), a tile of queries at a time."""
+    op = opset()
+    rank = len(scaled.shape)  # type: ignore[arg-type]
+    lead = op.ReduceProd(op.Shape(scaled, start=0, end=rank - 2), keepdims=1)
+    tiles = Tiles(scaled, rank - 2, op.Mul(lead, op.Shape(swapped, start=rank - 1, end=rank)), budget)
+    zero, hide = _scalar(0.0, scaled), _scalar(-math.inf, scaled)
+
+    def body(tile: Callable[[ir.Value, int], ir.Value]) -> ir.Value:
+        scores = op.MatMul(tile(scaled, rank - 2), swapped)
         if mask is not None:
             rows = tile(mask, len(mask.shape) - 2) if _varies(mask) else mask  # type: ignore[arg-type]
-            scores = add("Add", scores, add("Where", rows, zero, hide) if _is_bool(mask) else rows)
-        return add("MatMul", add("Softmax", scores, axis=-1), value)
+            scores = op.Add(scores, op.Where(rows, zero, hide) if _is_bool(mask) else rows)
+        return op.MatMul(op.Softmax(scores, axis=-1), value)
 
-    return tiles.run(body, value)
+    return tiles.run(body, op.Shape(value, start=-1))
+
+
+def _head_by_head(query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | None) -> bool:
+    """Whether heads can be taken one after the other: all have the same sizes, and no mask of all pairs differs between them."""
+    leads = [[str(dim) for dim in x.shape[:-2]] for x in (query, key, value)]  # type: ignore[index]
+    if not leads[0] or any(lead != leads[0] for lead in leads):
+        return False
+    return mask is None or not _varies(mask) or all(dim == 1 for dim in mask.shape[:-2])  # type: ignore[index]
+
+
+def _heads(scaled: ir.Value, swapped: ir.Value, value: ir.Value, mask: ir.Value | None, budget: int) -> ir.Value:
+    """As ``_tiled``, one head after the other, so that a tile has many rows and little memory; all at once where they are small."""
+    import onnx_ir as ir
+
+    op = opset()
+    rank = len(scaled.shape)  # type: ignore[arg-type]
+    lead = op.Shape(scaled, start=0, end=rank - 2)
+    heads = op.ReduceProd(lead, keepdims=1)
+    queries, keys = op.Shape(scaled, start=rank - 2, end=rank - 1), op.Shape(swapped, start=rank - 1)
+    size = op.Mul(op.Mul(op.Mul(heads, queries), keys), ints(int(scaled.dtype.itemsize)))  # type: ignore[union-attr]
+    group = op.Where(op.LessOrEqual(size, ints(min(TILE_BYTES, budget // 2))), heads, ints(1))
+    count = op.Div(heads, group)
+
+    def grouped(x: ir.Value) -> ir.Value:
+        made = op.Reshape(x, op.Concat(count, group, op.Shape(x, start=-2), axis=0))
+        made.dtype, made.shape = x.dtype, ir.Shape([None, None, *x.shape[-2:]])  # type: ignore[index]
+        return made
+
+    looped = [grouped(x) for x in (scaled, swapped, value)]
+    if mask is not None and all(dim == 1 for dim in mask.shape[:-2]):  # type: ignore[index]
+        mask = _of_all_heads(mask)
+    elif mask is not None:
+        of_all = op.Expand(mask, op.Concat(lead, ints(1, 1), axis=0))
+        of_all.dtype, of_all.shape = mask.dtype, ir.Shape([*scaled.shape[:-2], *mask.shape[-2:]])  # type: ignore[index]
+        looped.append(grouped(of_all))
+
+    def one(scaled: ir.Value, swapped: ir.Value, value: ir.Value, own: ir.Value | None = None) -> ir.Value:
+        return _tiled(scaled, swapped, value, mask if own is None else own, budget)
+
+    made = for_each(looped, one, "head")
+    return op.Reshape(made, op.Concat(lead, queries, op.Shape(value, start=-1), axis=0))
+
+
+def _of_all_heads(mask: ir.Value) -> ir.Value:
+    """(1, …, 1, N or 1, S) → (N or 1, S)."""
+    import onnx_ir as ir
+
+    if len(mask.shape) == 2:  # type: ignore[arg-type]
+        return mask
+    op = opset()
+    made = op.Reshape(mask, op.Shape(mask, start=-2))
+    made.dtype, made.shape = mask.dtype, ir.Shape(mask.shape[-2:])  # type: ignore[index]
+    return made
 
 
 def _varies(mask: ir.Value) -> bool:
     """Whether rows of the mask differ: it has a dimension of queries."""
     rows = mask.shape[-2]  # type: ignore[index]
     return not (isinstance(rows, int) and rows == 1)
-
-
-class _Tiles:
-    """A loop over tiles of queries; how many rows a tile has is worked out at run time.
-
-    The last tile is as long as the others and overlaps the one before it, so that nothing is padded.
-
-    Args:
-        query: (…, N, …), N at dimension ``axis``.
-        scores: how many scores a query has, (1,).
-        budget: bytes that the scores may take.
-    """
-
-    def __init__(self, query: ir.Value, axis: int, scores: ir.Value, budget: int) -> None:
-        op = opset()
-        self.query, self.axis = query, axis
-        one = _ints(1)
-        self.queries = op.Shape(query, start=axis, end=axis + 1)
-        row = op.Mul(scores, _ints(int(query.dtype.itemsize)))  # type: ignore[union-attr]
-        allowed = op.Div(_ints(budget // 2), row)  # scores and probabilities of a tile are there at once
-        wanted = op.Max(op.Div(_ints(TILE_BYTES), row), _ints(TILE_ROWS))
-        rows = op.Max(op.Min(allowed, wanted, self.queries), one)
-        self.count = op.Div(op.Sub(op.Add(self.queries, rows), one), rows)
-        self.rows = op.Div(op.Sub(op.Add(self.queries, self.count), one), self.count)  # evenly
-
-    def run(self, body: Callable[..., ir.Value], value: ir.Value) -> ir.Value:
-        """Call ``body(tile, add)`` once, to build the loop's graph.
-
-        ``tile(x, axis)`` is the part of ``x`` that belongs to the tile, ``add(op_type, *inputs, **attributes)`` makes a node.
-        """
-        import onnx_ir as ir
-
-        op = opset()
-        one, axis, rank = _ints(1), _ints(self.axis), len(self.query.shape)  # type: ignore[arg-type]
-        index = op.Range(op.Constant(value_int=0), op.Squeeze(self.count), op.Constant(value_int=1))
-        starts = op.Unsqueeze(op.Min(op.Mul(index, self.rows), op.Sub(self.queries, self.rows)), one)
-        axes: dict[int, ir.Value] = {}
-        start = ir.Value(name="tile_start", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
-        nodes: list[ir.Node] = []
-
-        def add(op_type: str, *inputs: Any, domain: str = "", version: int = 18, **attributes: Any) -> ir.Value:
-            nodes.append(_node(op_type, inputs, domain=domain, version=version, **attributes))
-            nodes[-1].outputs[0].name = f"tile_{op_type.lower()}_{len(nodes)}"
-            return nodes[-1].outputs[0]
-
-        end = add("Add", start, self.rows)
-
-        def tile(x: ir.Value, dim: int) -> ir.Value:
-            if dim not in axes:
-                axes[dim] = _ints(dim)
-            return add("Slice", x, start, end, axes[dim])
-
-        output = body(tile, add)
-        output.type = ir.TensorType(self.query.dtype)  # type: ignore[arg-type]
-        output.shape = ir.Shape([None] * rank)
-        graph = ir.Graph([start], [output], nodes=nodes, name="tile")
-        made = _record(_node("Scan", [starts], body=graph, num_scan_inputs=1, scan_output_axes=[self.axis]))
-        total, before = op.Mul(self.count, self.rows), op.Mul(op.Sub(self.count, one), self.rows)
-        shape = [op.Shape(self.query, start=0, end=self.axis), total]
-        if self.axis + 2 < rank:
-            shape.append(op.Shape(self.query, start=self.axis + 1, end=rank - 1))
-        joined = op.Reshape(made, op.Concat(*shape, op.Shape(value, start=rank - 1), axis=0))
-        last = op.Slice(joined, op.Sub(total, op.Sub(self.queries, before)), total, axis)
-        return op.Concat(op.Slice(joined, _ints(0), before, axis), last, axis=self.axis)
-
-
-def _ints(*values: int) -> ir.Value:
-    op = opset()
-    return op.Constant(value_ints=[int(value) for value in values])
 
 
 def _multi_head(
@@ -275,11 +251,11 @@ def _multi_head(
         return given[: max(at for at, item in enumerate(given) if item is not None) + 1]
 
     if not large or (key_mask is None and bias is None):
-        return _record(_node("MultiHeadAttention", inputs(query, bias), domain=CONTRIB, version=1, **attributes))
-    scores = op.Mul(op.Mul(op.Shape(query, start=0, end=1), _ints(num_heads)), op.Shape(key, start=1, end=2))
+        return node("MultiHeadAttention", inputs(query, bias), domain=CONTRIB, version=1, **attributes)
+    scores = op.Mul(op.Mul(op.Shape(query, start=0, end=1), ints(num_heads)), op.Shape(key, start=1, end=2))
 
-    def body(tile: Callable[[ir.Value, int], ir.Value], add: Callable[..., ir.Value]) -> ir.Value:
+    def body(tile: Callable[[ir.Value, int], ir.Value]) -> ir.Value:
         given = inputs(tile(query, 1), None if bias is None else tile(bias, 2))
-        return add("MultiHeadAttention", *given, domain=CONTRIB, version=1, **attributes)
+        return node("MultiHeadAttention", given, domain=CONTRIB, version=1, **attributes)
 
-    return _Tiles(query, 1, scores, budget).run(body, value)
+    return Tiles(query, 1, scores, budget).run(body, op.Shape(value, start=-1))

@@ -87,16 +87,19 @@ class OnnxTarget:
 
         from sam3x.passes.fuse_alternatives import FuseAlternativesPass
         from sam3x.passes.legalize_operators import LegalizeOperatorsPass
+        from sam3x.passes.tile_feed_forward import TILED_FEED_FORWARD, TileFeedForwardPass
         from sam3x.passes.unslice_rows import UnsliceRowsPass
-        from sam3x.targets import onnx_attention
+        from sam3x.targets import onnx_attention, onnx_loop
 
         words = set(_decomp.get_onnx_implemented_overloads(_torchlib()))
         table = _decomp.create_onnx_friendly_decomposition_table(words)
-        own = onnx_attention.operators()
+        own = {*onnx_attention.operators(), TILED_FEED_FORWARD}
+        tiled = options.attention != "decomposed"
         return (
             *onnx_attention.passes(options.attention, options.attention_bytes),
             UnsliceRowsPass(),
             FuseAlternativesPass(),
+            *([TileFeedForwardPass(onnx_loop.TILE_BYTES)] if tiled else []),
             LegalizeOperatorsPass(
                 lambda op: op in words or op in own or "assert" in op.name() or "sym_constrain" in op.name(), table
             ),
@@ -111,7 +114,7 @@ class OnnxTarget:
         import torch
         from torch.onnx._internal.exporter import _core, _fx_passes
 
-        from sam3x.targets import onnx_attention, onnx_linear, onnx_norm, onnx_optimize
+        from sam3x.targets import onnx_attention, onnx_feed_forward, onnx_linear, onnx_norm, onnx_optimize
 
         try:
             # the public torch.onnx.export decomposes, which traces every torch.cond again; this program is decomposed already
@@ -122,6 +125,7 @@ class OnnxTarget:
                 onnx_attention.register(registry, captured)
                 onnx_linear.register(registry)
                 onnx_norm.register(registry)
+                onnx_feed_forward.register(registry)
                 model = _core._exported_program_to_onnx_program(
                     captured.program, registry=registry, lower="at_conversion"
                 ).model

@@ -243,6 +243,7 @@ LOWERINGS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
             "format": st.sampled_from(["plan-onnx", "engine"]),
             "compute_capability": st.just("sm89"),
             "branches": st.sampled_from(["cond", "select"]),
+            "attention_memory": st.sampled_from(["256MB", "2KB"]),
         }
     ),
 }

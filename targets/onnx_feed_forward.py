@@ -1,0 +1,53 @@
+"""ONNX for ``sam3x::tiled_feed_forward``: a ``Scan`` over tiles of rows, so that no whole hidden layer is ever there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sam3x.targets.onnx_linear import opset
+from sam3x.targets.onnx_loop import TILE_BYTES, Tiles, ints
+
+
+def register(registry: Any) -> None:
+    """Teach torch's converter (an ``ONNXRegistry``) the operator; its activation is what the registry has for it."""
+    import torch
+    from torch.onnx._internal.exporter._registration import OnnxDecompMeta
+
+    from sam3x.passes.tile_feed_forward import TILED_FEED_FORWARD
+
+    aten = torch.ops.aten
+    words = {"relu": (aten.relu.default, {}), "gelu": (aten.gelu.default, {}), "silu": (aten.silu.default, {})}
+    words["gelu_tanh"] = (aten.gelu.default, {"approximate": "tanh"})
+
+    def feed_forward(x: Any, weight1: Any, bias1: Any, activation: str, weight2: Any, bias2: Any) -> Any:
+        target, options = words[activation]
+        activate = registry.get_decomps(target)[0].onnx_function
+        return _feed_forward(x, (weight1, bias1), lambda hidden: activate(hidden, **options), (weight2, bias2))
+
+    registry._register(
+        TILED_FEED_FORWARD,
+        OnnxDecompMeta(
+            onnx_function=feed_forward,
+            fx_target=TILED_FEED_FORWARD,
+            signature=None,
+            is_custom=True,
+            skip_signature_inference=True,
+        ),
+    )
+
+
+def _feed_forward(x: Any, first: tuple[Any, Any], activate: Any, second: tuple[Any, Any]) -> Any:
+    import onnx_ir as ir
+
+    op = opset()
+    rank, (hidden, width), last = len(x.shape), first[0].shape, second[0].shape[0]
+    rows = x if rank == 2 else op.Reshape(x, ints(-1, width))
+    rows.dtype, rows.shape = x.dtype, ir.Shape([None, width])
+
+    def body(tile: Any) -> Any:
+        made = op.Gemm(tile(rows, 0), *(item for item in first if item is not None), transB=1)
+        made.dtype, made.shape = x.dtype, ir.Shape([None, hidden])
+        return op.Gemm(activate(made), *(item for item in second if item is not None), transB=1)
+
+    made = Tiles(rows, 0, ints(hidden), 2 * TILE_BYTES).run(body, ints(last))
+    return made if rank == 2 else op.Reshape(made, op.Concat(op.Shape(x, start=0, end=rank - 1), ints(last), axis=0))
