@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
-import warnings
-from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sam3x import cli_doctor
 from sam3x.cli_bench_pipeline import bench_pipeline
 from sam3x.cli_compatibility import compatibility
+from sam3x.cli_frame import hushed, reporting, shown_steps
 from sam3x.cli_pipeline import ImageSource, check_pipeline_options, image_source, lint, run, show_pipeline
 from sam3x.cli_target_options import TargetOptionsCommand, target_options_of
-from sam3x.errors import Sam3xError, SpecError, TargetUnavailableError
+from sam3x.errors import SpecError, TargetUnavailableError
 
 if TYPE_CHECKING:
     from sam3x.cli_views import Steps
@@ -140,7 +137,7 @@ def export(
 
     Without --checkpoint or --module the weights are random: SAM3's own hyper-parameters, seeded.
     """
-    with _errors(verbose):
+    with reporting(verbose):
         options: dict[str, Any] = {
             "interface": interface and interface.value.replace("-", "_"),
             "inputs": inputs,
@@ -163,13 +160,13 @@ def export(
             raise SpecError("step 1/4 spec: --tokenizer, --source and --components belong to --pipeline.")
         if pipeline:
             check_pipeline_options(target, options, disable_pass=disable_pass, dump_graphs=dump_graphs)
-        with _steps(quiet) as steps:
+        with shown_steps(quiet) as steps:
             if checkpoint is None and module is None:
                 steps.say(
                     "No --checkpoint or --module: SAM3's hyper-parameters with RANDOM weights, not a trained model.", warn=True
                 )
             steps.begin("import torch")
-            with _hushed(verbose):
+            with hushed(verbose):
                 if pipeline:
                     from sam3x.pipeline import export_pipeline
 
@@ -217,16 +214,16 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Run an artifact, or every component of a pipeline, against the eager source again."""
-    with _errors(verbose):
+    with reporting(verbose):
         _exclusive(checkpoint, module)
         import sam3x
         from sam3x.runtime.manifest import is_pipeline, load_manifest
 
         whole = is_pipeline(folder)
         (load_manifest if whole else sam3x.load)(folder)  # a damaged folder is told before torch is imported
-        with _steps(quiet) as steps:
+        with shown_steps(quiet) as steps:
             steps.begin("import torch")
-            with _hushed(verbose):
+            with hushed(verbose):
                 if whole:
                     from sam3x.pipeline import verify_pipeline
 
@@ -255,7 +252,7 @@ def verify(
 @app.command()
 def inspect(folder: Folder, verbose: Verbose = False, as_json: Json = False) -> None:
     """Show what an exported folder holds: inputs, outputs, passes, branches, figures. Needs no torch."""
-    with _errors(verbose):
+    with reporting(verbose):
         import sam3x
         from sam3x.runtime.manifest import is_pipeline, load_manifest
 
@@ -274,7 +271,7 @@ def inspect(folder: Folder, verbose: Verbose = False, as_json: Json = False) -> 
 @app.command()
 def targets(as_json: Json = False, verbose: Verbose = False) -> None:
     """List the back ends, whether they work here, and how to install the others."""
-    with _errors(verbose):
+    with reporting(verbose):
         import dataclasses
 
         from sam3x.targets.registry import describe_targets
@@ -305,15 +302,15 @@ def doctor(
 
     Each is run in that precision alone, emulated in torch, in every branch. --checkpoint or --module as in the export.
     """
-    with _errors(verbose):
+    with reporting(verbose):
         _exclusive(checkpoint, module)
         cli_doctor.check_page(html)
         import sam3x
 
         sam3x.load(folder)  # a damaged folder is told before torch is imported
-        with _steps(quiet) as steps:
+        with shown_steps(quiet) as steps:
             steps.begin("import torch")
-            with _hushed(verbose):
+            with hushed(verbose):
                 source = _source(checkpoint, module, steps)
                 report = cli_doctor.run_doctor(folder, source, precision, bound, tokens, html, steps.begin)
             steps.end()
@@ -360,7 +357,7 @@ def bench(
     Each contender runs in a process of its own; one that fails is told in the table and makes the exit status 1.
     --checkpoint and --module name the encoder of the baselines, as for export.
     """
-    with _errors(verbose):
+    with reporting(verbose):
         from sam3x.bench_report import command_of, make_request
 
         request = make_request(
@@ -386,7 +383,7 @@ def bench(
                 raise SpecError(f"bench: {option}: {path} cannot be written. Name a file in a folder that exists.")
         from sam3x import bench as benchmark
 
-        with _steps(quiet) as steps:
+        with shown_steps(quiet) as steps:
             report = benchmark.bench(request, command=command_of(request, files=files), tell=steps.begin)
             steps.end()
         if html is not None:
@@ -454,70 +451,6 @@ def _source(checkpoint: Path | None, module: str | None, steps: Steps) -> Source
     from sam3x import sources
 
     return sources.factory_source(module) if module is not None else sources.checkpoint_source(str(checkpoint))
-
-
-@contextlib.contextmanager
-def _steps(quiet: bool) -> Iterator[Steps]:
-    from sam3x.cli_views import Steps
-
-    with Steps(quiet=quiet) as steps:
-        yield steps
-
-
-@contextlib.contextmanager
-def _hushed(verbose: bool) -> Iterator[None]:
-    """What others print goes to stderr, away from --json; torch's own warnings are shown with -v only."""
-    import logging
-
-    loggers = {} if verbose else {name: logging.getLogger(name).level for name in ("torch.onnx", "torch.export")}
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-        if not verbose:
-            import torch  # noqa: F401 - its import sets the levels again
-
-            warnings.simplefilter("ignore")
-        for name in loggers:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for name, level in loggers.items():
-                logging.getLogger(name).setLevel(level)
-
-
-@contextlib.contextmanager
-def _errors(verbose: bool) -> Iterator[None]:
-    """One message on stderr and an exit code: 2 for what the user can mend, 1 for a bug, 130 for Ctrl-C."""
-    try:
-        yield
-    except (typer.Exit, typer.Abort, BrokenPipeError):
-        raise
-    except KeyboardInterrupt:
-        _fail("interrupted.", 130, verbose=False)
-    except Sam3xError as error:
-        _fail(str(error), error.exit_code, verbose)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package == "sam3x":
-            _unexpected(error, verbose)
-        extra = "sam3" if package == "sam3" else "onnx"
-        _fail(f"package '{package}' is not installed. Install it: pip install \"sam3x[{extra}]\"", 2, verbose)
-    except Exception as error:
-        _unexpected(error, verbose)
-
-
-def _unexpected(error: Exception, verbose: bool) -> NoReturn:
-    fact = next(iter(str(error).strip().splitlines()), "")
-    hint = "" if verbose else " Run again with -v for the traceback."
-    _fail(f"unexpected {type(error).__name__}: {fact.rstrip('.')}.{hint}", 1, verbose)
-
-
-def _fail(message: str, code: int, verbose: bool) -> NoReturn:
-    if verbose:
-        import traceback
-
-        traceback.print_exc()
-    typer.secho(f"sam3x: {message}", err=True, fg="red")
-    raise typer.Exit(code) from None
 
 
 def main() -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sam3x.cli_frame import reporting, shown_steps
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -28,12 +30,10 @@ def bench_pipeline(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceback of an error.")] = False,
 ) -> None:
     """Time a pipeline against its source's eager code: latency, memory, start; and what its export took."""
-    from sam3x.cli import _errors, _steps
-
-    with _errors(verbose):
+    with reporting(verbose):
         from sam3x import bench_pipeline as benchmark
 
-        with _steps(quiet) as steps:
+        with shown_steps(quiet) as steps:
             report = benchmark.bench_pipeline(
                 folder,
                 checkpoint=checkpoint,

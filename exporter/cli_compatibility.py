@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sam3x.cli_frame import hushed, reporting, shown_steps
+
 
 def compatibility(
     target: Annotated[list[str] | None, typer.Option("--target", "-t", help="Only these; repeatable.")] = None,
@@ -15,15 +17,14 @@ def compatibility(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceback of an error.")] = False,
 ) -> None:
     """Try every component of a small image model on every target: what is taken, and why the rest is not. Takes minutes."""
-    from sam3x.cli import _errors, _hushed, _steps
     from sam3x.errors import SpecError
 
-    with _errors(verbose):
+    with reporting(verbose):
         if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
             raise SpecError(f"compatibility: {output} cannot be written. Name a file in a folder that exists.")
-        with _steps(quiet) as steps:
+        with shown_steps(quiet) as steps:
             steps.begin("import torch")
-            with _hushed(verbose):
+            with hushed(verbose):
                 from sam3x.pipeline import compatibility as matrix
                 from sam3x.targets.registry import get_target
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sam3x.cli_frame import hushed, reporting
 from sam3x.errors import SpecError
 
 if TYPE_CHECKING:
@@ -33,9 +34,7 @@ def run(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceback of an error.")] = False,
 ) -> None:
     """Find what words or boxes describe in a picture. Needs no torch."""
-    from sam3x.cli import _errors
-
-    with _errors(verbose):
+    with reporting(verbose):
         boxes, labels = parse_boxes(box or ())
         if not text and not boxes:
             raise SpecError("run: nothing to look for. Give --text or --box.")
@@ -62,10 +61,8 @@ def lint(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every name, and the traceback of an error.")] = False,
 ) -> None:
     """Tell which image model a checkpoint holds and what is wrong with it; exit status 1 if something is."""
-    from sam3x.cli import _errors, _hushed
-
-    with _errors(verbose):
-        with _hushed(verbose):
+    with reporting(verbose):
+        with hushed(verbose):
             from sam3x.pipeline.lint import lint as look
 
             report = look(checkpoint)

@@ -19,7 +19,7 @@ EAGER_FACTOR = 4.0
 """Peaked attention or larger activations: no further from float64 than this many times eager float32 itself."""
 
 PROBES = 4
-"""Runs of eager float32 on inputs a last bit away: one run alone may be near float64 by chance, its rounding elsewhere is not."""
+"""Runs of eager float32 on inputs a last bit away: a single run may be near float64 by chance."""
 
 REDUCED_FACTOR, REDUCED_RMS_FACTOR = 4.0, 2.0
 """Below float32: no further from eager float32 than this many times eager rounded the same way, at worst and on average."""

@@ -175,7 +175,7 @@ def _tiled(scaled: ir.Value, swapped: ir.Value, value: ir.Value, mask: ir.Value 
 
 
 def _head_by_head(query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | None) -> bool:
-    """Whether heads can be taken one after the other: all have the same sizes, and no mask of all pairs differs between them."""
+    """Whether heads can be taken one by one: all have the same sizes, and no mask of all pairs differs between them."""
     leads = [[str(dim) for dim in x.shape[:-2]] for x in (query, key, value)]  # type: ignore[index]
     if not leads[0] or any(lead != leads[0] for lead in leads):
         return False
@@ -183,7 +183,7 @@ def _head_by_head(query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Valu
 
 
 def _heads(scaled: ir.Value, swapped: ir.Value, value: ir.Value, mask: ir.Value | None, budget: int) -> ir.Value:
-    """As ``_tiled``, one head after the other, so that a tile has many rows and little memory; all at once where they are small."""
+    """As ``_tiled``, head by head, so that a tile has many rows and little memory; all heads at once where that is small."""
     import onnx_ir as ir
 
     op = opset()

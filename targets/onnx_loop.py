@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 TILE_BYTES = 4 << 20
-"""Scores of one tile, where the budget leaves a choice: about what stays in the last-level cache."""
+"""Scores (or hidden layer) of one tile, where the budget leaves a choice: what stays in a core's share of the cache."""
 TILE_ROWS = 96
 """Fewest queries of a tile, where the budget leaves a choice: below, the products lose more than the cache gains."""
 
@@ -36,8 +36,8 @@ def for_each(looped: Sequence[ir.Value], body: Callable[..., ir.Value], prefix: 
     """``Scan``: ``body`` once for every slice of dimension 0 of ``looped``; the results stacked at ``axis``.
 
     Args:
-        body: called once, to record the loop's graph; given a value for each of ``looped``, less its first dimension. It may use
-            values from outside, and returns one with dtype and rank.
+        body: called once, to record the loop's graph, with a value for each of ``looped`` that lacks the first dimension.
+            It may use values from outside, and returns one with dtype and rank.
         prefix: begins the names of the graph's values; another one in every loop inside a loop.
     """
     import onnx_ir as ir
@@ -86,7 +86,7 @@ class Tiles:
         self.rows = op.Div(op.Sub(op.Add(self.queries, self.count), one), self.count)  # evenly
 
     def run(self, body: Callable[[Callable[[ir.Value, int], ir.Value]], ir.Value], width: ir.Value) -> ir.Value:
-        """Call ``body(tile)`` once, to record the loop's graph; ``tile(x, axis)`` is the part of ``x`` that belongs to the tile.
+        """Call ``body(tile)`` once, to record the loop's graph; ``tile(x, axis)`` is the tile's part of ``x``.
 
         Args:
             width: the last size of the result, (1,).

@@ -149,7 +149,7 @@ def _against_upstream(case: Case, module: nn.Module, artifact: sam3x.Artifact, r
             probed = cache(partial(eager_distances, eager, inputs, exact))
             for name, value in single.items():
                 where = f"{name}, dac={dac} pre_norm={pre} at {run}"
-                _near(case, where, torch.as_tensor(got[name]), value, exact[name], lambda name=name: probed()[name])  # type: ignore[misc]
+                _near(case, where, torch.as_tensor(got[name]), value, exact[name], partial(_of, probed, name))
 
 
 def expected(case: Case, module: nn.Module, dac: bool, pre: list[bool], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -160,6 +160,10 @@ def expected(case: Case, module: nn.Module, dac: bool, pre: list[bool], inputs: 
     spec = make_spec(**{**case.spec, "dac": "runtime" if dac else False, "pre_norm": "per-layer"})
     flags = {"dac": torch.tensor(True)} if dac else {}
     return FusionEncoder(module, spec).eager({**inputs, **flags, "pre_norm": torch.tensor(pre)})
+
+
+def _of(probed: Callable[[], Mapping[str, float]], name: str) -> float:
+    return probed()[name]
 
 
 def _near(
