@@ -59,7 +59,7 @@ def test_the_wheel_holds_exactly_the_three_folders(tmp_path: Path) -> None:
 
 CORE = {"errors", "spec", "program", "verify", "manifest"}
 ARTIFACT = {"artifact", "artifact_inputs", "folder_lock", "journal", "manifest_files", "publish"}
-TOP = {"", "__main__", "api", "bench_worker", "cli", "cli_doctor", "cli_pipeline", "cli_target_options", "cli_views"}
+TOP = {"", "__main__", "api", "bench_worker", "cli", "cli_doctor", "cli_frame", "cli_pipeline", "cli_target_options", "cli_views"}
 TOP |= {"doctor", "pipeline_views", "bench_pipeline", "bench_pipeline_contenders", "cli_bench_pipeline", "cli_compatibility"}
 """May import anything; ``""`` is ``sam3x`` itself. ``artifact`` may import targets, whose runners it opens."""
 
