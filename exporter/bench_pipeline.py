@@ -11,9 +11,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from sam3x.bench import machine_of
 from sam3x.bench_process import ContenderError, Worker, workers_closed
+from sam3x.bench_report import Machine
 from sam3x.errors import Sam3xError
-from sam3x.runtime.manifest import load_manifest
+from sam3x.runtime.manifest import ComponentSpec, load_manifest
 
 KINDS = {"pipeline": "pipeline", "eager": "pipeline-eager"}
 
@@ -41,14 +43,33 @@ class PipelineFigures(BaseModel):
         return statistics.median(self.seconds)
 
 
+class ComponentFigures(BaseModel):
+    """What the export of one component took; ``off`` is its largest difference from eager over an output's largest value."""
+
+    model_config = ConfigDict(frozen=True)
+
+    seconds: float
+    file_mb: float
+    off: float | None
+
+
 class PipelineReport(BaseModel):
-    """What ``bench_pipeline`` measured; ``ratio`` is the median of the rounds' own ratios, pipeline over eager."""
+    """What ``bench_pipeline`` measured; ``ratio`` is the median of the rounds' own ratios, pipeline over eager.
+
+    Attributes:
+        export: the manifest's figures. files_mb: of all files of the folder, external data too.
+        picture: its path; None: noise.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     folder: str
     origin: str
     export: dict[str, float]
+    files_mb: float
+    components: dict[str, ComponentFigures]
+    machine: Machine
+    picture: str | None
     threads: int
     contenders: dict[str, PipelineFigures]
     ratio: float | None = None
@@ -77,7 +98,7 @@ def bench_pipeline(
     Raises:
         Sam3xError: a contender failed, found something else, or the source has other weights than the pipeline.
     """
-    manifest = load_manifest(folder, check=False)
+    manifest, machine = load_manifest(folder, check=False), machine_of()
     job: dict[str, Any] = {
         "path": str(folder.absolute()),
         "checkpoint": None if checkpoint is None else str(checkpoint.absolute()),
@@ -133,11 +154,22 @@ def bench_pipeline(
         folder=str(folder),
         origin=manifest.origin,
         export=manifest.figures,
+        files_mb=sum((folder / name).stat().st_size for name in manifest.files) / 1e6,
+        components={item.name: _component(folder, item) for item in manifest.components},
+        machine=machine,
+        picture=job["picture"],
         threads=threads,
         contenders=found,
         ratio=ratio,
         largest_score_gap=gap,
     )
+
+
+def _component(folder: Path, spec: ComponentSpec) -> ComponentFigures:
+    data = folder / f"{spec.file}.data"
+    size = (folder / spec.file).stat().st_size + (data.stat().st_size if data.exists() else 0)
+    off = max((record.max_rel for record in spec.verification), default=None)
+    return ComponentFigures(seconds=spec.figures.get("seconds", 0.0), file_mb=size / 1e6, off=off)
 
 
 def _scores(path: Path) -> Any:

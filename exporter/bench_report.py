@@ -80,11 +80,15 @@ class Timing(_Record):
 
 
 class Ratio(_Record):
-    """Median, lowest and highest of the quotients with the reference, round by round: what slows both is in both."""
+    """Median, lowest and highest of the quotients with the reference, round by round: what slows both is in both.
+
+    ``fastest`` is the quotient of the two fastest rounds: other work on the machine only ever makes a round slower.
+    """
 
     median: float
     low: float
     high: float
+    fastest: float
 
 
 class Memory(_Record):
@@ -310,7 +314,9 @@ def timing_of(seconds: Sequence[float], cpu_seconds: Sequence[float]) -> Timing:
 def ratio_of(seconds: Sequence[float], reference: Sequence[float]) -> Ratio:
     """Quotients of the same round, then their median: a round in which the machine was slow was slow for both."""
     quotients = [mine / other for mine, other in zip(seconds, reference, strict=True)]
-    return Ratio(median=statistics.median(quotients), low=min(quotients), high=max(quotients))
+    return Ratio(
+        median=statistics.median(quotients), low=min(quotients), high=max(quotients), fastest=min(seconds) / min(reference)
+    )
 
 
 def with_ratios(results: Sequence[Result], order: Sequence[str]) -> tuple[str | None, tuple[Result, ...]]:

@@ -59,6 +59,11 @@ COLUMNS = (
         text=_ratio,
     ),
     Column(
+        title="of the fastest",
+        meaning="quotient of the fastest round and the reference's fastest; other work on the machine makes rounds slower only",
+        text=lambda r: f"{r.ratio.fastest:.2f}" if r.ratio else "",
+    ),
+    Column(
         title="lowest to highest",
         meaning="of those quotients",
         text=lambda r: f"{r.ratio.low:.2f} to {r.ratio.high:.2f}" if r.ratio else "",

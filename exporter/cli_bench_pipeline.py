@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from sam3x.cli_frame import reporting, shown_steps
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from sam3x.bench_pipeline import PipelineReport
 
 
 def bench_pipeline(
@@ -25,6 +21,7 @@ def bench_pipeline(
     threads: Annotated[int, typer.Option(min=1, help="Of both.")] = 2,
     repeat: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 3,
     timeout: Annotated[float, typer.Option(help="Seconds that one step may take.")] = 900.0,
+    page: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Also write the figures as a page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceback of an error.")] = False,
@@ -47,35 +44,16 @@ def bench_pipeline(
                 tell=steps.begin,
             )
             steps.end()
+        from sam3x import bench_pipeline_views as views
+
+        if page is not None:
+            source = ("--checkpoint", str(checkpoint)) if checkpoint else ("--module", module) if module else ()
+            export = ["sam3x", "export", "--pipeline", *source, "-o", str(folder)]
+            command = ["sam3x", "bench-pipeline", str(folder), *source, "--repeat", str(repeat), "--markdown", str(page)]
+            page.write_text(views.markdown(report, shlex.join(command), shlex.join(export)), encoding="utf-8")
         if as_json:
             typer.echo(report.model_dump_json(indent=2))
         elif not quiet:
             from sam3x import cli_views
 
-            cli_views.show([*_lines(report), _table(report)])
-
-
-def _lines(report: PipelineReport) -> list[str]:
-    lines = [f"{report.folder}: {report.origin}", f"exported in {report.export.get('total_seconds', 0):,.0f} s"]
-    lines[-1] += f", peak memory {report.export.get('peak_rss_mb', 0):,.0f} MB"
-    if report.ratio is not None:
-        lines.append(f"latency {report.ratio:.2f} of eager, scores within {report.largest_score_gap:.1e}")
-    return lines
-
-
-def _table(report: PipelineReport) -> Table:
-    from sam3x.cli_views import plain_table
-
-    shown = plain_table(
-        f"{report.threads} threads", "contender", "start", "first result", "median run", "peak memory", "detections"
-    )
-    for name, item in report.contenders.items():
-        shown.add_row(
-            name,
-            f"{item.start_seconds:.2f} s",
-            f"{item.first_seconds:.2f} s",
-            f"{item.median:.2f} s",
-            f"{item.peak_mb:,.0f} MB",
-            str(item.detections),
-        )
-    return shown
+            cli_views.show([*views.summary(report), views.table(report)])

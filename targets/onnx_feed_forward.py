@@ -16,6 +16,7 @@ def register(registry: Any) -> None:
     from sam3x.passes.tile_feed_forward import TILED_FEED_FORWARD
 
     aten = torch.ops.aten
+    words: dict[str, tuple[Any, dict[str, str]]]
     words = {"relu": (aten.relu.default, {}), "gelu": (aten.gelu.default, {}), "silu": (aten.silu.default, {})}
     words["gelu_tanh"] = (aten.gelu.default, {"approximate": "tanh"})
 

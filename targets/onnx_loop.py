@@ -75,10 +75,11 @@ class Tiles:
 
     def __init__(self, query: ir.Value, axis: int, scores: ir.Value, budget: int) -> None:
         op = opset()
-        self.query, self.axis = query, axis
+        assert query.dtype is not None
+        self.query, self.axis, self.dtype = query, axis, query.dtype
         one = ints(1)
         self.queries = op.Shape(query, start=axis, end=axis + 1)
-        row = op.Mul(scores, ints(int(query.dtype.itemsize)))  # type: ignore[union-attr]
+        row = op.Mul(scores, ints(int(self.dtype.itemsize)))
         allowed = op.Div(ints(budget // 2), row)  # scores and probabilities of a tile are there at once
         wanted = op.Max(op.Div(ints(TILE_BYTES), row), ints(TILE_ROWS))
         rows = op.Max(op.Min(allowed, wanted, self.queries), one)
@@ -102,7 +103,7 @@ class Tiles:
         def one_tile(start: ir.Value) -> ir.Value:
             end = op.Add(start, self.rows)
             output = body(lambda x, dim: op.Slice(x, start, end, ints(dim)))
-            output.dtype, output.shape = self.query.dtype, ir.Shape([None] * rank)
+            output.dtype, output.shape = self.dtype, ir.Shape([None] * rank)
             return output
 
         made = for_each([starts], one_tile, "tile", self.axis)
@@ -114,5 +115,5 @@ class Tiles:
         joined = op.Reshape(made, op.Concat(*shape, width, axis=0))
         last = op.Slice(joined, op.Sub(total, op.Sub(self.queries, before)), total, axis)
         result = op.Concat(op.Slice(joined, ints(0), before, axis), last, axis=self.axis)
-        result.dtype, result.shape = self.query.dtype, ir.Shape([None] * rank)
+        result.dtype, result.shape = self.dtype, ir.Shape([None] * rank)
         return result

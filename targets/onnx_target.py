@@ -170,6 +170,7 @@ class OnnxRunner:
             ) from None
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.enable_mem_pattern = False  # it plans a second run's memory beside that of the first and keeps both
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._outputs = [item.name for item in self._session.get_outputs()]
 

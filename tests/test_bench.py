@@ -57,7 +57,7 @@ def made_up_report(*cases: tuple[int, list[bench_report.Result]], baselines: tup
 def test_a_ratio_is_taken_round_by_round() -> None:
     # the machine is three times as slow in the last round, for both: the quotients say so, the medians' quotient does not
     ratio = ratio_of([1.0, 1.2, 3.0], [2.0, 2.0, 6.0])
-    assert (ratio.median, ratio.low, ratio.high) == (0.5, 0.5, 0.6)
+    assert (ratio.median, ratio.low, ratio.high, ratio.fastest) == (0.5, 0.5, 0.6, 0.5)
     timing = timing_of([3.0, 1.0, 2.0], [4.0, 6.0, 5.0])
     assert (timing.median, timing.low, timing.high, timing.cpu, timing.rounds) == (2.0, 1.0, 3.0, 5.0, (3.0, 1.0, 2.0))
 

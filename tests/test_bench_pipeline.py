@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sam3x.cli import app
+from sam3x.pipeline.contract import COMPONENTS
 from sam3x.pipeline.export import ComponentJob, export_pipeline
 from sam3x.pipeline.sources import random_image_source
 from support.image_model import TINY
@@ -43,7 +44,7 @@ def bench(*arguments: str) -> Any:
 
 @pytest.mark.usefixtures("factory")
 def test_a_pipeline_and_its_source_find_the_same(tiny_pipeline: Path) -> None:
-    done = bench(str(tiny_pipeline), "--module", "small_image_model:made", "--json", "--quiet")
+    done = bench(str(tiny_pipeline), "--module", "small_image_model:made", "--json", "--quiet", "--markdown", "page.md")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     ours, eager = report["contenders"]["pipeline"], report["contenders"]["eager"]
@@ -51,6 +52,9 @@ def test_a_pipeline_and_its_source_find_the_same(tiny_pipeline: Path) -> None:
     assert report["ratio"] == pytest.approx(ours["seconds"][0] / eager["seconds"][0])
     assert 0 < ours["peak_mb"] < eager["peak_mb"] and ours["start_seconds"] > 0
     assert report["export"]["peak_rss_mb"] > 0
+    page = Path("page.md").read_text()
+    assert "sam3x bench-pipeline" in page and "--module small_image_model:made" in page and "| eager |" in page
+    assert all(f"| `{name}` |" in page for name in COMPONENTS)
 
 
 @pytest.mark.usefixtures("factory")

@@ -92,10 +92,10 @@ def double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def assert_equal_to_upstream(got: Any, layers: Sequence[nn.Module], inputs: Mapping[str, Tensor], **branch: Any) -> None:
     """2e-5 of Meta's float32, or no further from its float64 than 4 times float32 itself (peaked attention)."""
-    got = torch.as_tensor(got)
-    expected, exact = run_layers(layers, inputs, **branch), run_layers(layers, double(inputs), **branch)
-    off, eager_off = (got.double() - exact).abs().max(), (expected.double() - exact).abs().max()
+    got, expected = torch.as_tensor(got), run_layers(layers, inputs, **branch)
     assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= 2e-5 or off <= 4 * eager_off, (
-        f"{branch}: {off:.1e} from float64, eager {eager_off:.1e}"
-    )
+    if (got - expected).abs().max() <= 2e-5:  # false where there is NaN
+        return
+    exact = run_layers(layers, double(inputs), **branch)
+    off, eager_off = (got.double() - exact).abs().max(), (expected.double() - exact).abs().max()
+    assert off <= 4 * eager_off, f"{branch}: {off:.1e} from float64, eager {eager_off:.1e}"
