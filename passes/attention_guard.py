@@ -69,7 +69,8 @@ def guarded(emit: Emitter, mask: Node | None) -> tuple[Node | None, Node | None]
 
     torch gives zeros there and a softmax alone NaN. A row that hides everything is cleared, which keeps the softmax finite, and
     the lowering then zeroes its output. Both work on the mask, which is small (it broadcasts over heads and mostly over
-    queries), never on the scores. A float mask that cannot hold −∞ needs none of it. Source of the rule: ``_safe_softmax`` in aten/src/ATen/native/transformers/attention.cpp.
+    queries), never on the scores. A float mask that cannot hold −∞ needs none of it. Source of the rule: ``_safe_softmax`` in
+    aten/src/ATen/native/transformers/attention.cpp.
     """
     if mask is None:
         return None, None
