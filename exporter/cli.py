@@ -127,6 +127,9 @@ def export(
     components: Annotated[
         str | None, typer.Option(metavar="A,B", help="With --pipeline: only these; see docs/compatibility.md.")
     ] = None,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="With --pipeline: one ONNX file for what runs for every prompt, masks included.")
+    ] = False,
     disable_pass: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Leave a pass out; repeatable.")] = None,
     dump_graphs: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the graph after each pass.")] = None,
     quiet: Quiet = False,
@@ -156,10 +159,12 @@ def export(
         options = {name: value for name, value in options.items() if value is not None}  # ExportSpec's defaults rule
         options.update(target_options_of(context))
         _check_early(target, options, checkpoint, module)
-        if not pipeline and (tokenizer is not None or source is not None or components is not None):
-            raise SpecError("step 1/4 spec: --tokenizer, --source and --components belong to --pipeline.")
+        if not pipeline and (tokenizer is not None or source is not None or components is not None or fuse):
+            raise SpecError("step 1/4 spec: --tokenizer, --source, --components and --fuse belong to --pipeline.")
         if pipeline:
-            check_pipeline_options(target, options, disable_pass=disable_pass, dump_graphs=dump_graphs)
+            check_pipeline_options(
+                target, options, fuse=fuse, components=components, disable_pass=disable_pass, dump_graphs=dump_graphs
+            )
         with shown_steps(quiet) as steps:
             if checkpoint is None and module is None:
                 steps.say(
@@ -176,6 +181,7 @@ def export(
                         target=target,
                         output=output,
                         tokenizer=tokenizer,
+                        fuse=fuse,
                         **({} if components is None else {"components": components.split(",")}),
                         **options,
                     )

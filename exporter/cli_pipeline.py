@@ -99,12 +99,18 @@ def parse_boxes(given: list[str] | tuple[str, ...]) -> tuple[list[list[float]], 
 _ENCODER_ALONE = ("interface", "inputs", "dac_dim", "tokens", "prompt_length", "feature_sizes", "mask_dtype")
 
 
-def check_pipeline_options(target: str, options: dict[str, Any], **others: Any) -> None:
-    """Refuse what says something about a fusion encoder alone.
+def check_pipeline_options(
+    target: str, options: dict[str, Any], *, fuse: bool = False, components: str | None = None, **others: Any
+) -> None:
+    """Refuse what says something about a fusion encoder alone, and what cannot be joined.
 
     Raises:
         SpecError: naming the options that have no meaning for a whole model.
     """
+    if fuse:
+        from sam3x.pipeline.fuse_spec import check_fuse
+
+        check_fuse(target, None if components is None else components.split(","))
     if options.get("layout", "flat") != "flat":
         raise SpecError(
             f"step 1/4 spec: --layout {options['layout']} is for one model; a pipeline has six. Leave --layout out."

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 _EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 _CHATTY = ("onnxscript", "torch.onnx._internal.exporter._core")  # a warning for each Split, each node without a stack trace
-_LARGEST_PROTO = 1_000_000_000  # protobuf ends at 2 GiB, and holds everything twice while it writes
 
 
 class OnnxOptions(AttentionMemory):
@@ -109,12 +108,10 @@ class OnnxTarget:
         return model_path(stem, self.suffix) if options.layout == "triton" else f"{stem}{self.suffix}"
 
     def lower(self, captured: CapturedProgram, path: Path, options: OnnxOptions) -> dict[str, Any]:
-        import onnx
-        import onnx_ir as ir
         import torch
         from torch.onnx._internal.exporter import _core, _fx_passes
 
-        from sam3x.targets import onnx_attention, onnx_feed_forward, onnx_linear, onnx_norm, onnx_optimize
+        from sam3x.targets import onnx_attention, onnx_feed_forward, onnx_file, onnx_linear, onnx_norm, onnx_optimize
 
         try:
             # the public torch.onnx.export decomposes, which traces every torch.cond again; this program is decomposed already
@@ -140,11 +137,7 @@ class OnnxTarget:
                 f"step 4/4 onnx: the graph cannot be converted: {type(root).__name__}: {str(root).partition(chr(10))[0]}. "
                 "Re-run with --dump-graphs DIR to see the graph."
             ) from error
-        size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-        external = f"{path.name}.data" if options.external_data or size > _LARGEST_PROTO else None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ir.save(model, path, external_data=external)
-        onnx.checker.check_model(str(path), full_check=True)
+        onnx_file.write(model, path, external_data=options.external_data)
         return write_config(captured, path, "onnxruntime") if options.layout == "triton" else {}
 
     def unverifiable(self, options: OnnxOptions) -> None:

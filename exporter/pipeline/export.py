@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sam3x.errors import SpecError, TargetUnavailableError, VerificationError
 from sam3x.layer_template import weights_of
-from sam3x.manifest import MANIFEST, PassRecordModel, TensorSpec, VerificationRecord, sealed
+from sam3x.manifest import MANIFEST, PassRecordModel, VerificationRecord, sealed
 from sam3x.manifest_files import names_in, sha256_of
 from sam3x.passes.decompose_complex import DecomposeComplexPass
 from sam3x.passes.default_pipeline import default_pipeline
@@ -25,11 +25,13 @@ from sam3x.passes.pipeline import PassPipeline
 from sam3x.pipeline.capture import capture_component
 from sam3x.pipeline.contract import COMPONENTS, Component, ImageModel, walk
 from sam3x.pipeline.cut import MAX_PROMPTS
+from sam3x.pipeline.fuse import export_fused, fused
+from sam3x.pipeline.fuse_spec import PARTS, check_fuse
 from sam3x.pipeline.tokenizer import write_tokenizer
-from sam3x.pipeline.verify import Case, verify_component
+from sam3x.pipeline.verify import Case, described, verify_component
 from sam3x.program import Sample
 from sam3x.publish import publishing
-from sam3x.runtime.manifest import ComponentSpec, PipelineManifest
+from sam3x.runtime.manifest import SEGMENTER, ComponentSpec, PipelineManifest
 from sam3x.spec import ExportSpec
 from sam3x.targets.base import Target, TargetOptions, file_name, resolve
 from sam3x.targets.registry import get_target
@@ -50,6 +52,7 @@ def export_pipeline(
     output: str | Path,
     tokenizer: str | Path | None = None,
     components: Sequence[str] = COMPONENTS,
+    fuse: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> PipelineManifest:
@@ -60,6 +63,7 @@ def export_pipeline(
         target: see ``sam3x targets``. output: folder; replaced as a whole once everything is verified.
         tokenizer: ``bpe_simple_vocab_16e6.txt.gz``, a ``tokenizer.json`` or a folder with one. None: the source's own, or none.
         components: those to export, all by default; docs/compatibility.md says which a target takes.
+        fuse: join what runs for every prompt as one ``segmenter.onnx`` (docs/decisions/0016-fused-pipeline.md).
         progress: told each step as it begins.
         options: ``dac``, ``pre_norm``, ``branches``, ``verify``, ``seed`` of ``ExportSpec``, and the target's own options.
 
@@ -73,6 +77,8 @@ def export_pipeline(
     unknown = [name for name in components if name not in COMPONENTS]
     if unknown or not components:
         raise SpecError(f"step 1/4 spec: no component {', '.join(unknown) or 'named'}; there are {', '.join(COMPONENTS)}.")
+    if fuse:
+        check_fuse(target, None if tuple(components) == COMPONENTS else components)
     if getattr(target_options, "precision", "fp32") != "fp32":
         raise SpecError("step 1/4 spec: a pipeline is exported in fp32; less has no tolerance yet. Leave precision out.")
     if getattr(target_options, "layout", "flat") != "flat":
@@ -91,17 +97,23 @@ def export_pipeline(
         cases = cases_of(model, spec)
         job = ComponentJob(back_end, target_options, spec, staging, tell)
         waiting = sorted((item for item in model.components if item.name in components), key=_weight, reverse=True)
+        joined = fused(model.components) if fuse else None
+        joined_cases = [] if joined is None else joined.cases(cases)
         model = replace(model, components=())
         made: dict[str, ComponentSpec] = {}
         while waiting:  # the largest last, when the others' weights are gone; nothing but the list holds a component
             made[waiting[-1].name] = job.export(waiting[-1], cases.pop(waiting[-1].name))
             del waiting[-1]
+            if joined is not None and made.keys() >= set(PARTS):
+                whole = export_fused(job, joined, made, joined_cases)
+                made = {SEGMENTER: whole, **{name: item for name, item in made.items() if name not in PARTS}}
+                joined, joined_cases = None, []
             gc.collect()  # traced programs hold weights in cycles
         manifest = PipelineManifest(
             target=target,
             opset=back_end.opset,
             source=model.source,
-            components=tuple(made[name] for name in COMPONENTS if name in made),
+            components=tuple(made[name] for name in (*COMPONENTS, SEGMENTER) if name in made),
             image_size=model.image_size,
             mean=model.mean,
             std=model.std,
@@ -167,23 +179,14 @@ class ComponentJob:
         self.tell(f"{component.name}: lower to {self.target.name}")
         path = self.folder / file_name(self.target, component.name, self.options)
         facts = self.target.lower(captured, path, self.options) or {}
-        verification: tuple[VerificationRecord, ...] = ()
-        if self.unverified is None:
-            self.tell(f"{component.name}: verify")
-            del captured
-            try:
-                verification = verify_component(component, partial(self.target.load_runner, path), cases)
-            except RuntimeError as error:  # a runtime's own
-                raise VerificationError(
-                    f"step 4/4 verify {self.target.name} {component.name}: the file was written and does not run: {error}. "
-                    f"Leave the component out (--components), or take another target."
-                ) from error
-            require(verification, f"step 4/4 verify {self.target.name} {component.name}")
+        del captured
+        remedy = "Leave the component out (--components), or take another target."
+        verification = self.verified(component, path, cases, remedy)
         return ComponentSpec(
             name=component.name,
             file=path.name,
-            inputs=tuple(_described(port.name, example[port.name], port.dims) for port in component.inputs),
-            outputs=tuple(_described(name, outputs[name], ()) for name in component.outputs),
+            inputs=tuple(described(port.name, example[port.name], port.dims) for port in component.inputs),
+            outputs=tuple(described(name, outputs[name], ()) for name in component.outputs),
             reads={port.name: port.tensor for port in component.inputs if port.name not in component.constants},
             writes={name: component.renamed.get(name, name) for name in component.outputs},
             constants={name: value.tolist() for name, value in component.constants.items()},
@@ -194,16 +197,28 @@ class ComponentJob:
             figures={"seconds": round(time.perf_counter() - started, 3)},
         )
 
+    def verified(self, component: Component, path: Path, cases: list[Case], remedy: str) -> tuple[VerificationRecord, ...]:
+        """Run the file on ``cases``; none where it is not to be run here. ``remedy``: what to do when it does not run.
+
+        Raises:
+            VerificationError: it does not run, or gives something else than eager.
+        """
+        if self.unverified is not None:
+            return ()
+        self.tell(f"{component.name}: verify")
+        try:
+            records = verify_component(component, partial(self.target.load_runner, path), cases)
+        except RuntimeError as error:  # a runtime's own
+            raise VerificationError(
+                f"step 4/4 verify {self.target.name} {component.name}: the file was written and does not run: {error}. {remedy}"
+            ) from error
+        require(records, f"step 4/4 verify {self.target.name} {component.name}")
+        return records
+
 
 def _weight(component: Component) -> int:
     """Bytes of its parameters and buffers."""
     return sum(value.nbytes for value in weights_of(component.module).values())
-
-
-def _described(name: str, value: Tensor, dims: tuple[str | None, ...]) -> TensorSpec:
-    named = dims or (None,) * value.dim()
-    shape = tuple(dim or int(size) for dim, size in zip(named, value.shape, strict=True))
-    return TensorSpec(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=shape)
 
 
 def cases_of(model: ImageModel, spec: ExportSpec) -> dict[str, list[Case]]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from sam3x.errors import ArtifactError
 from sam3x.manifest import VerificationRecord
 from sam3x.pipeline.export import Cut, cases_of
+from sam3x.pipeline.fuse import fused
 from sam3x.pipeline.verify import verify_component
-from sam3x.runtime.manifest import load_manifest
+from sam3x.runtime.manifest import SEGMENTER, load_manifest
 from sam3x.spec import ExportSpec
 from sam3x.targets.registry import get_target
 from sam3x.verify import require
@@ -37,7 +38,12 @@ def verify_pipeline(folder: str | Path, cut: Cut, *, full: bool = False) -> list
     cases, target = cases_of(model, spec), get_target(manifest.target)
     records: list[VerificationRecord] = []
     exported = {item.name for item in manifest.components}
-    for component in (item for item in model.components if item.name in exported):
+    components = list(model.components)
+    if manifest.fused:
+        whole = fused(components)
+        components.append(whole)
+        cases[SEGMENTER] = whole.cases(cases)
+    for component in (item for item in components if item.name in exported):
         path = Path(folder) / manifest.component(component.name).file
         found = verify_component(component, partial(target.load_runner, path), cases[component.name])
         require(found, f"verify {manifest.target} {component.name}")

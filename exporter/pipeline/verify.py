@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sam3x.manifest import VerificationRecord
+from sam3x.manifest import TensorSpec, VerificationRecord
 from sam3x.pipeline.contract import Component
 from sam3x.targets.base import Runner
 from sam3x.verify import EAGER_FACTOR, distance, eager_distances
@@ -68,3 +68,10 @@ def _run(runner: Runner, cases: list[Case]) -> list[tuple[Case, dict[str, Tensor
         arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in case[1].items()}
         results.append((case, {name: torch.from_numpy(np.array(value)) for name, value in runner.run(arrays).items()}))
     return results
+
+
+def described(name: str, value: Tensor, dims: Sequence[str | None]) -> TensorSpec:
+    """What the manifest says of an input or output. ``dims``: the names of its sizes; an empty one: all as they are."""
+    named = dims or (None,) * value.dim()
+    shape = tuple(dim or int(size) for dim, size in zip(named, value.shape, strict=True))
+    return TensorSpec(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=shape)

@@ -12,6 +12,9 @@ from sam3x.errors import ArtifactError
 from sam3x.journal import recover
 from sam3x.manifest import SCHEMA_VERSION, PassRecordModel, TensorSpec, VerificationRecord, read_values, validated
 
+SEGMENTER = "segmenter"
+"""The component that ``--fuse`` joins from those that run for every prompt."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True)
@@ -82,6 +85,11 @@ class PipelineManifest(_Record):
     figures: dict[str, float] = {}
     notes: tuple[str, ...] = ()
     manifest_sha256: str = ""
+
+    @property
+    def fused(self) -> bool:
+        """Whether one file goes from text features and boxes to the masks of what was found."""
+        return any(item.name == SEGMENTER for item in self.components)
 
     def component(self, name: str) -> ComponentSpec:
         """The component of that name.

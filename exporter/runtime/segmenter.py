@@ -12,7 +12,7 @@ import numpy as np
 
 from sam3x.errors import ArtifactError, SpecError
 from sam3x.runtime.components import Components
-from sam3x.runtime.manifest import load_manifest
+from sam3x.runtime.manifest import SEGMENTER, load_manifest
 from sam3x.runtime.processing import boxes_to_fractions, boxes_to_pixels, open_picture, sigmoid, to_tensor
 from sam3x.runtime.resize import resize_bilinear
 from sam3x.runtime.result import Result
@@ -60,7 +60,7 @@ class Segmenter:
         self.folder = Path(folder)
         self.manifest = load_manifest(folder, check=check)
         self._components = Components(self.folder, self.manifest)
-        limit = self.manifest.component("decoder").ranges.get("prompts", (1, 1))[1]
+        limit = self.manifest.component(SEGMENTER if self.manifest.fused else "decoder").ranges.get("prompts", (1, 1))[1]
         self.batch = max(1, min(batch, limit))
 
     @functools.cached_property
@@ -138,7 +138,7 @@ class Segmenter:
         count = len(texts) or (len(given) if nested else 1)
         if nested and len(given) != count:
             raise SpecError(f"run: {len(given)} lists of boxes for {count} texts. Give a list for each, or one for all.")
-        limit = self.manifest.component("prompt_encoder").ranges["boxes"][1]
+        limit = self.manifest.component(SEGMENTER if self.manifest.fused else "prompt_encoder").ranges["boxes"][1]
         prompts = []
         for index in range(count):
             fractions = boxes_to_fractions(given[index] if nested else given, height, width)
@@ -189,7 +189,14 @@ class Segmenter:
             used = len(item.boxes)
             tensors["boxes"][row, :used], tensors["box_labels"][row, :used] = item.boxes, item.labels
             tensors["box_mask"][row, :used] = False
-        for name in ("text_encoder", "prompt_encoder", "fusion_encoder", "decoder"):
+        tensors.update(self._components.run("text_encoder", tensors))
+        if self.manifest.fused:
+            found = self._components.run(SEGMENTER, {**tensors, "threshold": np.array([threshold], dtype=np.float32)})
+            for row in range(count):
+                own = found["found_prompts"] == row
+                yield found["found_boxes"][own], found["found_scores"][own], found["found_masks"][own]
+            return
+        for name in ("prompt_encoder", "fusion_encoder", "decoder"):
             tensors.update(self._components.run(name, tensors))
         scores = sigmoid(tensors["pred_logits"]) * sigmoid(tensors["presence_logit_dec"])
         for row in range(count):
