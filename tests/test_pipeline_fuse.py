@@ -169,7 +169,9 @@ def test_the_same_in_python(tmp_path: Path) -> None:
 def test_a_threshold_of_the_verification_has_no_score_near_it() -> None:
     import torch
 
-    scores = torch.linspace(0.1, 0.2, 200).reshape(2, 100)
-    scores[1, 90:] += 0.3
-    assert 0.2 < _between(scores) < 0.45
-    assert _between(torch.full((2, 100), 0.3)) == -1.0
+    close = torch.linspace(0.1, 0.101, 200).reshape(2, 100)
+    assert _between(close) == -1.0  # all are found
+    close[1, 50:] += 0.3
+    assert 0.11 < _between(close) < 0.4  # 50 are found
+    spread = torch.linspace(0.1, 0.9, 200).reshape(2, 100)
+    assert int((spread > _between(spread)).sum()) == 12

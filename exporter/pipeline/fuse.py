@@ -193,11 +193,8 @@ def _scores(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _between(scores: Tensor) -> float:
-    """A threshold that a few scores are above and none is near; where the scores leave no gap, one that all are above."""
+    """A threshold that some scores are above, a few if they allow, and none is near; where they leave no gap, all are above."""
     ordered = scores.flatten().sort(descending=True).values
-    gaps = ordered[:-1] - ordered[1:]
-    for most in (_FEW, len(gaps)):
-        if len(gaps) and float(gaps[:most].max()) > _CLEAR:
-            at = int(gaps[:most].argmax())
-            return float(ordered[at] + ordered[at + 1]) / 2
-    return -1.0
+    clear = (ordered[:-1] - ordered[1:] > _CLEAR).nonzero().flatten().tolist()
+    at = max((index for index in clear if index < _FEW), default=clear[0] if clear else None)
+    return -1.0 if at is None else float(ordered[at] + ordered[at + 1]) / 2
