@@ -34,9 +34,10 @@ from sam3x.publish import publishing, replace_manifest
 from sam3x.samples import Sizes, samples_for, thinned, verification_sizes
 from sam3x.sources import Source, source_for
 from sam3x.spec import ExportSpec, make_spec
-from sam3x.targets.base import Runner, TargetOptions, file_name, resolve
+from sam3x.targets.base import Runner, Target, TargetOptions, file_name, resolve, weight_precision
 from sam3x.targets.registry import get_target
 from sam3x.verify import check_pass, compare, require
+from sam3x.weight_rounding import rounded_encoder
 
 Progress = Callable[[str], None]
 
@@ -83,8 +84,10 @@ def export(
         staging = publication.path
         tell("source")
         source = source_for(encoder, spec.seed)
+        rounded = _rounded(source, spec, back_end, target_options)
         tell("capture")
-        captured = _timed(figures, "capture_seconds", lambda: capture(source.module, spec))
+        module = source.module if rounded is None else rounded
+        captured = _timed(figures, "capture_seconds", lambda: capture(module, spec))
         tell("passes")
         check = check_pass if spec.verify == "each" else None
         dump = None if dump_graphs is None else Path(dump_graphs)
@@ -99,7 +102,7 @@ def export(
         verification: tuple[VerificationRecord, ...] = ()
         if runner is not None and unverified is None:
             tell("verify")
-            verification = _timed(figures, "verify_seconds", lambda: _verify(source, spec, runner, _precision(target_options)))
+            verification = _timed(figures, "verify_seconds", lambda: _verify(source, rounded, spec, runner, target_options))
             require(verification, f"step 4/4 verify {target}")
         figures["total_seconds"] = time.perf_counter() - started
         figures["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -152,8 +155,9 @@ def verify(folder: str | Path, source: nn.Module | Source | None = None, *, full
             f"verify: {folder} was exported from other weights ({artifact.manifest.origin}). "
             "Name the source it came from: --checkpoint or --module."
         )
-    precision = str(artifact.manifest.target_options.get("precision", "fp32"))
-    records = _verify(given, spec, artifact._runner, precision)
+    target = get_target(artifact.manifest.target)
+    options = target.options_type(**artifact.manifest.target_options)
+    records = _verify(given, _rounded(given, spec, target, options), spec, artifact._runner, options)
     require(records, f"verify {artifact.manifest.target}")
     if not artifact.manifest.verified:
         known = {"verified": True, "verified_reason": None, "verification": records}
@@ -168,11 +172,17 @@ def _timed(figures: dict[str, float], name: str, work: Callable[[], Any]) -> Any
     return result
 
 
-def _precision(options: TargetOptions) -> str:
-    return str(getattr(options, "precision", "fp32"))
+def _rounded(source: Source, spec: ExportSpec, target: Target, options: TargetOptions) -> nn.Module | None:
+    """The encoder with rounded weights, for a target that stores them so."""
+    precision = weight_precision(target, options)
+    return None if precision is None else rounded_encoder(source.module, spec, precision)
 
 
-def _verify(source: Source, spec: ExportSpec, runner: Runner, precision: str) -> tuple[VerificationRecord, ...]:
+def _verify(
+    source: Source, rounded_module: nn.Module | None, spec: ExportSpec, runner: Runner, options: TargetOptions
+) -> tuple[VerificationRecord, ...]:
+    """Against eager float32; with ``rounded_module`` against that, and how far it is from the source."""
+    precision = str(getattr(options, "precision", "fp32"))
     encoder = FusionEncoder(source.module, spec)
     sizes: list[Sizes] = verification_sizes(spec, peaked=precision != "fp32")
     samples = samples_for(encoder.input_names, encoder.flag_names, spec, encoder.d_model, len(encoder.layers), sizes)
@@ -188,6 +198,8 @@ def _verify(source: Source, spec: ExportSpec, runner: Runner, precision: str) ->
         with eager_in(precision):
             return encoder.eager(inputs)
 
+    if rounded_module is not None:
+        return compare(samples, run, FusionEncoder(rounded_module, spec).eager, unrounded=encoder.eager)
     return compare(samples, run, encoder.eager, None if precision == "fp32" else rounded)
 
 

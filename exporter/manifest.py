@@ -63,6 +63,8 @@ class VerificationRecord(_Record):
     or the artifact is within 4 times eager's own.
     Below float32 ``rms_rel`` is the root mean square of the difference from eager float32 over that of the output, and
     ``eager_rms_rel`` the same for eager rounded to the artifact's precision; passed by those and ``allowed`` (decision 0010).
+    Where weights alone are rounded, eager float32 has those weights too, and ``from_unrounded`` is the largest difference from
+    eager as it was; ``rms_rel`` and ``eager_rms_rel`` are from that one, and decide nothing (decision 0015).
     ``undefined`` elements are NaN in eager itself, which only an all-padded prompt may cause; they are not compared.
     """
 
@@ -76,6 +78,7 @@ class VerificationRecord(_Record):
     allowed: float
     rms_rel: float | None = None
     eager_rms_rel: float | None = None
+    from_unrounded: float | None = None
     passed: bool
     undefined: int = 0
 

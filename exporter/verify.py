@@ -65,18 +65,22 @@ def _moved(value: Tensor, generator: torch.Generator) -> Tensor:
     return value * (1 + bits * torch.finfo(torch.float32).eps)
 
 
-def compare(samples: Iterable[Sample], run: Run, eager: Eager, rounded: Eager | None = None) -> tuple[VerificationRecord, ...]:
+def compare(
+    samples: Iterable[Sample], run: Run, eager: Eager, rounded: Eager | None = None, unrounded: Eager | None = None
+) -> tuple[VerificationRecord, ...]:
     """Run every sample (artifact, eager float32, eager float64) and measure each output.
 
     A large sample runs in float64 only where the distance from float32 does not decide already.
 
     Args:
         rounded: eager with the rounding of the artifact's precision, for one below float32; float64 is then not needed.
+        unrounded: eager as it was, where ``eager`` has rounded weights: how far it is from that is told, and decides nothing.
     """
     records = []
     for sample in samples:
         single, actual = eager(sample.inputs), run(sample.inputs)
         other = rounded(sample.inputs) if rounded is not None else None
+        before = unrounded(sample.inputs) if unrounded is not None else None
         double = None if sample.large or other is not None else eager(_double(sample.inputs))
         probed: dict[str, float] | None = None
         for name, expected in single.items():
@@ -101,6 +105,8 @@ def compare(samples: Iterable[Sample], run: Run, eager: Eager, rounded: Eager | 
                 allowed = max(ABSOLUTE, REDUCED_FACTOR * distance(other[name], expected, defined))
                 facts.update(allowed=allowed, rms_rel=rms, eager_rms_rel=own)
                 near = gap <= allowed and rms <= max(ABSOLUTE, REDUCED_RMS_FACTOR * own)
+            if before is not None:
+                facts.update(from_before(got, expected, before[name]))
             largest = float(expected.double().nan_to_num(0.0, 0.0, 0.0).abs().max()) if expected.numel() else 0.0
             undefined = int((~defined).sum())
             records.append(
@@ -116,6 +122,15 @@ def compare(samples: Iterable[Sample], run: Run, eager: Eager, rounded: Eager | 
                 )
             )
     return tuple(records)
+
+
+def from_before(got: Tensor, expected: Tensor, before: Tensor) -> dict[str, float]:
+    """What rounding weights cost: ``got`` and ``expected``, both with rounded weights, against ``before``, eager as it was."""
+    if got.shape != before.shape or not before.is_floating_point():
+        return {}
+    defined = ~(before.isnan() | expected.isnan() | got.isnan())
+    far, own = _rms(got, before, defined), _rms(expected, before, defined)
+    return {"from_unrounded": distance(got, before, defined), "rms_rel": far, "eager_rms_rel": own}
 
 
 def _rms(value: Tensor, expected: Tensor, defined: Tensor) -> float:

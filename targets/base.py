@@ -75,6 +75,16 @@ def file_name(target: Target, stem: str, options: TargetOptions) -> str:
     return f"{stem}{target.suffix}" if own is None else own(stem, options)
 
 
+def weight_precision(target: Target, options: TargetOptions) -> str | None:
+    """``fp16`` or ``int8`` where the file holds weights of that precision and everything else is float32; None anywhere else.
+
+    The exporter then rounds the weights before it captures, and the artifact must equal eager with those weights as closely as
+    float32 must: what the target's own ``weight_precision(options)`` says, if it has one.
+    """
+    own = getattr(target, "weight_precision", None)
+    return None if own is None else own(options)
+
+
 class Runner(Protocol):
     """Runs an artifact: named arrays in, named arrays out."""
 

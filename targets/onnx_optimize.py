@@ -20,12 +20,15 @@ def _activation_first() -> Any:
     )
 
 
-def optimize(model: ir.Model) -> None:
+def optimize(model: ir.Model, *, fold_norms: bool = True) -> None:
     """Fold constants, drop what is dead or there twice, lift constants to initializers; in place.
 
     ``onnxscript.optimizer.optimize`` with a few of its rewrite rules: trying all forty on every node twice took two thirds of
     the lowering (of a ViT's more: a rule with two results tries every pair of nodes), and the graph passes leave nothing to the
     others. A graph with convolutions also gets those that fold batch norms and padding.
+
+    Args:
+        fold_norms: False leaves batch norms where they are: folded into rounded weights, they would make other numbers of them.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
@@ -35,12 +38,9 @@ def optimize(model: ir.Model) -> None:
 
     chosen = [rules.squeeze_reshape_1d_rule, rules.transpose_transpose_rule, rules.reshape_reshape_rule, rules.cast_cast_rule]
     if any(node.op_type == "Conv" for node in ir.traversal.RecursiveGraphIterator(model.graph)):
-        chosen += [
-            rules.fuse_batchnorm_into_conv_rule,
-            rules.fuse_batchnorm_into_conv_transpose_rule,
-            rules.normalize_pad_format_conv_rule,
-            rules.fuse_pad_into_conv_rule,
-        ]
+        if fold_norms:
+            chosen += [rules.fuse_batchnorm_into_conv_rule, rules.fuse_batchnorm_into_conv_transpose_rule]
+        chosen += [rules.normalize_pad_format_conv_rule, rules.fuse_pad_into_conv_rule]
     common.InlinePass()(model)
     fold_constants_ir(model, onnx_shape_inference=True)
     rewrite(model, [_activation_first(), *copy.deepcopy(chosen)])  # a rule keeps the last graph it looked at, weights and all

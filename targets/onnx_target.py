@@ -39,6 +39,7 @@ class OnnxOptions(AttentionMemory):
         external_data: write weights beside the graph file; past 1 GB that happens anyway.
         attention: ``portable`` (opset 18, a tile of queries at a time), ``ort`` (ONNX Runtime's own operator) or
             ``decomposed`` (plain products, all scores in memory).
+        precision: of the weights in the file (``int8``: a scale an output channel); inputs, outputs, arithmetic stay float32.
         attention_memory: a whole number and a unit, as in ``256MB``: what the scores of one attention may take. ``ort`` needs
             it only for masked attention over many keys, ``decomposed`` not at all.
         layout: ``triton``: the folder is a model repository for Triton Inference Server.
@@ -48,6 +49,7 @@ class OnnxOptions(AttentionMemory):
     attention: Literal["portable", "ort", "decomposed"] = Field(
         "portable", description="opset 18 in tiles (portable, default), ONNX Runtime's operator, or plain."
     )
+    precision: Literal["fp32", "fp16", "int8"] = Field("fp32", description="of the weights alone; default fp32.")
     layout: Layout = Field("flat", description=DESCRIPTION)
 
 
@@ -104,6 +106,9 @@ class OnnxTarget:
             ),
         )
 
+    def weight_precision(self, options: OnnxOptions) -> str | None:
+        return None if options.precision == "fp32" else options.precision
+
     def file_name(self, stem: str, options: OnnxOptions) -> str:
         return model_path(stem, self.suffix) if options.layout == "triton" else f"{stem}{self.suffix}"
 
@@ -111,7 +116,7 @@ class OnnxTarget:
         import torch
         from torch.onnx._internal.exporter import _core, _fx_passes
 
-        from sam3x.targets import onnx_attention, onnx_feed_forward, onnx_file, onnx_linear, onnx_norm, onnx_optimize
+        from sam3x.targets import onnx_attention, onnx_feed_forward, onnx_file, onnx_linear, onnx_norm, onnx_optimize, onnx_weights
 
         try:
             # the public torch.onnx.export decomposes, which traces every torch.cond again; this program is decomposed already
@@ -126,8 +131,9 @@ class OnnxTarget:
                 model = _core._exported_program_to_onnx_program(
                     captured.program, registry=registry, lower="at_conversion"
                 ).model
-                onnx_optimize.optimize(model)
+                onnx_optimize.optimize(model, fold_norms=options.precision == "fp32")
                 _name(model, captured, path.stem)
+                facts = onnx_weights.store(model, options.precision)
                 _set_opset(model, self.opset, onnx_attention.domains(options.attention))
         except Exception as error:
             root: BaseException = error
@@ -138,7 +144,7 @@ class OnnxTarget:
                 "Re-run with --dump-graphs DIR to see the graph."
             ) from error
         onnx_file.write(model, path, external_data=options.external_data)
-        return write_config(captured, path, "onnxruntime") if options.layout == "triton" else {}
+        return {**facts, **(write_config(captured, path, "onnxruntime") if options.layout == "triton" else {})}
 
     def unverifiable(self, options: OnnxOptions) -> None:
         return None
