@@ -27,13 +27,15 @@ from sam3x.pipeline.contract import COMPONENTS, Component, ImageModel, walk
 from sam3x.pipeline.cut import MAX_PROMPTS
 from sam3x.pipeline.fuse import export_fused, fused
 from sam3x.pipeline.fuse_spec import PARTS, check_fuse
+from sam3x.pipeline.quality import eager_answers, quality_of
+from sam3x.pipeline.rounding import rounded
 from sam3x.pipeline.tokenizer import write_tokenizer
 from sam3x.pipeline.verify import Case, described, verify_component
 from sam3x.program import Sample
 from sam3x.publish import publishing
 from sam3x.runtime.manifest import SEGMENTER, ComponentSpec, PipelineManifest
 from sam3x.spec import ExportSpec
-from sam3x.targets.base import Target, TargetOptions, file_name, resolve
+from sam3x.targets.base import Target, TargetOptions, file_name, resolve, weight_precision
 from sam3x.targets.registry import get_target
 from sam3x.verify import require
 
@@ -79,8 +81,12 @@ def export_pipeline(
         raise SpecError(f"step 1/4 spec: no component {', '.join(unknown) or 'named'}; there are {', '.join(COMPONENTS)}.")
     if fuse:
         check_fuse(target, None if tuple(components) == COMPONENTS else components)
-    if getattr(target_options, "precision", "fp32") != "fp32":
-        raise SpecError("step 1/4 spec: a pipeline is exported in fp32; less has no tolerance yet. Leave precision out.")
+    precision = weight_precision(back_end, target_options)
+    if precision is None and getattr(target_options, "precision", "fp32") != "fp32":
+        raise SpecError(
+            f"step 1/4 spec: a pipeline for {target} is exported in fp32; less has no tolerance there yet. "
+            "Leave precision out, or choose --target onnx."
+        )
     if getattr(target_options, "layout", "flat") != "flat":
         raise SpecError("step 1/4 spec: a layout of folders is for one model; a pipeline has six. Leave layout out.")
     status = back_end.availability()
@@ -96,6 +102,9 @@ def export_pipeline(
         tell("eager components")
         cases = cases_of(model, spec)
         job = ComponentJob(back_end, target_options, spec, staging, tell)
+        # quality is of a whole pipeline that runs here; eager answers before its components go
+        measured = precision is not None and set(components) == set(COMPONENTS) and job.unverified is None
+        answers = eager_answers(model, spec.seed) if measured else []
         waiting = sorted((item for item in model.components if item.name in components), key=_weight, reverse=True)
         joined = fused(model.components) if fuse else None
         joined_cases = [] if joined is None else joined.cases(cases)
@@ -105,10 +114,15 @@ def export_pipeline(
             made[waiting[-1].name] = job.export(waiting[-1], cases.pop(waiting[-1].name))
             del waiting[-1]
             if joined is not None and made.keys() >= set(PARTS):
-                whole = export_fused(job, joined, made, joined_cases)
-                made = {SEGMENTER: whole, **{name: item for name, item in made.items() if name not in PARTS}}
+                segmenter = export_fused(job, joined, made, joined_cases)
+                made = {SEGMENTER: segmenter, **{name: item for name, item in made.items() if name not in PARTS}}
                 joined, joined_cases = None, []
             gc.collect()  # traced programs hold weights in cycles
+        quality = None
+        if measured:
+            tell("mask IoU against fp32")
+            whole = [made[name] for name in (*COMPONENTS, SEGMENTER) if name in made]
+            quality = quality_of(answers, whole, lambda name: back_end.load_runner(staging / name), str(precision))
         manifest = PipelineManifest(
             target=target,
             opset=back_end.opset,
@@ -133,6 +147,7 @@ def export_pipeline(
             versions={"sam3x": version("sam3x"), **back_end.versions()},
             verified=job.unverified is None,
             verified_reason=job.unverified,
+            quality=quality,
             files={name: sha256_of(staging / name) for name in names_in(staging)},
             figures={
                 "total_seconds": round(time.perf_counter() - started, 3),
@@ -156,6 +171,11 @@ class ComponentJob:
     tell: Progress
 
     @property
+    def precision(self) -> str | None:
+        """That of the weights; None: float32, or the target's own affair."""
+        return weight_precision(self.target, self.options)
+
+    @property
     def unverified(self) -> str | None:
         """Why the files are not run here; None where they are."""
         if self.spec.verify == "off":
@@ -168,6 +188,12 @@ class ComponentJob:
         Raises:
             Sam3xError: typed by step.
         """
+        with rounded(component, self.precision, cases) as expected:
+            return self._export(component, expected, None if self.precision is None else [outputs for _, _, outputs in cases])
+
+    def _export(
+        self, component: Component, cases: list[Case], unrounded: Sequence[Mapping[str, Tensor]] | None
+    ) -> ComponentSpec:
         self.tell(f"{component.name}: capture")
         started = time.perf_counter()
         case, example, outputs = cases[0]
@@ -181,7 +207,7 @@ class ComponentJob:
         facts = self.target.lower(captured, path, self.options) or {}
         del captured
         remedy = "Leave the component out (--components), or take another target."
-        verification = self.verified(component, path, cases, remedy)
+        verification = self.verified(component, path, cases, remedy, unrounded)
         return ComponentSpec(
             name=component.name,
             file=path.name,
@@ -197,8 +223,18 @@ class ComponentJob:
             figures={"seconds": round(time.perf_counter() - started, 3)},
         )
 
-    def verified(self, component: Component, path: Path, cases: list[Case], remedy: str) -> tuple[VerificationRecord, ...]:
-        """Run the file on ``cases``; none where it is not to be run here. ``remedy``: what to do when it does not run.
+    def verified(
+        self,
+        component: Component,
+        path: Path,
+        cases: list[Case],
+        remedy: str,
+        unrounded: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> tuple[VerificationRecord, ...]:
+        """Run the file on ``cases``; none where it is not to be run here.
+
+        Args:
+            remedy: what to do when it does not run. unrounded: see ``verify_component``.
 
         Raises:
             VerificationError: it does not run, or gives something else than eager.
@@ -207,7 +243,7 @@ class ComponentJob:
             return ()
         self.tell(f"{component.name}: verify")
         try:
-            records = verify_component(component, partial(self.target.load_runner, path), cases)
+            records = verify_component(component, partial(self.target.load_runner, path), cases, unrounded)
         except RuntimeError as error:  # a runtime's own
             raise VerificationError(
                 f"step 4/4 verify {self.target.name} {component.name}: the file was written and does not run: {error}. {remedy}"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sam3x.pipeline.contract import Component, Port
 from sam3x.pipeline.fuse_spec import PARTS
+from sam3x.pipeline.rounding import rounded
 from sam3x.pipeline.verify import Case, described
 from sam3x.runtime.manifest import SEGMENTER, ComponentSpec
 
@@ -137,7 +138,9 @@ def export_fused(
     for spec in specs:
         for file in (job.folder / spec.file, job.folder / f"{spec.file}.data"):
             file.unlink(missing_ok=True)
-    verification = job.verified(component, path, cases, "Leave --fuse out.")
+    before = None if job.precision is None else [outputs for _, _, outputs in cases]
+    with rounded(component, job.precision, cases) as expected:
+        verification = job.verified(component, path, expected, "Leave --fuse out.", before)
     _, inputs, outputs = cases[0]
     return ComponentSpec(
         name=component.name,

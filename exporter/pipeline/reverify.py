@@ -9,9 +9,11 @@ from sam3x.errors import ArtifactError
 from sam3x.manifest import VerificationRecord
 from sam3x.pipeline.export import Cut, cases_of
 from sam3x.pipeline.fuse import fused
+from sam3x.pipeline.rounding import rounded
 from sam3x.pipeline.verify import verify_component
 from sam3x.runtime.manifest import SEGMENTER, load_manifest
 from sam3x.spec import ExportSpec
+from sam3x.targets.base import weight_precision
 from sam3x.targets.registry import get_target
 from sam3x.verify import require
 
@@ -36,6 +38,7 @@ def verify_pipeline(folder: str | Path, cut: Cut, *, full: bool = False) -> list
             "Name the source it came from: --checkpoint or --module."
         )
     cases, target = cases_of(model, spec), get_target(manifest.target)
+    precision = weight_precision(target, target.options_type(**manifest.target_options))
     records: list[VerificationRecord] = []
     exported = {item.name for item in manifest.components}
     components = list(model.components)
@@ -45,7 +48,10 @@ def verify_pipeline(folder: str | Path, cut: Cut, *, full: bool = False) -> list
         cases[SEGMENTER] = whole.cases(cases)
     for component in (item for item in components if item.name in exported):
         path = Path(folder) / manifest.component(component.name).file
-        found = verify_component(component, partial(target.load_runner, path), cases[component.name])
+        given = cases[component.name]
+        with rounded(component, precision, given) as expected:
+            before = None if precision is None else [outputs for _, _, outputs in given]
+            found = verify_component(component, partial(target.load_runner, path), expected, before)
         require(found, f"verify {manifest.target} {component.name}")
         records += found
     return records

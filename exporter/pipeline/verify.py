@@ -11,7 +11,7 @@ from torch import Tensor
 from sam3x.manifest import TensorSpec, VerificationRecord
 from sam3x.pipeline.contract import Component
 from sam3x.targets.base import Runner
-from sam3x.verify import EAGER_FACTOR, distance, eager_distances
+from sam3x.verify import EAGER_FACTOR, distance, eager_distances, from_before
 
 RELATIVE = 2e-5
 """Of an output's largest value: what another order of summation may cost through some tens of layers."""
@@ -21,16 +21,24 @@ Case = tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]]
 
 
 def verify_component(
-    component: Component, open_runner: Callable[[], Runner], cases: Iterable[Case]
+    component: Component,
+    open_runner: Callable[[], Runner],
+    cases: Iterable[Case],
+    unrounded: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> tuple[VerificationRecord, ...]:
     """Run the artifact on inputs that eager components made, and measure every output.
 
     An output that is further off than ``RELATIVE`` is compared with an eager float64 run: it passes when it is no further from
     that than four times eager float32 itself. The artifact's own copy of the weights is gone by then.
+
+    Args:
+        unrounded: eager outputs of each case with the weights as they were, where ``component`` has rounded ones.
     """
     records = []
+    given = list(cases)
+    results = _run(open_runner(), given)
     branch = " ".join(f"{name}={value.tolist()}" for name, value in component.constants.items()) or "fixed"
-    for (case, inputs, expected), got in _run(open_runner(), list(cases)):
+    for index, ((case, inputs, expected), got) in enumerate(zip(given, results, strict=True)):
         double: dict[str, Tensor] | None = None
         probed: dict[str, float] = {}
         for name, want in expected.items():
@@ -46,6 +54,7 @@ def verify_component(
                     probed = probed or eager_distances(component.eager, inputs, double)
                     own = max(own, probed[name])
                 passed = far <= EAGER_FACTOR * own
+            before = {} if unrounded is None else from_before(got[name], want, unrounded[index][name])
             records.append(
                 VerificationRecord(
                     branch=branch,
@@ -57,16 +66,17 @@ def verify_component(
                     eager_from_float64=own,
                     allowed=allowed,
                     passed=passed,
+                    **before,
                 )
             )
     return tuple(records)
 
 
-def _run(runner: Runner, cases: list[Case]) -> list[tuple[Case, dict[str, Tensor]]]:
+def _run(runner: Runner, cases: list[Case]) -> list[dict[str, Tensor]]:
     results = []
     for case in cases:
         arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in case[1].items()}
-        results.append((case, {name: torch.from_numpy(np.array(value)) for name, value in runner.run(arrays).items()}))
+        results.append({name: torch.from_numpy(np.array(value)) for name, value in runner.run(arrays).items()})
     return results
 
 

@@ -43,6 +43,33 @@ class ComponentSpec(_Record):
     figures: dict[str, float] = {}
 
 
+class PromptQuality(_Record):
+    """One prompt through the files against the eager source in fp32, at the queries that eager scores highest.
+
+    ``mean_iou`` and ``min_iou`` are of their masks at the mask head's size, intersection over union; boxes are fractions of the
+    picture, scores 0 to 1.
+    """
+
+    prompt: str
+    queries: int
+    mean_iou: float
+    min_iou: float
+    largest_box_difference: float
+    largest_score_difference: float
+
+
+class Quality(_Record):
+    """What a precision below fp32 does to a pipeline's answers: each prompt's figures, their mean, their worst."""
+
+    precision: str
+    picture: str
+    prompts: tuple[PromptQuality, ...]
+    mean_iou: float
+    min_iou: float
+    largest_box_difference: float
+    largest_score_difference: float
+
+
 class PipelineManifest(_Record):
     """Everything ``sam3x.runtime`` and ``sam3x inspect`` need.
 
@@ -54,6 +81,7 @@ class PipelineManifest(_Record):
         tokenizer: file in the format of Hugging Face's tokenizers; None: ids must be given.
         unescape_html: whether ``&amp;`` in a text is read as ``&``, as upstream's tokenizer does.
         threshold: what detections score above by default. mask_interpolation: what is stretched to the picture's size.
+        quality: masks, boxes and scores against eager in fp32, of a whole pipeline with rounded weights that was verified.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -81,6 +109,7 @@ class PipelineManifest(_Record):
     versions: dict[str, str]
     verified: bool = False
     verified_reason: str | None = None
+    quality: Quality | None = None
     files: dict[str, str]
     figures: dict[str, float] = {}
     notes: tuple[str, ...] = ()
