@@ -35,6 +35,9 @@ FACTS = {
     "gflops": "GFLOPs of the largest run",
     "planned_bytes": "memory planned outside delegates",
     "bundled_cases": "test sets of the .bpte",
+    "narrow_tensors": "weights stored below float32",
+    "narrow_bytes": "what they take",
+    "float32_bytes": "everything else in the file's tensors",
 }
 """``manifest.facts`` in words; others under their own names."""
 
@@ -193,6 +196,8 @@ def verification_table(records: Sequence[VerificationRecord], *, verbose: bool =
     names = ["max_abs", "max_rel", "from_float64", "eager_from_float64"]
     reduced = [">rms", ">eager, rounded"] if any(record.rms_rel is not None for record in records) else []
     names += ["rms_rel", "eager_rms_rel"] if reduced else []
+    weights = any(record.from_unrounded is not None for record in records)
+    names += ["from_unrounded"] if weights else []
     table = plain_table(
         "Branches: largest distances",
         "branch",
@@ -203,6 +208,7 @@ def verification_table(records: Sequence[VerificationRecord], *, verbose: bool =
         ">float64",
         ">eager's own",
         *reduced,
+        *([">abs, unrounded"] if weights else []),
         "passed",
     )
     groups: dict[tuple[str, ...], list[VerificationRecord]] = {}
@@ -218,10 +224,12 @@ def verification_table(records: Sequence[VerificationRecord], *, verbose: bool =
             *(f"{max(values):.1e}" if values else "" for values in worst),
             Text("yes" if passed else "NO", style="" if passed else "bold red"),
         )
-    known = "abs, rel, rms" if reduced else "abs, rel"
+    known = "abs, rel, rms" if reduced and not weights else "abs, rel"
     table.caption = (
         f"{known}: from eager float32; float64, eager's own: the artifact's and eager float32's distance from float64"
     )
+    if weights:
+        table.caption += ", all with the same rounded weights; rms, rounded, unrounded: from eager float32 as it was"
     return table
 
 
@@ -238,7 +246,10 @@ def _verdict(manifest: ExportManifest) -> str:
         return f"NOT verified: {manifest.verified_reason}"
     worst = max(manifest.verification, key=lambda record: record.max_abs)
     branches, comparisons = len({record.branch for record in manifest.verification}), len(manifest.verification)
-    text = f"{branches} branches, {comparisons} comparisons, at most {worst.max_abs:.1e} from eager ({worst.branch})"
+    weights = [record.from_unrounded for record in manifest.verification if record.from_unrounded is not None]
+    which = " with the same weights" if weights else ""
+    text = f"{branches} branches, {comparisons} comparisons, at most {worst.max_abs:.1e} from eager{which} ({worst.branch})"
+    text += f"; from eager before rounding {max(weights):.1e}" if weights else ""
     coarse = [record for record in manifest.verification if record.rms_rel is not None]
     for peaked, what in ((False, "root mean square"), (True, "with peaked attention")):
         errors = [record.rms_rel or 0.0 for record in coarse if ("peaked" in record.case) is peaked]
@@ -254,7 +265,7 @@ def _fact(key: str, value: Any) -> str:
         return ", ".join(map(str, value))
     if key == "delegated_flops":
         return f"{100 * value:.2f} %"
-    return f"{value / 1e6:,.1f} MB" if key == "planned_bytes" else str(value)
+    return f"{value / 1e6:,.1f} MB" if key.endswith("_bytes") else str(value)
 
 
 def _figure(key: str, value: float) -> str:

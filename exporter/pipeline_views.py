@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from sam3x.pipeline.lint import LintReport
-    from sam3x.runtime.manifest import PipelineManifest
+    from sam3x.runtime.manifest import PipelineManifest, Quality
     from sam3x.runtime.result import Result
 
 
@@ -27,6 +27,7 @@ def pipeline_view(manifest: PipelineManifest, folder: Path, *, verbose: bool) ->
         f"from {manifest.origin}",
         f"picture {manifest.image_size}x{manifest.image_size}, up to {manifest.context_length} tokens, tokenizer {words}",
         _components(manifest, folder),
+        *([_quality(manifest.quality)] if manifest.quality is not None else []),
         *manifest.notes,
         ", ".join(f"{name} {value:,.1f}" for name, value in manifest.figures.items()),
     ]
@@ -47,13 +48,26 @@ def _components(manifest: PipelineManifest, folder: Path) -> Table:
         names = [name for name in manifest.files if name.startswith(f"{item.name}.")]
         size = sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
         worst = max((record.max_rel for record in item.verification), default=None)
+        coarse = [record.rms_rel for record in item.verification if record.rms_rel is not None]
+        before = f", {max(coarse):.2%} rms before rounding" if coarse else ""
         table.add_row(
             item.file,
             f"{size / 1e6:,.1f} MB",
             ", ".join([*item.reads.values(), *item.constants]),
             ", ".join(item.writes.values()),
-            "not compared" if worst is None else f"{worst:.1e} of the largest value",
+            "not compared" if worst is None else f"{worst:.1e} of the largest value{before}",
         )
+    return table
+
+
+def _quality(quality: Quality) -> Table:
+    title = f"{quality.precision} against fp32: mask IoU {quality.mean_iou:.4f} on average, {quality.min_iou:.4f} at worst"
+    table = plain_table(title, "prompt", ">masks", ">mean IoU", ">min IoU", ">box differs by", ">score differs by")
+    for item in quality.prompts:
+        figures = (f"{item.mean_iou:.4f}", f"{item.min_iou:.4f}")
+        differences = (f"{item.largest_box_difference:.1e}", f"{item.largest_score_difference:.1e}")
+        table.add_row(item.prompt, str(item.queries), *figures, *differences)
+    table.caption = f"on {quality.picture}; the queries that eager scores highest; boxes as fractions of the picture"
     return table
 
 
