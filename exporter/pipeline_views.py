@@ -27,7 +27,7 @@ def pipeline_view(manifest: PipelineManifest, folder: Path, *, verbose: bool) ->
         f"from {manifest.origin}",
         f"picture {manifest.image_size}x{manifest.image_size}, up to {manifest.context_length} tokens, tokenizer {words}",
         _components(manifest, folder),
-        *([_quality(manifest.quality)] if manifest.quality is not None else []),
+        *(_quality(manifest.quality) if manifest.quality is not None else []),
         *manifest.notes,
         ", ".join(f"{name} {value:,.1f}" for name, value in manifest.figures.items()),
     ]
@@ -43,32 +43,34 @@ def pipeline_view(manifest: PipelineManifest, folder: Path, *, verbose: bool) ->
 
 
 def _components(manifest: PipelineManifest, folder: Path) -> Table:
-    table = plain_table("components", "file", "size", "takes", "gives", "furthest from eager")
+    coarse = {item.name: [r.rms_rel for r in item.verification if r.rms_rel is not None] for item in manifest.components}
+    rounding = ["rounding costs, rms"] if any(coarse.values()) else []
+    table = plain_table("components", "file", "size", "takes", "gives", "furthest from eager", *rounding)
     for item in manifest.components:
         names = [name for name in manifest.files if name.startswith(f"{item.name}.")]
         size = sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
         worst = max((record.max_rel for record in item.verification), default=None)
-        coarse = [record.rms_rel for record in item.verification if record.rms_rel is not None]
-        before = f", {max(coarse):.2%} rms before rounding" if coarse else ""
         table.add_row(
             item.file,
             f"{size / 1e6:,.1f} MB",
             ", ".join([*item.reads.values(), *item.constants]),
             ", ".join(item.writes.values()),
-            "not compared" if worst is None else f"{worst:.1e} of the largest value{before}",
+            "not compared" if worst is None else f"{worst:.1e} of the largest value",
+            *([f"{max(coarse[item.name], default=0.0):.2%}"] if rounding else []),
         )
     return table
 
 
-def _quality(quality: Quality) -> Table:
-    title = f"{quality.precision} against fp32: mask IoU {quality.mean_iou:.4f} on average, {quality.min_iou:.4f} at worst"
-    table = plain_table(title, "prompt", ">masks", ">mean IoU", ">min IoU", ">box differs by", ">score differs by")
+def _quality(quality: Quality) -> list[RenderableType]:
+    """One sentence, and a row a prompt."""
+    table = plain_table("masks", "prompt", ">masks", ">mean IoU", ">min IoU", ">box differs by", ">score")
     for item in quality.prompts:
         figures = (f"{item.mean_iou:.4f}", f"{item.min_iou:.4f}")
         differences = (f"{item.largest_box_difference:.1e}", f"{item.largest_score_difference:.1e}")
         table.add_row(item.prompt, str(item.queries), *figures, *differences)
-    table.caption = f"on {quality.picture}; the queries that eager scores highest; boxes as fractions of the picture"
-    return table
+    where = f"on {quality.picture}, at the queries that eager scores highest"
+    worst = f"{quality.mean_iou:.4f} on average, {quality.min_iou:.4f} at worst"
+    return [f"{quality.precision} against fp32: mask IoU {worst}, {where}", table]
 
 
 def detections_view(result: Result) -> RenderableType:
