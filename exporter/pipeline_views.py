@@ -63,7 +63,7 @@ def _components(manifest: PipelineManifest, folder: Path) -> Table:
 
 def _quality(quality: Quality) -> list[RenderableType]:
     """One sentence, and a row a prompt."""
-    table = plain_table("masks", "prompt", ">masks", ">mean IoU", ">min IoU", ">box differs by", ">score")
+    table = plain_table("masks", "prompt", ">masks", ">mean IoU", ">min IoU", ">box differs by", ">score differs by")
     for item in quality.prompts:
         figures = (f"{item.mean_iou:.4f}", f"{item.min_iou:.4f}")
         differences = (f"{item.largest_box_difference:.1e}", f"{item.largest_score_difference:.1e}")

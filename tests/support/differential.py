@@ -22,9 +22,10 @@ from sam3x import api
 from sam3x.errors import LoweringError
 from sam3x.fusion_encoder import FusionEncoder
 from sam3x.spec import make_spec
-from sam3x.targets.base import resolve
+from sam3x.targets.base import resolve, weight_precision
 from sam3x.targets.registry import get_target
 from sam3x.verify import ABSOLUTE, EAGER_FACTOR, eager_distances
+from sam3x.weight_rounding import rounded_encoder
 from support.strategies import Case, InputsCase
 from support.upstream import double, run_layers
 
@@ -75,7 +76,7 @@ def check(case: Case) -> None:
                     return
                 if _runs_here(artifact):
                     for run in case.runs:
-                        _against_upstream(case, module, artifact, run)
+                        _against_upstream(case, with_its_weights(module, artifact), artifact, run)
             if _runs_here(artifact):
                 _relations(case, module, artifact, folder)
     finally:
@@ -104,6 +105,13 @@ def _runs_here(artifact: sam3x.Artifact) -> bool:
 
 
 # ---- against Meta's layers
+
+
+def with_its_weights(module: nn.Module, artifact: sam3x.Artifact) -> nn.Module:
+    """The encoder with the weights that the artifact holds: its own, or those rounded."""
+    target = get_target(artifact.manifest.target)
+    precision = weight_precision(target, target.options_type(**artifact.manifest.target_options))
+    return module if precision is None else rounded_encoder(module, make_spec(**artifact.manifest.spec), precision)
 
 
 def flags_of(case: Case, options: Mapping[str, Any]) -> list[dict[str, Any]]:

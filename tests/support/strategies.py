@@ -235,6 +235,7 @@ LOWERINGS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
             "attention": st.sampled_from(["portable", "ort", "decomposed"]),
             "attention_memory": st.sampled_from(["256MB", "1B", "2KB"]),
             "external_data": st.booleans(),
+            "precision": st.sampled_from(["fp32", "fp16", "int8"]),
         }
     ),
     "pte": st.fixed_dictionaries({"delegate": st.sampled_from(["xnnpack", "none"])}),
