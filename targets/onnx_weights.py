@@ -48,7 +48,7 @@ def store(model: ir.Model, precision: str) -> dict[str, Any]:
         del graph.initializers[name]
         nodes = _conversion(graph, name, parts)
         made = nodes[-1].outputs[0]
-        made.dtype, made.shape = value.dtype, value.shape
+        made.dtype, made.shape = ir.DataType.FLOAT, value.shape
         ir.convenience.replace_all_uses_with(value, made)
         made.name = name
         added += nodes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def verify_component(
                     probed = probed or eager_distances(component.eager, inputs, double)
                     own = max(own, probed[name])
                 passed = far <= EAGER_FACTOR * own
-            before = {} if unrounded is None else from_before(got[name], want, unrounded[index][name])
+            before: dict[str, Any] = {} if unrounded is None else from_before(got[name], want, unrounded[index][name])
             records.append(
                 VerificationRecord(
                     branch=branch,
