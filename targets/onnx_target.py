@@ -116,7 +116,15 @@ class OnnxTarget:
         import torch
         from torch.onnx._internal.exporter import _core, _fx_passes
 
-        from sam3x.targets import onnx_attention, onnx_feed_forward, onnx_file, onnx_linear, onnx_norm, onnx_optimize, onnx_weights
+        from sam3x.targets import (
+            onnx_attention,
+            onnx_feed_forward,
+            onnx_file,
+            onnx_linear,
+            onnx_norm,
+            onnx_optimize,
+            onnx_weights,
+        )
 
         try:
             # the public torch.onnx.export decomposes, which traces every torch.cond again; this program is decomposed already

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +13,12 @@ from torch import nn
 
 from sam3x.errors import VerificationError
 from sam3x.pipeline import export_pipeline, module_image_source, verify_pipeline
-from sam3x.pipeline.contract import COMPONENTS
-from sam3x.pipeline.export import DEFAULTS
+from sam3x.pipeline.contract import COMPONENTS, Component
+from sam3x.pipeline.export import DEFAULTS, ComponentJob
 from sam3x.pipeline.quality import TOP, eager_answers, iou, quality_of
 from sam3x.pipeline_views import pipeline_view
 from sam3x.runtime import Segmenter
-from sam3x.runtime.manifest import load_manifest
+from sam3x.runtime.manifest import SEGMENTER, ComponentSpec, load_manifest
 from sam3x.spec import make_spec
 from sam3x.targets import onnx_weights
 from sam3x.targets.onnx_target import OnnxTarget
@@ -87,6 +88,28 @@ def test_it_runs_and_verifies_like_any_other(folder: Path, tiny_pipeline: Path, 
     mine, plain = (Segmenter(where).segment(photograph(), "the red dog", threshold=0.0) for where in (folder, tiny_pipeline))
     assert np.abs(mine.scores - plain.scores).max() < 0.05
     assert np.mean([iou(a, b) for a, b in zip(mine.masks, plain.masks, strict=True)]) > 0.8
+
+
+def test_a_joined_file_has_rounded_weights_too(
+    folder: Path, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = load_manifest(folder)
+
+    def copied(job: ComponentJob, component: Component, _: object) -> ComponentSpec:  # in place of a minute's export
+        spec = parts.component(component.name)
+        shutil.copy(folder / spec.file, job.folder)
+        return spec
+
+    monkeypatch.setattr(ComponentJob, "export", copied)
+    export_pipeline(module_image_source(model), output=tmp_path / "out", fuse=True, precision="int8")
+    manifest = load_manifest(tmp_path / "out")
+    records = manifest.component(SEGMENTER).verification
+    assert manifest.fused and records and all(record.passed and record.max_rel < 2e-5 for record in records)
+    assert any((record.from_unrounded or 0) > 1e-4 for record in records)
+    assert manifest.quality is not None and parts.quality is not None
+    assert manifest.quality.mean_iou == pytest.approx(parts.quality.mean_iou, abs=1e-3)
+    assert manifest.quality.largest_score_difference == pytest.approx(parts.quality.largest_score_difference, abs=1e-5)
+    assert all(record.passed for record in verify_pipeline(tmp_path / "out", module_image_source(model)))
 
 
 def test_a_planted_wrong_scale_is_caught(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
