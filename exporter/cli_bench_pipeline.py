@@ -49,7 +49,9 @@ def bench_pipeline(
         if page is not None:
             source = ("--checkpoint", str(checkpoint)) if checkpoint else ("--module", module) if module else ()
             export = ["sam3x", "export", "--pipeline", *source, "-o", str(folder)]
-            command = ["sam3x", "bench-pipeline", str(folder), *source, "--repeat", str(repeat), "--markdown", str(page)]
+            command = ["sam3x", "bench-pipeline", str(folder), *source, "--threads", str(threads), "--repeat", str(repeat)]
+            asked = {"--picture": picture, "--threshold": threshold, "--markdown": page}
+            command += [str(word) for pair in asked.items() if pair[1] is not None for word in pair]
             page.write_text(views.markdown(report, shlex.join(command), shlex.join(export)), encoding="utf-8")
         if as_json:
             typer.echo(report.model_dump_json(indent=2))

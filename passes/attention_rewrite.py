@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, statically_known_true
 
 from sam3x.passes.attention_pattern import (
     CASTS,
@@ -139,10 +139,17 @@ class Emitter:
         """Add ``target(*args, **kwargs)``."""
         values = torch.fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
         with self._quietly():
-            result = target(*values[0], **values[1])
+            return self._add(target, args, kwargs, target(*values[0], **values[1]))
+
+    def shaped(self, like: Node, shape: Sequence[Any], target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Add ``target(*args, **kwargs)``, whose result is known to have ``shape`` and the dtype of ``like``."""
+        with self._quietly():
+            return self._add(target, args, kwargs, like.meta["val"].new_empty(shape))
+
+    def _add(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Node:
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
-        node.meta["val"] = result
+        node.meta["val"] = value
         self.new.append(node)
         return node
 
@@ -376,7 +383,12 @@ def attend(emit: Emitter, q: Node, k: Node, v: Node, mask: Node | None, scale: f
     """The one plain node; kernels take the maximum before the scale, so only a positive scale goes there."""
     if not scale > 0:
         q, scale = emit(aten.mul.Tensor, q, scale), 1.0
-    return emit(SDPA, q, k, v, mask, 0.0, False, scale=float(scale))
+    operands = (q, k, v, mask, 0.0, False)
+    try:
+        return emit(SDPA, *operands, scale=float(scale))
+    except GuardOnDataDependentSymNode:  # torch asks whether a size that only a run tells is 1, to broadcast the mask
+        shape = (*q.meta["val"].shape[:-1], v.meta["val"].shape[-1])
+        return emit.shaped(q, shape, SDPA, *operands, scale=float(scale))
 
 
 def _finish(emit: Emitter, result: Node, output: Node, have: Layout, wanted: Layout) -> Node:

@@ -149,6 +149,27 @@ def test_a_process_that_crashes_says_what_it_tried() -> None:
     assert said == "died of SIGSEGV (rc -11), while it tried\nthe case\nits last words"
 
 
+def test_a_mask_over_rows_that_only_a_run_counts() -> None:
+    """torch's own shape of an attention asked whether dac's half is 1; found by a fuzz."""
+    check(
+        Case(
+            encoder=EncoderCase(num_heads=4, head_dim=8, positions=(False, True, False), styles=("scale_split",) * 2, seed=6),
+            spec={
+                "pre_norm": "module",
+                "dac": "runtime",
+                "dac_dim": 1,
+                "batch": (1, 8),
+                "prompt_length": (3, 12),
+                "tokens": 36,
+                "inputs": ("tgt", "memory", "tgt_key_padding_mask", "pos", "query_pos"),
+                "mask_dtype": "float32",
+            },
+            lowerings=({"branches": "select", "attention": "ort"},),
+            runs=(InputsCase(tokens=36, prompt_length=6),),
+        )
+    )
+
+
 def test_the_script_of_a_failure_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(differential, "check", seen.append)

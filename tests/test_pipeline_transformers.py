@@ -158,3 +158,10 @@ def test_folders_that_hold_no_such_model(tmp_path: Path) -> None:
         with pytest.raises(SourceError, match=fact):
             export_pipeline(transformers_image_source(folder), output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_convolutions_with_batch_norms_are_stored_in_int8_too(tmp_path: Path) -> None:
+    given = module_image_source(tiny("Sam3LiteTextModel"))
+    manifest = export_pipeline(given, output=tmp_path / "out", components=["text_encoder"], precision="int8")
+    facts = manifest.components[0].facts
+    assert manifest.verified and facts["narrow_tensors"] >= 16 and facts["float32_bytes"] < 0.2 * facts["narrow_bytes"]
