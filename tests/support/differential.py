@@ -41,18 +41,28 @@ class Difference(AssertionError):
 def shared_captures() -> Iterator[None]:
     """One capture for exports of one encoder that differ after it: captures are left as they are by the pipeline."""
     original, known = api.capture, {}
+    rounding, twins = api.rounded_encoder, {}
+
+    def shared(spec: Any) -> Any:
+        return spec.model_copy(update={"branches": None, "verify": "off"})
 
     def capture(module: nn.Module, spec: Any) -> Any:
-        key = (id(module), spec.model_copy(update={"branches": None, "verify": "off"}))
+        key = (id(module), shared(spec))
         if key not in known:
             known[key] = (module, original(module, spec))
         return replace(known[key][1], spec=spec)
 
-    api.capture = capture  # type: ignore[assignment]
+    def rounded(module: nn.Module, spec: Any, precision: str) -> nn.Module:
+        key = (id(module), shared(spec), precision)
+        if key not in twins:
+            twins[key] = rounding(module, spec, precision)
+        return twins[key]
+
+    api.capture, api.rounded_encoder = capture, rounded  # type: ignore[assignment]
     try:
         yield
     finally:
-        api.capture = original
+        api.capture, api.rounded_encoder = original, rounding
 
 
 def check(case: Case) -> None:
