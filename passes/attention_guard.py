@@ -93,7 +93,9 @@ def additive(emit: Emitter, mask: Node, like: Node) -> Node:
 
 def zeroed(emit: Emitter, output: Node, hidden: Node | None) -> Node:
     """``output`` with zeros in the rows that saw no key."""
-    return output if hidden is None else emit(_aten.where.self, hidden, scalar(emit, 0.0, output), output)
+    if hidden is None:
+        return output
+    return emit.shaped(output, output.meta["val"].shape, _aten.where.self, hidden, scalar(emit, 0.0, output), output)
 
 
 def replace(module: GraphModule, node: Node, output: Node) -> None:

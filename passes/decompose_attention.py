@@ -37,9 +37,14 @@ def _rewrite(module: GraphModule, found: Sdpa) -> None:
     rank = found.key.meta["val"].dim()
     swapped = [*range(rank - 2), rank - 1, rank - 2]
     scaled = emit(_aten.mul.Tensor, found.query, found.scale)
-    scores = emit(_aten.matmul.default, scaled, emit(_aten.permute.default, found.key, swapped))
+    # torch compares the sizes of what it broadcasts: not possible for rows that only a run counts, once as u and once as u²/u
+    lead = found.query.meta["val"].shape[:-1]
+    keys, channels = found.key.meta["val"].shape[-2], found.value.meta["val"].shape[-1]
+    turned = emit(_aten.permute.default, found.key, swapped)
+    scores = emit.shaped(found.query, (*lead, keys), _aten.matmul.default, scaled, turned)
     mask, hidden = guarded(emit, found.mask)
     if mask is not None:
-        scores = emit(_aten.add.Tensor, scores, additive(emit, mask, found.query))
+        scores = emit.shaped(scores, (*lead, keys), _aten.add.Tensor, scores, additive(emit, mask, found.query))
     weights = emit(_aten._softmax.default, scores, -1, False)
-    replace(module, found.node, zeroed(emit, emit(_aten.matmul.default, weights, found.value), hidden))
+    output = emit.shaped(found.query, (*lead, channels), _aten.matmul.default, weights, found.value)
+    replace(module, found.node, zeroed(emit, output, hidden))

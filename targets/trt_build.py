@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sam3x.errors import LoweringError, TargetUnavailableError
+from sam3x.targets.trt_apart import Crashed, apart
 from sam3x.targets.trt_driver import import_torch_tensorrt, named_device
 from sam3x.targets.trt_options import TrtOptions, capability_of, optima
 
@@ -141,12 +142,23 @@ def serialize(builder: Any, network: Any, config: Any, capability: str, log: lis
             f"step 4/4 trt: TensorRT builds for the GPU of this machine only, which is not {capability}. "
             'Build ahead of time with TensorRT-RTX: pip install "sam3x[trt-rtx]"'
         )
-    plan = builder.build_serialized_network(network, config)
+
+    def work() -> bytes | None:
+        plan = builder.build_serialized_network(network, config)
+        return None if plan is None else bytes(plan)
+
+    try:
+        plan = work() if torch.cuda.is_available() else apart(work, log)
+    except Crashed as crash:
+        raise LoweringError(
+            f"step 4/4 trt: TensorRT's builder crashed on the network ({crash}). It does on several attentions in loops: "
+            "allow them more memory (--attention-memory 2GB), or take --precision fp16."
+        ) from None
     if plan is None:
         said = ([line for line in log if "Error" in line] or log or ["no reason given"])[-1][:400]
         out = " Fix the tokens (--tokens 5184), fix dac (--dac off), or leave a mask out (--inputs)." if _SIZES in said else ""
         raise LoweringError(f"step 4/4 trt: the builder refused the network: {said}{out}")
-    return bytes(plan)
+    return plan
 
 
 def facts_of(network: Any) -> dict[str, Any]:

@@ -170,6 +170,20 @@ def test_a_mask_over_rows_that_only_a_run_counts() -> None:
     )
 
 
+def test_a_mask_of_all_pairs_whose_rows_a_flag_counts() -> None:
+    """torch compared u with u²/u, the two sizes that one number of rows had; found by ``make fuzz``."""
+    names = ("tgt_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "pos", "query_pos")
+    spec = {"pre_norm": "per-layer", "dac": True, "dac_dim": 1, "batch": (2, 8), "prompt_length": 8, "tokens": 38}
+    check(
+        Case(
+            encoder=EncoderCase(pre_norm=(True,), styles=("meta", "matmul"), seed=69),
+            spec={**spec, "inputs": ("tgt", "memory", *names), "mask_dtype": "float32"},
+            lowerings=({"branches": "cond", "attention": "decomposed"}, {"branches": "select"}),
+            runs=(InputsCase(batch=7, tokens=38, prompt_length=8, hidden="none"),),
+        )
+    )
+
+
 def test_the_script_of_a_failure_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(differential, "check", seen.append)

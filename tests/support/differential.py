@@ -103,9 +103,11 @@ def export(case: Case, module: nn.Module, options: Mapping[str, Any], folder: Pa
 
 
 def _known_limit(case: Case, error: LoweringError) -> bool:
-    """TensorRT follows some sizes into no conditional and no loop, says so, and is told what to fix instead."""
+    """TensorRT follows some sizes into no conditional and no loop, and crashes on many loops; both are told in a sentence."""
     dynamic = not isinstance(case.spec.get("tokens", 1), int) and case.spec["dac"] == "runtime"
-    return case.target == "trt" and dynamic and "Data-dependent shapes" in str(error)
+    by_flag = case.spec["dac"] is True and case.spec["pre_norm"] in ("runtime", "per-layer")
+    sizes = (dynamic or by_flag) and "Data-dependent shapes" in str(error)
+    return case.target == "trt" and (sizes or "builder crashed" in str(error))
 
 
 def _runs_here(artifact: sam3x.Artifact) -> bool:

@@ -1,0 +1,44 @@
+"""TensorRT's builder in a process of its own: a crash of it is an error of the export, and the program goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from sam3x.errors import LoweringError
+from sam3x.targets.trt_apart import Crashed, apart
+from sam3x.targets.trt_build import serialize
+from sam3x.targets.trt_driver import import_torch_tensorrt, named_device
+from sam3x.targets.trt_options import capability_of
+
+
+def test_the_result_and_the_log_come_back() -> None:
+    log = ["before"]
+
+    def work() -> bytes:
+        log.append("from there")
+        return bytes(5_000_000)
+
+    assert apart(work, log) == bytes(5_000_000) and log == ["before", "from there"]
+    assert apart(lambda: None, log) is None
+
+
+def test_a_crash_is_named() -> None:
+    with pytest.raises(Crashed, match="SIGSEGV"):
+        apart(lambda: os.kill(os.getpid(), signal.SIGSEGV), [])  # type: ignore[arg-type,return-value,func-returns-value]
+    with pytest.raises(Crashed, match="exit code 3"):
+        apart(lambda: os._exit(3), [])
+
+
+def test_a_crash_of_the_builder_is_one_sentence() -> None:
+    builder = SimpleNamespace(build_serialized_network=lambda network, config: os.kill(os.getpid(), signal.SIGSEGV))
+    config = SimpleNamespace(num_compute_capabilities=0, set_compute_capability=lambda capability, index: None)
+    with (
+        named_device(capability_of("sm89")),
+        pytest.raises(LoweringError, match=r"builder crashed on the network \(SIGSEGV\).*--attention-memory"),
+    ):
+        import_torch_tensorrt()
+        serialize(builder, None, config, "sm89", [])
