@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import signal
 import sys
@@ -44,6 +45,7 @@ def apart(work: Callable[[], bytes | None], log: list[str]) -> bytes | None:
 
 
 def _work(work: Callable[[], bytes | None], log: list[str], answer: Connection) -> None:
+    faulthandler.disable()  # a crash here is told by the parent
     before = len(log)
     result = work()
     answer.send([*log[before:], result is not None])
