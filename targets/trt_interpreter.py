@@ -63,6 +63,17 @@ class Interpreter(TRTInterpreter):
         self._construct_trt_network_def()
         return self.ctx.net
 
+    def output(self, target: str, args: Any, kwargs: Any) -> Any:
+        """An input that is an output too (``memory_text``) is copied: named as the output, it would lose its own name."""
+
+        def own(value: Any) -> Any:
+            given = isinstance(value, trt.ITensor) and value.is_network_input
+            return self.ctx.net.add_identity(value).get_output(0) if given else value
+
+        (values,) = args
+        copied = tuple(map(own, values)) if isinstance(values, (tuple, list)) else own(values)
+        return super().output(target, (copied,), kwargs)
+
     def run_node(self, n: Node) -> Any:
         if n.op == "get_attr" and isinstance(child := getattr(self.module, str(n.target), None), GraphModule):
             self.const_mapping[str(n)] = ((), "graph")  # read by a log line of the node that takes it

@@ -436,6 +436,19 @@ def test_a_folder_from_another_machine_is_completed(
     assert sam3x.load(tmp_path / "out").manifest.verified
 
 
+def test_an_input_that_is_an_output_too_keeps_its_name(encoder: nn.Module, tmp_path: Path) -> None:
+    """``memory_text`` is ``prompt``: called by the output's name, a prompt of dynamic length had no profile."""
+    spec = {
+        "interface": "feature_maps",
+        "feature_sizes": ((4, 6),),
+        "batch": (2, 4),
+        "prompt_length": (6, 12),
+        "pre_norm": True,
+    }
+    artifact = sam3x.export(encoder, target="trt", output=tmp_path / "out", dac=False, compute_capability="sm89", **spec)
+    assert "memory_text" in artifact.manifest.output_names and "prompt" in artifact.manifest.facts["profile"]
+
+
 # ---- ONNX for trtexec
 
 
