@@ -36,6 +36,9 @@ def encoder() -> nn.Module:
 
 @pytest.fixture(scope="module", params=["fp16", "int8"])
 def artifact(request: pytest.FixtureRequest, encoder: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> sam3x.Artifact:
+    cpu = Path("/proc/cpuinfo")
+    if request.param == "fp16" and cpu.exists() and "avx512_fp16" in cpu.read_text():
+        pytest.skip("needs a CPU whose kernels sum float16 in float32, as the reference of decision 0010 does")
     folder = tmp_path_factory.mktemp(request.param) / "out"
     options: dict[str, Any] = {"tokens": 36, "batch": (1, 2), "bundle": request.param == "int8"}
     return sam3x.export(encoder, target="pte", output=folder, precision=request.param, **options)
