@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._prims_common import is_contiguous_or_false
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, statically_known_true
@@ -210,10 +211,10 @@ class Emitter:
             return self(aten.squeeze.dims, node, [0])
         sizes = self.sizes(shape)
         with self._quietly():
-            contiguous = node.meta["val"].is_contiguous()
+            contiguous = is_contiguous_or_false(node.meta["val"])  # sizes that a flag counts answer no question
         if not contiguous:
             node = self(aten.clone.default, node, memory_format=torch.contiguous_format)
-        return self(aten.view.default, node, sizes)
+        return self.shaped(node, shape, aten.view.default, node, sizes)
 
     def arrange(self, node: Node, layout: Layout, wanted: Layout, *, full: bool) -> Node:
         """``node``, dimensions ``layout``, as dimensions ``wanted``; ``full`` expands those it broadcasts over."""

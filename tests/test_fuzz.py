@@ -184,6 +184,22 @@ def test_a_mask_of_all_pairs_whose_rows_a_flag_counts() -> None:
     )
 
 
+def test_heads_put_in_order_where_a_flag_counts_the_rows() -> None:
+    """torch asked whether a tensor of dac's half is contiguous; found by ``make fuzz``."""
+    names = ("tgt_mask", "memory_key_padding_mask", "pos", "query_pos")
+    spec = {"pre_norm": "runtime", "dac": "runtime", "dac_dim": 1, "batch": (1, 8), "prompt_length": (1, 12), "tokens": 28}
+    check(
+        Case(
+            encoder=EncoderCase(
+                num_heads=2, pre_norm=(True, False), positions=(True, True, False), styles=("einsum",) * 2, seed=66
+            ),
+            spec={**spec, "inputs": ("tgt", "memory", *names), "mask_dtype": "float32"},
+            lowerings=({"branches": "select", "attention": "decomposed"}, {"branches": "cond", "attention": "ort"}),
+            runs=(InputsCase(batch=6, tokens=28, prompt_length=8, seed=83),),
+        )
+    )
+
+
 def test_the_script_of_a_failure_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(differential, "check", seen.append)
