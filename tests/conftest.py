@@ -1,8 +1,9 @@
-"""What several test files share: a small encoder of Meta's own classes, and its artifact."""
+"""What several test files share: a small encoder and a small image model of Meta's own classes, and their artifacts."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,11 +38,28 @@ def default_artifact(small_encoder: nn.Module, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
-def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a small ``Sam3Image`` exported whole. Made once for all workers of a run. Read only."""
-    from filelock import FileLock
+def tiny_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The vocabulary of ``tiny_model``."""
+    from support.image_model import write_vocabulary
 
-    from support.image_model import tiny_image_model, write_vocabulary
+    return write_vocabulary(tmp_path_factory.mktemp("bpe") / "bpe.txt.gz")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_vocabulary: Path) -> Iterator[nn.Module]:
+    """A small ``Sam3Image`` with upstream's tokenizer. Shared, so not to be changed: it is compared with itself at the end."""
+    from support.image_model import state_of, tiny_image_model
+
+    model = tiny_image_model(tiny_vocabulary)
+    before = state_of(model)
+    yield model
+    assert state_of(model) == before, "a test changed tiny_model"
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of ``tiny_model`` exported whole. Made once for all workers of a run. Read only."""
+    from filelock import FileLock
 
     base = tmp_path_factory.getbasetemp()
     root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # a worker's folder is inside the run's
@@ -50,6 +68,18 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not (folder / "manifest.json").exists():
             from sam3x.pipeline import export_pipeline, module_image_source
 
-            vocabulary = write_vocabulary(root / "tiny_bpe.txt.gz")
-            export_pipeline(module_image_source(tiny_image_model(vocabulary)), output=folder, tokenizer=vocabulary)
+            # asked for here: a worker that finds the folder builds no model
+            model, vocabulary = request.getfixturevalue("tiny_model"), request.getfixturevalue("tiny_vocabulary")
+            export_pipeline(module_image_source(model), output=folder, tokenizer=vocabulary)
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch on one thread: kernels of small sizes lose more to waiting for each other than they gain."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,17 +26,9 @@ from sam3x.spec import make_spec
 from sam3x.targets.trt_check import distance
 from support.upstream import encoder_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CULPRIT = 3
 BRANCHES = {f"dac={dac} pre_norm={pre}" for dac, pre in itertools.product((False, True), repeat=2)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Kernels of this size lose more to waiting for each other than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def planted(num_layers: int = 6) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from sam3x.cli import app
@@ -17,14 +17,13 @@ from sam3x.pipeline.image_model import build_image_model
 from sam3x.pipeline.lint import lint
 from sam3x.pipeline.sources import load_image_weights
 from sam3x.pipeline.state import config_of, detector_keys
-from support.image_model import TINY, tiny_image_model, write_vocabulary
+from support.image_model import TINY
 
 
 @pytest.fixture(scope="module")
-def state(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+def state(tiny_model: nn.Module) -> dict[str, Tensor]:
     """As Meta saves it: the image model under ``detector.``, a tracker beside it."""
-    model = tiny_image_model(write_vocabulary(tmp_path_factory.mktemp("bpe") / "bpe.txt.gz"))
-    weights = {f"detector.{name}": value for name, value in model.state_dict().items()}
+    weights = {f"detector.{name}": value for name, value in tiny_model.state_dict().items()}
     return {**weights, "tracker.no_mem_embed": torch.zeros(1, 1, 8)}
 
 

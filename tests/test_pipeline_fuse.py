@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from torch import nn
 from typer.testing import CliRunner
 
 from sam3x.bench_pipeline import bench_pipeline
@@ -23,23 +24,16 @@ from sam3x.pipeline.verify import Case
 from sam3x.runtime import EncodedImage, Segmenter
 from sam3x.runtime.manifest import SEGMENTER, ComponentSpec, load_manifest
 from sam3x.targets import onnx_detect
-from support.image_model import between, photograph, tiny_image_model, write_vocabulary
+from support.image_model import between, photograph
 
 BOX, OTHER = [60.0, 80.0, 300.0, 390.0], [350.0, 20.0, 620.0, 200.0]
 
 
 @pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_vocabulary(tmp_path_factory.mktemp("bpe") / "bpe.txt.gz")
-
-
-@pytest.fixture(scope="module")
-def folder(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model of ``tiny_pipeline``, fused, dac left in the file as a conditional."""
+def folder(tiny_model: nn.Module, tiny_vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``tiny_model`` fused, dac left in the file as a conditional."""
     out = tmp_path_factory.mktemp("fused") / "out"
-    export_pipeline(
-        module_image_source(tiny_image_model(vocabulary)), output=out, tokenizer=vocabulary, fuse=True, dac="runtime"
-    )
+    export_pipeline(module_image_source(tiny_model), output=out, tokenizer=tiny_vocabulary, fuse=True, dac="runtime")
     return out
 
 
@@ -96,8 +90,8 @@ def test_the_files_own_inputs_and_outputs_are_the_manifests(folder: Path) -> Non
     assert shapes == {item.name: item.shape for item in (*whole.inputs, *whole.outputs)}
 
 
-def test_verify_and_inspect_and_run_and_bench(folder: Path, vocabulary: Path, tmp_path: Path) -> None:
-    records = verify_pipeline(folder, module_image_source(tiny_image_model(vocabulary)))
+def test_verify_and_inspect_and_run_and_bench(folder: Path, tiny_model: nn.Module, tmp_path: Path) -> None:
+    records = verify_pipeline(folder, module_image_source(tiny_model))
     assert {record.output for record in records} == {
         "fpn_0",
         "fpn_1",
@@ -126,7 +120,7 @@ def test_a_changed_file_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_joined_file_that_is_wrong_leaves_nothing(
-    tiny_pipeline: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pipeline: Path, tiny_model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exported = load_manifest(tiny_pipeline)
 
@@ -136,7 +130,7 @@ def test_a_joined_file_that_is_wrong_leaves_nothing(
         return spec
 
     def fuse(folder: Path) -> None:
-        export_pipeline(module_image_source(tiny_image_model(vocabulary)), output=folder, fuse=True)
+        export_pipeline(module_image_source(tiny_model), output=folder, fuse=True)
 
     monkeypatch.setattr(ComponentJob, "export", copied)
     fuse(tmp_path / "right")

@@ -23,17 +23,7 @@ from sam3x.pipeline import module_image_source, verify_pipeline
 from sam3x.pipeline.contract import COMPONENTS
 from sam3x.runtime import EncodedImage, Segmenter
 from sam3x.runtime.manifest import load_manifest
-from support.image_model import between, iou, photograph, processor_result, tiny_image_model, write_vocabulary
-
-
-@pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_vocabulary(tmp_path_factory.mktemp("bpe") / "bpe.txt.gz")
-
-
-@pytest.fixture(scope="module")
-def model(vocabulary: Path) -> nn.Module:
-    return tiny_image_model(vocabulary)
+from support.image_model import between, iou, photograph, processor_result, tiny_image_model
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +66,13 @@ PROMPTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_the_same_detections_as_upstreams_processor(
-    name: str, model: nn.Module, picture: Image.Image, segmenter: Segmenter, encoded: EncodedImage
+    name: str, tiny_model: nn.Module, picture: Image.Image, segmenter: Segmenter, encoded: EncodedImage
 ) -> None:
     prompt = PROMPTS[name]
     if "threshold" not in prompt:
-        every = processor_result(model, picture, **prompt, threshold=0.0)["scores"]
+        every = processor_result(tiny_model, picture, **prompt, threshold=0.0)["scores"]
         prompt = {**prompt, "threshold": between(every)}
-    wanted = processor_result(model, picture, **prompt)
+    wanted = processor_result(tiny_model, picture, **prompt)
     found = segmenter.segment(encoded, **prompt)
     assert len(found) == len(wanted["scores"]) and (len(found) == 0) == (name == "no hit")
     np.testing.assert_allclose(found.scores, wanted["scores"], atol=1e-5)
@@ -91,10 +81,12 @@ def test_the_same_detections_as_upstreams_processor(
     assert all(iou(mine, theirs) >= 0.999 for mine, theirs in zip(found.masks, wanted["masks"], strict=True))
 
 
-def test_the_picture_is_prepared_as_upstream_prepares_it(model: nn.Module, picture: Image.Image, segmenter: Segmenter) -> None:
+def test_the_picture_is_prepared_as_upstream_prepares_it(
+    tiny_model: nn.Module, picture: Image.Image, segmenter: Segmenter
+) -> None:
     from sam3x.runtime.processing import to_tensor
 
-    wanted = processor_result(model, picture, "dog")["image"]
+    wanted = processor_result(tiny_model, picture, "dog")["image"]
     got = to_tensor(picture, 112, segmenter.manifest.mean, segmenter.manifest.std)[0]
     np.testing.assert_allclose(got, wanted, atol=1e-6)
 
@@ -157,7 +149,7 @@ def test_run_needs_no_torch_and_writes_picture_and_json(tiny_pipeline: Path, pic
     assert drawn.shape == (427, 640, 3) and (drawn != np.asarray(picture)).any()
 
 
-def test_the_tokenizer_is_upstreams(model: nn.Module, segmenter: Segmenter) -> None:
+def test_the_tokenizer_is_upstreams(tiny_model: nn.Module, segmenter: Segmenter) -> None:
     texts = [
         "The  Dog",
         "a red-car, and 42 cats!",
@@ -168,7 +160,7 @@ def test_the_tokenizer_is_upstreams(model: nn.Module, segmenter: Segmenter) -> N
         " ".join(["dog"] * 40),
     ]
     for text in texts:
-        wanted = model.backbone.language_backbone.tokenizer([text], context_length=16)[0].tolist()
+        wanted = tiny_model.backbone.language_backbone.tokenizer([text], context_length=16)[0].tolist()
         got = segmenter.tokenizer(text)
         assert got == wanted[: len(got)] and not any(wanted[len(got) :]), text
 
@@ -216,12 +208,14 @@ def test_a_picture_is_encoded_once_for_many_prompts(segmenter: Segmenter, pictur
     assert calls.count("vision_encoder") == 1 and calls.count("decoder") == 2
 
 
-def test_verify_runs_the_components_against_the_source_again(tiny_pipeline: Path, model: nn.Module, vocabulary: Path) -> None:
-    records = verify_pipeline(tiny_pipeline, module_image_source(model), full=True)
+def test_verify_runs_the_components_against_the_source_again(
+    tiny_pipeline: Path, tiny_model: nn.Module, tiny_vocabulary: Path
+) -> None:
+    records = verify_pipeline(tiny_pipeline, module_image_source(tiny_model), full=True)
     assert {record.output for record in records} >= {"fpn_0", "text_features", "prompt", "pred_boxes", "pred_masks"}
     assert len({record.case for record in records}) == 3
     with pytest.raises(ArtifactError, match="other weights"):
-        verify_pipeline(tiny_pipeline, module_image_source(tiny_image_model(vocabulary, seed=6)))
+        verify_pipeline(tiny_pipeline, module_image_source(tiny_image_model(tiny_vocabulary, seed=6)))
 
 
 class OtherManifest(BaseModel):

@@ -22,25 +22,15 @@ from sam3x.runtime.manifest import SEGMENTER, ComponentSpec, load_manifest
 from sam3x.spec import make_spec
 from sam3x.targets import onnx_weights
 from sam3x.targets.onnx_target import OnnxTarget
-from support.image_model import photograph, tiny_image_model, write_vocabulary
+from support.image_model import photograph
 
 
 @pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_vocabulary(tmp_path_factory.mktemp("bpe") / "bpe.txt.gz")
-
-
-@pytest.fixture(scope="module")
-def model(vocabulary: Path) -> nn.Module:
-    return tiny_image_model(vocabulary)
-
-
-@pytest.fixture(scope="module")
-def folder(model: nn.Module, vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tiny_model: nn.Module, tiny_vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("int8") / "out"
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    export_pipeline(module_image_source(model), output=made, tokenizer=vocabulary, precision="int8")
-    assert all((value == before[name]).all() for name, value in model.state_dict().items())
+    before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
+    export_pipeline(module_image_source(tiny_model), output=made, tokenizer=tiny_vocabulary, precision="int8")
+    assert all((value == before[name]).all() for name, value in tiny_model.state_dict().items())
     return made
 
 
@@ -69,10 +59,10 @@ def test_the_manifest_tells_what_it_does_to_masks(folder: Path) -> None:
     assert f"mask IoU {quality.mean_iou:.4f} on average, {quality.min_iou:.4f} at worst" in shown and "costs" in shown
 
 
-def test_files_in_fp32_have_the_masks_of_eager(tiny_pipeline: Path, model: nn.Module, folder: Path) -> None:
+def test_files_in_fp32_have_the_masks_of_eager(tiny_pipeline: Path, tiny_model: nn.Module, folder: Path) -> None:
     """The measure itself: nothing lost in fp32, the manifest's own figures from the files of int8, far less of other masks."""
     target = OnnxTarget()
-    cut = module_image_source(model)(make_spec(**DEFAULTS))
+    cut = module_image_source(tiny_model)(make_spec(**DEFAULTS))
     answers = eager_answers(cut, 0)
     for where, least in ((tiny_pipeline, 0.999), (folder, None)):
         manifest = load_manifest(where)
@@ -82,8 +72,8 @@ def test_files_in_fp32_have_the_masks_of_eager(tiny_pipeline: Path, model: nn.Mo
     assert min(iou(a, b) for answer, other in zip(answers, swapped, strict=True) for a, b in zip(answer.masks, other)) < 0.9  # noqa: B905
 
 
-def test_it_runs_and_verifies_like_any_other(folder: Path, tiny_pipeline: Path, model: nn.Module) -> None:
-    records = verify_pipeline(folder, module_image_source(model))
+def test_it_runs_and_verifies_like_any_other(folder: Path, tiny_pipeline: Path, tiny_model: nn.Module) -> None:
+    records = verify_pipeline(folder, module_image_source(tiny_model))
     assert all(record.passed for record in records) and any(record.from_unrounded for record in records)
     mine, plain = (Segmenter(where).segment(photograph(), "the red dog", threshold=0.0) for where in (folder, tiny_pipeline))
     assert np.abs(mine.scores - plain.scores).max() < 0.05
@@ -91,7 +81,7 @@ def test_it_runs_and_verifies_like_any_other(folder: Path, tiny_pipeline: Path, 
 
 
 def test_a_joined_file_has_rounded_weights_too(
-    folder: Path, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tiny_model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = load_manifest(folder)
 
@@ -101,7 +91,7 @@ def test_a_joined_file_has_rounded_weights_too(
         return spec
 
     monkeypatch.setattr(ComponentJob, "export", copied)
-    export_pipeline(module_image_source(model), output=tmp_path / "out", fuse=True, precision="int8")
+    export_pipeline(module_image_source(tiny_model), output=tmp_path / "out", fuse=True, precision="int8")
     manifest = load_manifest(tmp_path / "out")
     records = manifest.component(SEGMENTER).verification
     assert manifest.fused and records and all(record.passed and record.max_rel < 2e-5 for record in records)
@@ -109,20 +99,20 @@ def test_a_joined_file_has_rounded_weights_too(
     assert manifest.quality is not None and parts.quality is not None
     assert manifest.quality.mean_iou == pytest.approx(parts.quality.mean_iou, abs=1e-3)
     assert manifest.quality.largest_score_difference == pytest.approx(parts.quality.largest_score_difference, abs=1e-5)
-    assert all(record.passed for record in verify_pipeline(tmp_path / "out", module_image_source(model)))
+    assert all(record.passed for record in verify_pipeline(tmp_path / "out", module_image_source(tiny_model)))
 
 
-def test_a_planted_wrong_scale_is_caught(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_wrong_scale_is_caught(tiny_model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = onnx_weights.as_int8
     monkeypatch.setattr(onnx_weights, "as_int8", lambda values: (p := right(values)) and (p[0], p[1] * np.float32(1.002)))
-    export = partial(export_pipeline, module_image_source(model), output=tmp_path / "out", components=["text_encoder"])
+    export = partial(export_pipeline, module_image_source(tiny_model), output=tmp_path / "out", components=["text_encoder"])
     with pytest.raises(VerificationError, match="text_encoder"):
         export(precision="int8")
 
 
-def test_a_part_of_a_pipeline_has_no_masks_to_compare(model: nn.Module, tmp_path: Path) -> None:
+def test_a_part_of_a_pipeline_has_no_masks_to_compare(tiny_model: nn.Module, tmp_path: Path) -> None:
     manifest = export_pipeline(
-        module_image_source(model), output=tmp_path / "out", components=["text_encoder"], precision="fp16"
+        module_image_source(tiny_model), output=tmp_path / "out", components=["text_encoder"], precision="fp16"
     )
     assert manifest.quality is None and manifest.verified
     assert all(record.from_unrounded is None or record.from_unrounded < 0.01 for record in manifest.components[0].verification)

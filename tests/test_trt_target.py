@@ -28,19 +28,11 @@ from sam3x.targets.trt_target import TrtTarget
 from support.attention_styles import STYLES, Attention
 from support.upstream import encoder_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU is told")
 SMALL = {"tokens": 36, "batch": (1, 4), "prompt_length": (1, 9), "compute_capability": "sm89"}
 CUDA = ("current_device", "get_device_capability", "get_device_properties", "mem_get_info", "is_available", "device_count")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Kernels of this size lose more to waiting for each other than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def legal(captured: CapturedProgram, **options: Any) -> tuple[CapturedProgram, Any]:

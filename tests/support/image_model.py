@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from sam3x.pipeline.adaptations import unpinned
 from sam3x.pipeline.compatibility import SMALL
 from sam3x.pipeline.image_model import build_image_model
 from sam3x.pipeline.sources import draw_image_weights
+from sam3x.sources import weights_hash
 
 TINY = SMALL
 MERGES = [
@@ -50,6 +52,16 @@ def tiny_image_model(vocabulary: Path, seed: int = 5) -> nn.Module:
     return model
 
 
+def state_of(model: nn.Module) -> tuple[str, list[tuple[str, str, int, int]]]:
+    """What tells that a model was changed: its weights, and every attribute of its modules, how much a dict holds included."""
+    attributes = [
+        (name, key, id(value), len(value) if isinstance(value, dict) else 0)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+    ]
+    return weights_hash(model), attributes
+
+
 def photograph() -> Image.Image:
     """A photograph of 640 by 427 pixels that scikit-learn ships."""
     from sklearn.datasets import load_sample_image
@@ -66,10 +78,13 @@ def processor_result(
     threshold: float = 0.5,
     size: int = TINY.image_size,
 ) -> dict[str, Any]:
-    """Upstream's ``Sam3Processor`` on one prompt; boxes are x0, y0, x1, y1 in pixels."""
+    """Upstream's ``Sam3Processor`` on one prompt; boxes are x0, y0, x1, y1 in pixels.
+
+    It works on a copy of ``model``: upstream's decoder keeps coordinates on itself once it has run.
+    """
     from sam3.model.sam3_image_processor import Sam3Processor
 
-    processor = Sam3Processor(model, resolution=size, device="cpu", confidence_threshold=threshold)
+    processor = Sam3Processor(copy.deepcopy(model), resolution=size, device="cpu", confidence_threshold=threshold)
     width, height = picture.size
     with unpinned():
         state = processor.set_image(picture)
