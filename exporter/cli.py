@@ -32,17 +32,23 @@ app = typer.Typer(
 
 
 class Interface(str, Enum):
+    """Values of ``--interface``, the signature of the graph; ``ExportSpec.interface`` says what each is."""
+
     TOKENS = "tokens"
     FEATURE_MAPS = "feature-maps"
 
 
 class Dac(str, Enum):
+    """Values of ``--dac``: a graph input, or fixed. On and off are the True and False of ``ExportSpec.dac``."""
+
     RUNTIME = "runtime"
     ON = "on"
     OFF = "off"
 
 
 class PreNorm(str, Enum):
+    """Values of ``--pre-norm``; ``ExportSpec.pre_norm`` says what each is. On and off are its True and False."""
+
     RUNTIME = "runtime"
     ON = "on"
     OFF = "off"
@@ -51,16 +57,22 @@ class PreNorm(str, Enum):
 
 
 class Branches(str, Enum):
+    """Values of ``--branches``, what a runtime flag becomes; ``ExportSpec.branches`` says what each is."""
+
     COND = "cond"
     SELECT = "select"
 
 
 class MaskDtype(str, Enum):
+    """Values of ``--mask-dtype``; ``ExportSpec.mask_dtype`` says what each means."""
+
     BOOL = "bool"
     FLOAT32 = "float32"
 
 
 class Verify(str, Enum):
+    """Values of ``--verify``, what is compared with eager; ``ExportSpec.verify`` says what each is."""
+
     OFF = "off"
     FINAL = "final"
     EACH = "each"

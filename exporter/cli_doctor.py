@@ -13,6 +13,8 @@ from sam3x.errors import SpecError
 
 
 class Low(str, Enum):
+    """Values of ``sam3x doctor --precision``; ``doctor_report.BOUNDS`` has the error that each may make."""
+
     FP16 = "fp16"
     BF16 = "bf16"
 

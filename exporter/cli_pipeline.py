@@ -132,6 +132,8 @@ def show_pipeline(manifest: PipelineManifest, folder: Path, *, as_json: bool, qu
 
 
 class ImageSource(str, Enum):
+    """Values of ``--source``, whose code the image model is; ``image_source`` says what each takes."""
+
     SAM3 = "sam3"
     TRANSFORMERS = "transformers"
 
