@@ -10,8 +10,9 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from sam3x.passes.attention_rewrite import SDPA, Emitter
+from sam3x.passes.aten_nodes import SDPA
 from sam3x.passes.base import graph_modules
+from sam3x.passes.emitter import Emitter
 from sam3x.passes.finite_mask import is_finite
 
 _aten = torch.ops.aten

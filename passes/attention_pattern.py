@@ -8,135 +8,32 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-aten = torch.ops.aten
+from sam3x.passes.aten_nodes import (
+    CASTS,
+    NOOPS,
+    PERMUTES,
+    RESHAPES,
+    aten,
+    dtype_of,
+    permutation,
+    same_shape,
+    same_size,
+    shape_of,
+)
+from sam3x.passes.attention_form import Attention, Axis, Layout, MaskStep, NotAttentionError, Scores, axes_of, leaves
+from sam3x.passes.known_numbers import Constant, number_factor
 
-CASTS = {aten._to_copy.default, aten.to.dtype}
-NOOPS = {aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default}
-RESHAPES = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.expand.default,
-}
 SOFTMAXES = {aten._softmax.default, aten.softmax.int, aten._safe_softmax.default}
-PERMUTES = {aten.permute.default, aten.transpose.int}
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default}
 ASSERTIONS = {aten._assert_tensor_metadata.default}
 SIZE_READERS = {aten.sym_size.int, aten.full_like.default}
 MASKED_AT_MOST = -1e4
-
-
-class NotAttentionError(Exception):
-    """Carries the reason why a softmax is left alone; ``depth`` orders reasons by how close the match came."""
-
-    def __init__(self, reason: str, depth: int = 0) -> None:
-        super().__init__(reason)
-        self.depth = depth
-
-
-@dataclass(eq=False, slots=True)
-class Axis:
-    """One dimension larger than 1, told apart by identity; ``parts`` once a reshape has split it."""
-
-    size: Any
-    parts: tuple[Axis, ...] = ()
-
-
-Layout = tuple[tuple[Axis, ...], ...]
-"""The axes, outermost first, that make up each dimension of a tensor; () for a dimension of size 1."""
-
-
-@dataclass(frozen=True, slots=True)
-class MaskStep:
-    """One mask on the scores: ``tensor · factor`` added, or (``fill`` given) ``tensor`` bool with True, or False where
-    ``inverted``, for positions that get ``fill``. ``at`` is the node that applies it: ``tensor`` broadcasts to its shape."""
-
-    tensor: Node
-    at: Node
-    factor: float = 1.0
-    fill: float | None = None
-    inverted: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """What the softmax is taken of: ``scale · first @ second``, then ``masks`` in the order of application.
-
-    ``chain``: the nodes from the product to the softmax's input."""
-
-    first: Node
-    second: Node
-    product: Node
-    scale: float
-    masks: tuple[MaskStep, ...]
-    chain: tuple[Node, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """``softmax(scale · q @ kᵀ + masks) @ v``, each operand as (node, layout); ``output`` likewise, to be replaced.
-
-    ``lead``: the groups of axes that become the leading dimensions, two at most.
-    ``dead``: the nodes that nothing needs once ``output`` is replaced.
-    """
-
-    query: tuple[Node, Layout]
-    key: tuple[Node, Layout]
-    value: tuple[Node, Layout]
-    output: tuple[Node, Layout]
-    lead: Layout
-    queries: tuple[Axis, ...]
-    keys: tuple[Axis, ...]
-    channels: tuple[Axis, ...]
-    value_channels: tuple[Axis, ...]
-    scale: float
-    masks: tuple[tuple[MaskStep, Layout], ...]
-    dead: tuple[Node, ...] = field(default=())
-
-
-Constant = Callable[[Any], float | None]
-"""The Python number an operand stands for, None when it is not a constant."""
-
-
-def shape_of(node: Node) -> list[Any]:
-    """Sizes of a tensor node, symbolic ones as SymInt."""
-    return list(node.meta["val"].shape)
-
-
-def dtype_of(node: Node) -> torch.dtype:
-    """Element type of a tensor node."""
-    return node.meta["val"].dtype
-
-
-def same_size(a: Any, b: Any) -> bool:
-    """Whether two sizes are equal for every value of the symbols; adds no guard."""
-    return bool(a is b or statically_known_true(a == b))
-
-
-def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether two shapes are equal for every value of the symbols."""
-    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
-
-
-def leaves(axes: Iterable[Axis]) -> tuple[Axis, ...]:
-    """The axes with every split one replaced by its parts."""
-    return tuple(leaf for axis in axes for leaf in (leaves(axis.parts) if axis.parts else (axis,)))
-
-
-def axes_of(size: Any) -> tuple[Axis, ...]:
-    """A fresh axis, none for size 1."""
-    return () if same_size(size, 1) else (Axis(size),)
 
 
 def match(softmax: Node, constant: Constant) -> Attention:
@@ -254,44 +151,9 @@ def _mask_layout(mask: MaskStep, at: Layout) -> Layout:
     return tuple(dims)
 
 
-def permutation(node: Node) -> list[int] | None:
-    """The order of dimensions of a permute or transpose node, None for another node."""
-    if node.target not in PERMUTES or node.op != "call_function":
-        return None
-    rank = len(shape_of(node))
-    if node.target is aten.permute.default:
-        return [dim % rank for dim in node.args[1]]  # type: ignore[union-attr, operator, misc]
-    order = list(range(rank))
-    first, second = (operator.index(dim) % rank for dim in node.args[1:3])  # type: ignore[arg-type]
-    order[first], order[second] = order[second], order[first]
-    return order
-
-
 def live_users(node: Node) -> list[Node]:
     """Users of the tensor's values: not assertions on its metadata, nor what reads its sizes."""
     return [user for user in node.users if user.target not in ASSERTIONS | SIZE_READERS]
-
-
-def number_factor(node: Node, constant: Constant) -> tuple[Node, float] | None:
-    """``(x, c)`` when the node is ``x · c`` for a number c and keeps x's shape and dtype; None otherwise."""
-    if node.op != "call_function":
-        return None
-    operands: list[tuple[Any, Any]] = []
-    if node.target in (aten.mul.Tensor, aten.mul.Scalar):
-        operands = [(node.args[0], node.args[1]), (node.args[1], node.args[0])]
-    elif node.target in (aten.div.Tensor, aten.div.Scalar):
-        operands = [(node.args[0], node.args[1])]
-    elif node.target is aten.neg.default:
-        operands = [(node.args[0], -1.0)]
-    for tensor, other in operands:
-        number = constant(other)
-        if isinstance(tensor, Node) and number is not None and same_shape(shape_of(tensor), shape_of(node)):
-            if dtype_of(tensor) is not dtype_of(node):
-                return None
-            if node.target in (aten.div.Tensor, aten.div.Scalar):
-                number = 1.0 / number if number else math.inf
-            return tensor, number
-    return None
 
 
 def _walk(node: Any, user: Node, constant: Constant, after: float, depth: int) -> Scores:

@@ -11,29 +11,13 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from sam3x.errors import SpecError
-from sam3x.passes.attention_pattern import (
-    ASSERTIONS,
-    PRODUCTS,
-    SOFTMAXES,
-    NotAttentionError,
-    aten,
-    dtype_of,
-    match,
-    same_shape,
-    same_size,
-    shape_of,
-)
-from sam3x.passes.attention_rewrite import (
-    SDPA,
-    Constants,
-    Emitter,
-    attend,
-    explicit_causal,
-    release_shapes,
-    repeat_heads,
-    rewrite,
-)
+from sam3x.passes.aten_nodes import SDPA, aten, dtype_of, same_shape, same_size, shape_of
+from sam3x.passes.attention_form import NotAttentionError
+from sam3x.passes.attention_pattern import ASSERTIONS, PRODUCTS, SOFTMAXES, match
+from sam3x.passes.attention_rewrite import attend, explicit_causal, release_shapes, repeat_heads, rewrite
 from sam3x.passes.base import Exactness, Missed, Pass, PassResult, graph_modules
+from sam3x.passes.emitter import Emitter
+from sam3x.passes.known_numbers import KnownNumbers
 from sam3x.program import erase_dead
 
 MaskKind = Literal["bool_keep", "bool_hide", "float"]
@@ -142,7 +126,7 @@ class CanonicalizeAttentionPass(Pass):
     def call(self, program: ExportedProgram) -> PassResult:
         rewrites, modified = 0, False
         missed: list[Missed] = []
-        constants = Constants(program)
+        constants = KnownNumbers(program)
         for prefix, module in graph_modules(program):
             modified |= erase_dead(module)  # an unused copy of the weights must not hide attention
             changed = False
@@ -239,7 +223,7 @@ def _plain(module: GraphModule, node: Node) -> Node:
     return attend(emit, query, key, value, mask, 1.0 / math.sqrt(shape_of(query)[-1]) if scale is None else scale)
 
 
-def _registered(module: GraphModule, node: Node, constants: Constants) -> tuple[Node, Node]:
+def _registered(module: GraphModule, node: Node, constants: KnownNumbers) -> tuple[Node, Node]:
     """(the node to replace, its SDPA) of a registered operator."""
     schema = node.target._schema  # type: ignore[union-attr]
     spec = _REGISTERED[schema.name]

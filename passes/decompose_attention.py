@@ -7,8 +7,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from sam3x.passes.attention_guard import Sdpa, additive, attentions, guarded, read_sdpa, replace, zeroed
-from sam3x.passes.attention_rewrite import Emitter
 from sam3x.passes.base import Exactness, Missed, Pass, PassResult
+from sam3x.passes.emitter import Emitter
 
 _aten = torch.ops.aten
 

@@ -8,10 +8,10 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from sam3x.passes.attention_rewrite import Emitter
 from sam3x.passes.base import Exactness, Missed, Pass, PassResult, graph_modules
 from sam3x.passes.cond_graph import fake_mode_of
 from sam3x.passes.constants import Constants
+from sam3x.passes.emitter import Emitter
 from sam3x.program import erase_dead
 
 _aten = torch.ops.aten

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch.fx import Node
 
-from sam3x.passes.attention_pattern import RESHAPES
+from sam3x.passes.aten_nodes import RESHAPES
 
 _aten = torch.ops.aten
 

@@ -6,11 +6,11 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from sam3x.passes.aten_nodes import same_size, shape_of
 from sam3x.passes.attention_guard import Sdpa, additive, attentions, guarded, read_sdpa, replace, zeroed
 from sam3x.passes.attention_ops import MULTI_HEAD_ATTENTION
-from sam3x.passes.attention_pattern import same_size, shape_of
-from sam3x.passes.attention_rewrite import Emitter
 from sam3x.passes.base import Exactness, Missed, Pass, PassResult
+from sam3x.passes.emitter import Emitter
 
 _aten = torch.ops.aten
 

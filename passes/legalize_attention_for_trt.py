@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from sam3x.passes.attention_guard import Sdpa
-from sam3x.passes.attention_rewrite import Emitter
+from sam3x.passes.emitter import Emitter
 from sam3x.passes.tile_attention import TileAttentionPass
 
 UNLIMITED = 2**62

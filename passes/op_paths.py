@@ -15,7 +15,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from sam3x.passes.attention_rewrite import SDPA
+from sam3x.passes.aten_nodes import SDPA
 from sam3x.passes.cond_graph import is_cond, read_cond
 
 ALIASES = {"softmax": "attention", "scaled_dot_product_attention": "attention"}

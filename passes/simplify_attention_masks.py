@@ -10,10 +10,11 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from sam3x.passes.aten_nodes import permutation, same_size, shape_of
+from sam3x.passes.attention_form import Axis, Layout, NotAttentionError, axes_of, leaves
 from sam3x.passes.attention_guard import attentions, read_sdpa
-from sam3x.passes.attention_pattern import Axis, Layout, NotAttentionError, axes_of, leaves, permutation, same_size, shape_of
-from sam3x.passes.attention_rewrite import Emitter
 from sam3x.passes.base import Exactness, Missed, Pass, PassResult
+from sam3x.passes.emitter import Emitter
 from sam3x.passes.sink_permutes import SHAPING, regrouped
 from sam3x.program import erase_dead
 

@@ -13,7 +13,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from sam3x.passes.attention_pattern import RESHAPES, Axis, Layout, axes_of, leaves, permutation, shape_of
+from sam3x.passes.aten_nodes import RESHAPES, permutation, shape_of
+from sam3x.passes.attention_form import Axis, Layout, axes_of, leaves
 from sam3x.passes.base import Exactness, Pass, PassResult, graph_modules
 from sam3x.program import erase_dead
 

@@ -9,8 +9,8 @@ from torch.fx import Node
 
 from sam3x.passes.attention_guard import Sdpa, attentions, guarded, read_sdpa, replace, zeroed
 from sam3x.passes.attention_ops import TILED_ATTENTION
-from sam3x.passes.attention_rewrite import Emitter
 from sam3x.passes.base import Exactness, Missed, Pass, PassResult
+from sam3x.passes.emitter import Emitter
 
 
 class TileAttentionPass(Pass):

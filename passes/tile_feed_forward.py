@@ -11,8 +11,8 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.nn import functional
 
-from sam3x.passes.attention_rewrite import Emitter
 from sam3x.passes.base import Exactness, Missed, Pass, PassResult, graph_modules
+from sam3x.passes.emitter import Emitter
 
 _aten = torch.ops.aten
 _LINEAR = _aten.linear.default

@@ -3,49 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import logging
-import os
-import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import sam3x
 from sam3x.capture import capture
-from sam3x.errors import LoweringError, SpecError, TargetUnavailableError, VerificationError
-from sam3x.passes.default_pipeline import default_pipeline
-from sam3x.program import CapturedProgram
+from sam3x.errors import LoweringError, TargetUnavailableError, VerificationError
 from sam3x.sources import default_source
-from sam3x.targets import quiet, trt_driver, trt_program, trt_target
 from sam3x.targets.base import resolve
 from sam3x.targets.trt_target import TrtTarget
 from support.attention_styles import STYLES, Attention
+from support.trt import GPU, NO_GPU, SIZES, SMALL, captured, legal, lower, with_unknown, zeros_of
 from support.upstream import encoder_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU is told")
-SMALL = {"tokens": 36, "batch": (1, 4), "prompt_length": (1, 9), "compute_capability": "sm89"}
-CUDA = ("current_device", "get_device_capability", "get_device_properties", "mem_get_info", "is_available", "device_count")
-
-
-def legal(captured: CapturedProgram, **options: Any) -> tuple[CapturedProgram, Any]:
-    """The program as the target lowers it, and the options."""
-    spec = captured.spec
-    _, own = resolve(TrtTarget(), {"batch": spec.batch, "tokens": spec.tokens, "prompt_length": spec.prompt_length, **options})
-    pipeline = default_pipeline(str(spec.branches)).then(*TrtTarget().legalization_passes(own))
-    return pipeline.run(captured)[0], own
-
-
-def lower(captured: CapturedProgram, path: Path, **options: Any) -> dict[str, Any]:
-    program, own = legal(captured, compute_capability="sm89", **options)
-    return TrtTarget().lower(program, path, own)
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +33,6 @@ def folder(encoder: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path
     output = tmp_path_factory.mktemp("trt") / "out"
     sam3x.export(encoder, target="trt", output=output, **SMALL)
     return output
-
-
-@pytest.fixture(scope="module")
-def captured(encoder: nn.Module) -> dict[str, CapturedProgram]:
-    spec = {"tokens": 36, "batch": (1, 4), "prompt_length": (1, 9)}
-    return {form: capture(encoder, sam3x.spec.make_spec(branches=form, **spec)) for form in ("select", "cond")}
 
 
 # ---- one engine, and what it says of itself
@@ -94,18 +63,12 @@ def test_without_a_gpu_it_is_not_called_verified(folder: Path) -> None:
     manifest = sam3x.load(folder).manifest
     assert not manifest.verified and "sam3x verify" in str(manifest.verified_reason)
     with pytest.raises(TargetUnavailableError, match="runs on a GPU"):
-        sam3x.load(folder).run({name: _zeros(manifest, name) for name in manifest.input_names})
-
-
-def _zeros(manifest: Any, name: str) -> Any:
-    item = next(item for item in manifest.inputs if item.name == name)
-    sizes = {"batch": 2, "tokens": 36, "prompt_length": 3}
-    return torch.zeros([sizes.get(str(size), size) for size in item.shape], dtype=getattr(torch, item.dtype))
+        sam3x.load(folder).run({name: zeros_of(manifest, name) for name in manifest.input_names})
 
 
 @pytest.mark.parametrize(("form", "precision"), [("select", "fp16"), ("select", "bf16"), ("cond", "fp16"), ("cond", "bf16")])
-def test_lower_precisions_in_one_engine(captured: Any, form: str, precision: str, tmp_path: Path) -> None:
-    facts = lower(captured[form], tmp_path / "x.engine", precision=precision)
+def test_lower_precisions_in_one_engine(form: str, precision: str, tmp_path: Path) -> None:
+    facts = lower(captured(form), tmp_path / "x.engine", precision=precision)
     assert facts["attentions"] == 4 and facts["tiled_attention_loops"] == 0
     assert facts["attention_layers"] == (0 if (form, precision) == ("cond", "bf16") else 4)
     assert facts["dtypes"]["tgt"] == facts["dtypes"]["output"] == "float"  # what callers hand over does not change
@@ -114,8 +77,8 @@ def test_lower_precisions_in_one_engine(captured: Any, form: str, precision: str
     assert all(float(item["max_abs"]) <= bound[0] and float(item["cosine"]) >= bound[1] for item in drift)
 
 
-def test_conditionals_stay_conditionals_in_one_engine(captured: Any, tmp_path: Path) -> None:
-    facts = lower(captured["cond"], tmp_path / "x.engine")
+def test_conditionals_stay_conditionals_in_one_engine(tmp_path: Path) -> None:
+    facts = lower(captured("cond"), tmp_path / "x.engine")
     assert facts["conditionals"] == 12 and facts["left_to_torch"] == 0  # six norms a layer; dac is a mask of rows
 
 
@@ -126,8 +89,8 @@ def test_dac_at_a_fixed_batch_of_one_leaves_no_conditional_of_sizes(form: str, t
     assert facts["conditionals"] == (0 if form == "select" else 6)
 
 
-def test_a_profile_is_tuned_for_the_sizes_that_are_named(captured: Any, tmp_path: Path) -> None:
-    facts = lower(captured["select"], tmp_path / "x.engine", opt_batch=2, opt_prompt_length=5)
+def test_a_profile_is_tuned_for_the_sizes_that_are_named(tmp_path: Path) -> None:
+    facts = lower(captured("select"), tmp_path / "x.engine", opt_batch=2, opt_prompt_length=5)
     assert facts["profile"]["memory"] == "1x1x32 / 2x5x32 / 4x9x32"
 
 
@@ -185,8 +148,8 @@ def test_feature_maps(tmp_path: Path) -> None:
 # ---- islands
 
 
-def test_islands_stay_in_float32(captured: Any) -> None:
-    program, _ = legal(captured["select"], precision="fp16", compute_capability="sm89", fp32_ops="layers.1, softmax")
+def test_islands_stay_in_float32() -> None:
+    program, _ = legal(captured("select"), precision="fp16", compute_capability="sm89", fp32_ops="layers.1, softmax")
     weights = {
         name: value.dtype
         for name, value in program.program.state_dict.items()
@@ -211,67 +174,14 @@ def test_an_overflow_is_refused_with_the_way_to_find_it(encoder: nn.Module, tmp_
     assert artifact.manifest.facts["engines"] == 1
 
 
-# ---- torch.cuda as it was
-
-
-@pytest.fixture
-def cuda() -> Iterator[dict[str, Any]]:
-    before = {name: getattr(torch.cuda, name) for name in CUDA}
-    yield before
-    assert {name: getattr(torch.cuda, name) for name in CUDA} == before
-
-
-@NO_GPU
-def test_torch_cuda_is_answered_for_inside_and_itself_afterwards(cuda: Any) -> None:
-    shown = warnings.showwarning
-    with pytest.raises(ZeroDivisionError), trt_driver.named_device((8, 9)):
-        assert torch.cuda.get_device_capability() == (8, 9) and torch.cuda.get_device_properties(0).major == 8
-        logging.captureWarnings(True)
-        assert not torch.cuda.is_available()
-        1 / 0  # noqa: B018
-    assert warnings.showwarning is shown and logging._warnings_showwarning is None
-
-
-def test_torch_cuda_is_untouched_where_a_gpu_is_there(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with trt_driver.named_device((8, 9)):
-        assert torch.cuda.get_device_capability is cuda["get_device_capability"]
-    monkeypatch.undo()
-
-
-def test_an_export_and_a_failed_one_leave_torch_cuda_alone(cuda: Any, captured: Any, tmp_path: Path) -> None:
-    lower(captured["select"], tmp_path / "x.engine")
-    with pytest.raises(LoweringError):
-        TrtTarget().lower(_with_unknown(captured["select"]), tmp_path / "y.engine", resolve(TrtTarget(), SMALL)[1])
-
-
-def test_what_native_code_says_is_dropped_unless_it_fails(capfd: pytest.CaptureFixture[str]) -> None:
-    with quiet.native_silence():
-        os.write(2, b"a warning")
-    with pytest.raises(ZeroDivisionError), quiet.native_silence():
-        os.write(2, b"the reason")
-        1 / 0  # noqa: B018
-    os.write(2, b", and on")
-    assert capfd.readouterr().err == "the reason, and on"
-
-
 # ---- refusals
 
 
-def _with_unknown(captured: CapturedProgram) -> CapturedProgram:
-    """The program with an operator that has no form in TensorRT."""
-    program = default_pipeline("select").run(captured)[0]
-    node = next(node for node in program.program.graph.nodes if node.target is torch.ops.aten.relu.default)
-    node.target = torch.ops.aten.special_bessel_j0.default
-    values = {name: getattr(program, name) for name in program.__dataclass_fields__}
-    return CapturedProgram(**{**values, "spec": program.spec.model_copy(update={"verify": "off"})})
-
-
-def test_an_operation_that_cannot_be_converted_is_named(captured: Any, tmp_path: Path) -> None:
+def test_an_operation_that_cannot_be_converted_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.engine"
     said = r"1 operations have no form.*relu \(aten.special_bessel_j0.default: no converter\)"
     with pytest.raises(LoweringError, match=said):
-        TrtTarget().lower(_with_unknown(captured["select"]), path, resolve(TrtTarget(), SMALL)[1])
+        TrtTarget().lower(with_unknown(captured("select")), path, resolve(TrtTarget(), SMALL)[1])
     assert not path.exists()
 
 
@@ -283,135 +193,20 @@ def test_sizes_that_the_builder_cannot_follow_are_refused_with_the_way_out(tmp_p
         lower(capture(encoder_of(1), spec), tmp_path / "x.engine")
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"compute_capability": "sm42"}, r"no GPU 'sm42'.*sm75.*sm121"),
-        ({"compute_capability": "sm89", "opt_batch": 9}, r"--opt-batch 9 is outside batch 1:4"),
-        ({"compute_capability": "sm89", "opt_prompt_length": 78}, r"--opt-prompt-length 78 is outside"),
-        ({"compute_capability": "sm89", "fp32_ops": "layer_norm"}, r"everything is float32 already"),
-        ({"compute_capability": "sm89", "precision": "int8"}, r"precision"),
-        pytest.param({}, r"no GPU here.*--compute-capability sm89", marks=NO_GPU),
-        pytest.param({"compute_capability": "sm89", "format": "ep"}, r"--format ep loads the engine", marks=NO_GPU),
-    ],
-)
-def test_bad_options_are_told_at_once(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(SpecError, match=said):
-        resolve(TrtTarget(), options)
-
-
-@pytest.mark.parametrize("written", ["SM89", "8.9", "sm_89", "89"])
-def test_a_gpu_may_be_written_in_many_ways(written: str) -> None:
-    assert resolve(TrtTarget(), {"compute_capability": written})[1].compute_capability == "sm89"
-
-
-def test_an_island_that_names_nothing_is_refused(captured: Any) -> None:
+def test_an_island_that_names_nothing_is_refused() -> None:
     with pytest.raises(sam3x.errors.PassError, match=r"'layers.7' names no operation.*layers.0"):
-        legal(captured["select"], precision="fp16", compute_capability="sm89", fp32_ops="layers.7")
-
-
-def test_without_the_extra_the_install_command_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(trt_target, "distribution", lambda: None)
-    status = TrtTarget().availability()
-    assert not status.available and "sam3x[trt-rtx]" in status.install and "torch_tensorrt" in status.detail
-    with pytest.raises(TargetUnavailableError, match=r"missing torch_tensorrt.*sam3x\[trt-rtx\]"):
-        sam3x.export(encoder_of(1), target="trt", output=tmp_path / "out", **SMALL)
-
-
-@NO_GPU
-def test_tensorrt_itself_needs_the_gpu_that_it_builds_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt_target, "distribution", lambda: "torch-tensorrt")
-    monkeypatch.setattr(trt_target, "version", lambda name: "2.14.0")
-    assert not TrtTarget().availability().available
-    with pytest.raises(TargetUnavailableError, match=r"TensorRT-RTX.*sam3x\[trt-rtx\]"):
-        resolve(TrtTarget(), {"compute_capability": "sm89"})
-
-
-def test_the_status_imports_nothing_heavy() -> None:
-    import subprocess
-
-    code = "import sys; from sam3x.targets.trt_target import TrtTarget; "
-    code += "print(TrtTarget().availability().detail, 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "TensorRT" in done.stdout and done.stdout.strip().endswith("False"), done.stderr
-
-
-# ---- a torch program that holds the engine
-
-
-class InPlaceOfTheEngine(nn.Module):
-    """Called as ``TorchTensorRTModule`` is: one tensor or a tuple comes back. Output i is the first input plus i."""
-
-    def __init__(self, outputs: int) -> None:
-        super().__init__()
-        self.outputs = outputs
-
-    def forward(self, *inputs: Tensor) -> Any:
-        found = tuple(inputs[0] + i for i in range(self.outputs))
-        return found if len(found) > 1 else found[0]
-
-
-EP_SPECS = {
-    "tokens": {"tokens": 36, "batch": (1, 4), "prompt_length": (1, 9)},
-    "feature maps": {"interface": "feature_maps", "feature_sizes": ((6, 6),), "batch": (1, 4), "prompt_length": (1, 9)},
-}
-
-
-@pytest.mark.parametrize("name", EP_SPECS)
-def test_a_program_around_the_engine_keeps_names_and_sizes(name: str, encoder: nn.Module, tmp_path: Path) -> None:
-    """All of ``--format ep`` but the engine's own run: sizes other than the profile's best one, every output under its name."""
-    program, own = legal(capture(encoder, sam3x.spec.make_spec(branches="select", **EP_SPECS[name])), compute_capability="sm89")
-    path = tmp_path / "x.pt2"
-    trt_program.save_program(InPlaceOfTheEngine(len(program.output_names)), program, path, own, "cpu")
-    runner = trt_program.ProgramRunner(path, "cpu")
-    batches = set()
-    for sample in program.samples:
-        inputs = {name: sample.inputs[name].numpy() for name in program.input_names}
-        got, first = runner.run(inputs), inputs[program.input_names[0]]
-        assert tuple(got) == program.output_names
-        assert all(np.array_equal(value, first + np.float32(i)) for i, value in enumerate(got.values()))
-        batches.add(len(first))
-    assert batches - {own.opt_batch or 1}, "at the size the profile is tuned for alone"
-
-
-def test_torch_tensorrt_knows_the_outputs_sizes_from_the_inputs(captured: Any) -> None:
-    """Its own shape function, on what the export tells it; without that it cannot be exported at all."""
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    program, _ = legal(captured["select"], compute_capability="sm89")
-    with trt_driver.named_device((8, 9)):
-        trt_driver.import_torch_tensorrt()
-        from torch_tensorrt.dynamo.runtime.meta_ops.register_meta_ops import _apply_symbolic_shape_expressions
-
-        told = trt_program.shape_expressions(program)
-        assert tuple(item["name"] for item in told["inputs"]) == program.input_names
-        with FakeTensorMode(shape_env=ShapeEnv()) as mode:
-            inputs = [mode.from_tensor(program.samples[0].inputs[name]) for name in program.input_names]
-            (output,) = _apply_symbolic_shape_expressions(inputs, told)
-    assert tuple(output.shape) == tuple(program.samples[0].inputs["tgt"].shape) and output.dtype is torch.float32
+        legal(captured("select"), precision="fp16", compute_capability="sm89", fp32_ops="layers.7")
 
 
 # ---- on a machine with a GPU
 
 
 @GPU
-@pytest.mark.parametrize("name", EP_SPECS)
-def test_a_program_with_the_engine_runs_and_is_verified(name: str, encoder: nn.Module, tmp_path: Path) -> None:
-    artifact = sam3x.export(encoder, target="trt", output=tmp_path / "out", format="ep", **EP_SPECS[name])
-    assert artifact.path.name == "fusion_encoder.pt2" and artifact.manifest.verified
-    inputs = {name: _zeros(artifact.manifest, name) for name in artifact.manifest.input_names}
-    assert tuple(artifact.run(inputs)) == artifact.manifest.output_names
-    assert tuple(sam3x.load(tmp_path / "out").run(inputs)) == artifact.manifest.output_names
-
-
-@GPU
 @pytest.mark.parametrize(("form", "precision"), itertools.product(("select", "cond"), ("fp32", "fp16", "bf16")))
 def test_the_engine_runs_and_is_verified(encoder: nn.Module, form: str, precision: str, tmp_path: Path) -> None:
-    options = {name: value for name, value in SMALL.items() if name != "compute_capability"}
-    artifact = sam3x.export(encoder, target="trt", output=tmp_path / "out", branches=form, precision=precision, **options)
+    artifact = sam3x.export(encoder, target="trt", output=tmp_path / "out", branches=form, precision=precision, **SIZES)
     assert artifact.manifest.verified and artifact.manifest.verification
-    inputs = {name: _zeros(artifact.manifest, name) for name in artifact.manifest.input_names}
+    inputs = {name: zeros_of(artifact.manifest, name) for name in artifact.manifest.input_names}
     assert artifact.run(inputs)["output"].shape == (2, 36, 32)
 
 
@@ -419,9 +214,8 @@ def test_the_engine_runs_and_is_verified(encoder: nn.Module, form: str, precisio
 def test_a_folder_from_another_machine_is_completed(
     encoder: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {name: value for name, value in SMALL.items() if name != "compute_capability"}
     monkeypatch.setattr(TrtTarget, "unverifiable", lambda self, options: "pretend")
-    sam3x.export(encoder, target="trt", output=tmp_path / "out", **options)
+    sam3x.export(encoder, target="trt", output=tmp_path / "out", **SIZES)
     monkeypatch.undo()
     assert not sam3x.load(tmp_path / "out").manifest.verified
     sam3x.api.verify(tmp_path / "out", encoder)

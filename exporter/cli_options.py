@@ -1,0 +1,18 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Folder = Annotated[Path, typer.Argument(help="An exported folder.", metavar="FOLDER")]
+Checkpoint = Annotated[Path | None, typer.Option("--checkpoint", help="SAM3 or EfficientSAM3 .pt, .pth or .safetensors.")]
+Module = Annotated[
+    str | None,
+    typer.Option("--module", metavar="PKG.MOD:FACTORY", help="A callable that returns the encoder, or the encoder itself."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more, and the traceback of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; progress goes to stderr.")]
