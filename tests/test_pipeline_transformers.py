@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import nn
 
 from sam3x.errors import SourceError
 from sam3x.pipeline.contract import COMPONENTS
-from sam3x.pipeline.export import export_pipeline
+from sam3x.pipeline.export import DEFAULTS, export_pipeline
 from sam3x.pipeline.sources import draw_image_weights, module_image_source, transformers_image_source
+from sam3x.pipeline.transformers_source import transformers_model
 from sam3x.runtime import Segmenter
+from sam3x.spec import make_spec
 from support.image_model import between, iou, photograph
 
 SIZE = 112
@@ -158,6 +161,56 @@ def test_folders_that_hold_no_such_model(tmp_path: Path) -> None:
         with pytest.raises(SourceError, match=fact):
             export_pipeline(transformers_image_source(folder), output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def sam3_model() -> nn.Module:
+    return tiny("Sam3Model")
+
+
+VOCABULARY = json.dumps({"version": "1.0", "model": {"type": "WordLevel", "vocab": {"<pad>": 7, "dog": 2}, "unk_token": "dog"}})
+PAD = {"content": "<pad>", "lstrip": False}
+
+
+@pytest.mark.parametrize(
+    ("files", "pad_id"),
+    [
+        ({}, 1),  # the text encoder's own
+        ({"tokenizer_config.json": '{"pad_token": "<pad>"}'}, 1),
+        ({"tokenizer.json": VOCABULARY}, 1),
+        ({"tokenizer.json": VOCABULARY, "tokenizer_config.json": '{"pad_token": null}'}, 1),
+        ({"tokenizer.json": VOCABULARY, "tokenizer_config.json": '{"pad_token": "<none>"}'}, 1),
+        ({"tokenizer.json": VOCABULARY, "tokenizer_config.json": '{"pad_token": "<pad>"}'}, 7),
+        ({"tokenizer.json": VOCABULARY, "tokenizer_config.json": json.dumps({"pad_token": PAD})}, 7),
+    ],
+)
+def test_texts_are_filled_up_with_the_tokenizers_own_token(
+    files: dict[str, str], pad_id: int, sam3_model: nn.Module, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert transformers_model(sam3_model, "it", make_spec(**DEFAULTS), tmp_path).pad_id == pad_id
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "fact"),
+    [
+        ("tokenizer_config.json", "{", "JSONDecodeError"),
+        ("tokenizer_config.json", "[]", "no object"),
+        ("tokenizer_config.json", '{"pad_token": 3}', "its pad_token is 3"),
+        ("tokenizer_config.json", "[" * 100_000, "RecursionError"),
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1", "Exception"),
+    ],
+    ids=["no JSON", "no object", "no text", "nested too deep", "a pointer"],
+)
+def test_a_tokenizer_that_cannot_be_read_is_told(
+    name: str, text: str, fact: str, sam3_model: nn.Module, tmp_path: Path
+) -> None:
+    files = {"tokenizer.json": VOCABULARY, "tokenizer_config.json": '{"pad_token": "<pad>"}', name: text}
+    for file, content in files.items():
+        (tmp_path / file).write_text(content)
+    with pytest.raises(SourceError, match=rf"step 1/4 source: .*/{name} cannot be read .*{fact}.*--tokenizer"):
+        transformers_model(sam3_model, "it", make_spec(**DEFAULTS), tmp_path)
 
 
 def test_convolutions_with_batch_norms_are_stored_in_int8_too(tmp_path: Path) -> None:

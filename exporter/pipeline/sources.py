@@ -86,7 +86,7 @@ def transformers_image_source(folder: str | Path) -> Cut:
     """A folder that ``Sam3Model.save_pretrained`` or ``Sam3LiteTextModel.save_pretrained`` wrote.
 
     Raises:
-        SourceError: it holds no such model, or transformers is missing.
+        SourceError: it holds no such model, its tokenizer cannot be read, or transformers is missing.
     """
     path = Path(folder)
 

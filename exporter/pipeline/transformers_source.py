@@ -27,6 +27,7 @@ _PARTS = (
     "mask_decoder",
 )
 _TOKENIZER = "tokenizer.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -39,6 +40,9 @@ def transformers_model(model: nn.Module, origin: str, spec: ExportSpec, folder: 
 
     Args:
         spec: ``batch`` is how many prompts. folder: where its tokenizer lies, if anywhere.
+
+    Raises:
+        SourceError: the folder's tokenizer files cannot be read.
     """
     twin: Any = private_twin(model)
     config: Any = model.config
@@ -112,17 +116,42 @@ def load_folder(folder: Path) -> nn.Module:
 
 
 def _pad_id(folder: Path | None, config: Any) -> int:
-    """Token that fills texts up: the tokenizer's own, else the text encoder's."""
-    try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text()) if folder is not None else {}
-        token = settings.get("pad_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if token is not None and folder is not None:
-            from tokenizers import Tokenizer
+    """Token that fills texts up: the tokenizer's own, else the text encoder's.
 
-            found = Tokenizer.from_file(str(folder / _TOKENIZER)).token_to_id(token)
-            if found is not None:
-                return int(found)
-    except Exception:  # a folder without a tokenizer, or an odd one: words are not read with it
-        pass
-    return int(getattr(config, "pad_token_id", None) or 0)
+    Raises:
+        SourceError: the folder's tokenizer files are there and cannot be read.
+    """
+    found = None if folder is None else _tokenizer_pad_id(folder)
+    return int(found if found is not None else getattr(config, "pad_token_id", None) or 0)
+
+
+def _tokenizer_pad_id(folder: Path) -> int | None:
+    """Id of the token that ``tokenizer_config.json`` pads with; None where it names none, or a tokenizer file is absent."""
+    settings, vocabulary = folder / _TOKENIZER_CONFIG, folder / _TOKENIZER
+    if not (settings.is_file() and vocabulary.is_file()):
+        return None
+    try:
+        given = json.loads(settings.read_text(encoding="utf-8"))
+        if not isinstance(given, dict):
+            raise ValueError("it holds no object")
+        token = given.get("pad_token")
+        token = token.get("content") if isinstance(token, dict) else token  # with its options, or its text alone
+        if not isinstance(token, str | None):
+            raise ValueError(f"its pad_token is {token!r}")
+    except (OSError, ValueError, RecursionError) as error:  # unreadable, no JSON, not of this form, nested too deep
+        raise _unreadable(settings, error) from error
+    if token is None:
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(vocabulary)).token_to_id(token)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise _unreadable(vocabulary, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> SourceError:
+    return SourceError(
+        f"step 1/4 source: {path} cannot be read for the token that fills texts up ({reason_of(error)}). "
+        "Save the tokenizer there again with save_pretrained, or take its files out of the folder and give --tokenizer."
+    )
