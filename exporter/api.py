@@ -34,7 +34,7 @@ from sam3x.publish import publishing, replace_manifest
 from sam3x.samples import Sizes, samples_for, thinned, verification_sizes
 from sam3x.sources import Source, source_for
 from sam3x.spec import ExportSpec, make_spec
-from sam3x.targets.base import Runner, Target, TargetOptions, file_name, resolve, weight_precision
+from sam3x.targets.base import Runner, Target, TargetOptions, file_name, half_sums, resolve, weight_precision
 from sam3x.targets.registry import get_target
 from sam3x.verify import check_pass, compare, require
 from sam3x.weight_rounding import rounded_encoder
@@ -102,7 +102,9 @@ def export(
         verification: tuple[VerificationRecord, ...] = ()
         if runner is not None and unverified is None:
             tell("verify")
-            verification = _timed(figures, "verify_seconds", lambda: _verify(source, rounded, spec, runner, target_options))
+            verification = _timed(
+                figures, "verify_seconds", lambda: _verify(source, rounded, spec, back_end, runner, target_options)
+            )
             require(verification, f"step 4/4 verify {target}")
         figures["total_seconds"] = time.perf_counter() - started
         figures["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -157,7 +159,7 @@ def verify(folder: str | Path, source: nn.Module | Source | None = None, *, full
         )
     target = get_target(artifact.manifest.target)
     options = target.options_type(**artifact.manifest.target_options)
-    records = _verify(given, _rounded(given, spec, target, options), spec, artifact._runner, options)
+    records = _verify(given, _rounded(given, spec, target, options), spec, target, artifact._runner, options)
     require(records, f"verify {artifact.manifest.target}")
     if not artifact.manifest.verified:
         known = {"verified": True, "verified_reason": None, "verification": records}
@@ -179,7 +181,7 @@ def _rounded(source: Source, spec: ExportSpec, target: Target, options: TargetOp
 
 
 def _verify(
-    source: Source, rounded_module: nn.Module | None, spec: ExportSpec, runner: Runner, options: TargetOptions
+    source: Source, rounded_module: nn.Module | None, spec: ExportSpec, target: Target, runner: Runner, options: TargetOptions
 ) -> tuple[VerificationRecord, ...]:
     """Against eager float32; with ``rounded_module`` against that, and how far it is from the source."""
     precision = str(getattr(options, "precision", "fp32"))
@@ -195,7 +197,7 @@ def _verify(
         }
 
     def rounded(inputs: Any) -> dict[str, Tensor]:
-        with eager_in(precision):
+        with eager_in(precision, half_sums=half_sums(target, options)):
             return encoder.eager(inputs)
 
     if rounded_module is not None:

@@ -85,6 +85,12 @@ def weight_precision(target: Target, options: TargetOptions) -> str | None:
     return None if own is None else own(options)
 
 
+def half_sums(target: Target, options: TargetOptions) -> bool:
+    """Whether the target's kernels keep sums in float16 on this machine: what its own ``half_sums(options)`` says, if any."""
+    own = getattr(target, "half_sums", None)
+    return False if own is None else own(options)
+
+
 class Runner(Protocol):
     """Runs an artifact: named arrays in, named arrays out."""
 

@@ -146,6 +146,13 @@ class PteTarget:
             "or export with --bundle and let the device check itself (docs/executorch.md)"
         )
 
+    def half_sums(self, options: PteOptions) -> bool:
+        if options.precision != "fp16":
+            return False
+        from sam3x.targets.pte_sums import half_sums
+
+        return half_sums(options.delegate)
+
     def load_runner(self, path: Path) -> PteRunner:
         return PteRunner(path)
 

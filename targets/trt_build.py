@@ -43,7 +43,8 @@ def build(captured: CapturedProgram, options: TrtOptions, capability: str) -> Bu
         import_torch_tensorrt()
         network, interpreter, profile = convert(captured, options, log)
         started = time.perf_counter()
-        engine = serialize(interpreter.builder, network, interpreter._populate_trt_builder_config(), capability, log)
+        config = interpreter._populate_trt_builder_config()
+        engine = serialize(interpreter.builder, network, config, capability, options, log)
         return Built(engine, {**facts_of(network), "profile": profile, **figures(log, engine, started)})
 
 
@@ -129,11 +130,13 @@ def _input(shapes: tuple[list[int], list[int], list[int]], dtype: Any) -> Any:
     return torch_tensorrt.Input(min_shape=low, opt_shape=opt, max_shape=high, dtype=dtype)
 
 
-def serialize(builder: Any, network: Any, config: Any, capability: str, log: list[str]) -> bytes:
+def serialize(builder: Any, network: Any, config: Any, capability: str, options: TrtOptions, log: list[str]) -> bytes:
     """Build for ``capability``; TensorRT itself builds for the GPU that is there, TensorRT-RTX for any it knows."""
     import tensorrt as trt
     import torch
 
+    if options.precision != "tf32":
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and a thousand times further off than float32
     if hasattr(config, "set_compute_capability"):
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, capability.upper(), trt.ComputeCapability.CURRENT), 0)

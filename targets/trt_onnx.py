@@ -55,14 +55,16 @@ def write_plan_onnx(captured: CapturedProgram, path: Path, options: TrtOptions, 
         if any(three[0] != three[2] for three in shapes.values()):
             config.add_optimization_profile(profile)
         started = time.perf_counter()
-        engine = serialize(builder, network, config, capability, log)
-        words = {"trtexec": " ".join(_command(path, shapes, capability))}
+        engine = serialize(builder, network, config, capability, options, log)
+        words = {"trtexec": " ".join(_command(path, shapes, options))}
         return {**facts_of(network), "profile": in_words(shapes), **words, **figures(log, engine, started)}
 
 
-def _command(path: Path, shapes: Any, capability: str) -> list[str]:
+def _command(path: Path, shapes: Any, options: TrtOptions) -> list[str]:
     """The command that builds the engine on the GPU machine."""
     words = ["trtexec", f"--onnx={path.name}", "--stronglyTyped", f"--saveEngine={path.with_suffix('.engine').name}"]
+    if options.precision == "fp32":
+        words.append("--noTF32")
     for index, end in enumerate(("min", "opt", "max")):
         dynamic = [f"{name}:{'x'.join(map(str, three[index]))}" for name, three in shapes.items() if three[0] != three[2]]
         if dynamic:

@@ -28,7 +28,8 @@ class TrtOptions(AttentionMemory):
         compute_capability: the GPU an engine is for, as ``sm89``; None: the one of this machine.
         format: ``engine`` (serialized engine), ``ep`` (a ``torch.export`` program that holds the engine), ``plan-onnx`` (ONNX
             for ``trtexec``, proven to build).
-        precision: of weights, products and attention. Inputs and outputs stay float32.
+        precision: of weights, products and attention. Inputs and outputs stay float32. ``tf32``: everything is float32, but the
+            GPU may round the factors of products to 11 bits (``BuilderFlag.TF32``), which TensorRT by itself does.
         fp32_ops: operations that stay in float32, separated by commas: a kind (``layer_norm``), a place
             (``layers.3.linear2``), or a pattern with ``*``.
         attention_memory: what the scores of one attention in float32 may take, in which TensorRT-RTX fuses none; not
@@ -43,7 +44,9 @@ class TrtOptions(AttentionMemory):
     format: Literal["engine", "ep", "plan-onnx"] = Field(
         "engine", description="a serialized engine (default), a torch program with the engine, or ONNX for trtexec."
     )
-    precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="of weights, products and attention; default fp32.")
+    precision: Literal["fp32", "tf32", "fp16", "bf16"] = Field(
+        "fp32", description="of weights, products and attention; default fp32."
+    )
     fp32_ops: str = Field(
         "",
         description="operations that stay in float32: kinds, places, patterns; see sam3x doctor.",

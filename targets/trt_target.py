@@ -64,7 +64,7 @@ class TrtTarget:
         from sam3x.targets.trt_driver import gpu_count
 
         optima(spec, options)
-        if options.fp32_names and options.precision == "fp32":
+        if options.fp32_names and options.precision in ("fp32", "tf32"):
             raise SpecError("step 1/4 spec: --fp32-ops: everything is float32 already. Choose --precision fp16 or bf16.")
         if options.layout == "triton" and options.format == "ep":
             raise SpecError("step 1/4 spec: --layout triton: Triton serves an engine or ONNX. Choose another --format.")
@@ -164,7 +164,7 @@ class TrtTarget:
 
 def precision_passes(options: TrtOptions) -> tuple[Pass, ...]:
     """What makes a graph in float32 one in ``options.precision``."""
-    if options.precision == "fp32":
+    if options.precision in ("fp32", "tf32"):
         return ()
     import torch
 

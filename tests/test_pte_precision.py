@@ -18,10 +18,12 @@ from sam3x.bench_html import bench_page
 from sam3x.bench_report import command_of, make_request
 from sam3x.bench_views import bench_markdown
 from sam3x.eager_precision import eager_in
+from sam3x.emulated_products import attention, exact, half_summed
 from sam3x.errors import SpecError
 from sam3x.fusion_encoder import FusionEncoder
 from sam3x.samples import Sizes, make_inputs, samples_for, thinned, verification_sizes
 from sam3x.spec import make_spec
+from sam3x.targets.pte_sums import half_sums
 from sam3x.verify import compare
 from support.upstream import encoder_of, run_layers
 
@@ -36,9 +38,6 @@ def encoder() -> nn.Module:
 
 @pytest.fixture(scope="module", params=["fp16", "int8"])
 def artifact(request: pytest.FixtureRequest, encoder: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> sam3x.Artifact:
-    cpu = Path("/proc/cpuinfo")
-    if request.param == "fp16" and cpu.exists() and "avx512_fp16" in cpu.read_text():
-        pytest.skip("needs a CPU whose kernels sum float16 in float32, as the reference of decision 0010 does")
     folder = tmp_path_factory.mktemp(request.param) / "out"
     options: dict[str, Any] = {"tokens": 36, "batch": (1, 2), "bundle": request.param == "int8"}
     return sam3x.export(encoder, target="pte", output=folder, precision=request.param, **options)
@@ -59,7 +58,8 @@ def test_every_branch_is_as_far_from_metas_layers_as_the_precision_is(artifact: 
             got = torch.as_tensor(artifact.run({**inputs, "dac": dac, "pre_norm": pre_norm})["output"])
             expected = run_layers(encoder.layers, inputs, dac=dac, pre_norm=pre_norm)
             assert got.dtype is torch.float32
-            assert rms(got - expected) / rms(expected) < {"fp16": 0.003, "int8": 0.03}[precision_of(artifact)]
+            allowed = {"fp16": 0.008 if half_sums("xnnpack") else 0.003, "int8": 0.03}
+            assert rms(got - expected) / rms(expected) < allowed[precision_of(artifact)]
 
 
 def rms(value: Tensor) -> float:
@@ -162,6 +162,34 @@ def test_swapped_heads_and_halved_positions_are_no_rounding(precision: str) -> N
 
     assert all(record.passed for record in compare(samples, rounded("right"), eager["right"].eager, rounded("right")))
     assert not any(record.passed for record in compare(samples, rounded("wrong"), eager["right"].eager, rounded("right")))
+
+
+@pytest.mark.parametrize("terms", [16, 256, 2048])
+def test_sums_kept_in_float16_are_as_far_off_as_those_rounded_after_each_term(terms: int) -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(64, terms).half().float(), torch.randn(terms, 64).half().float()
+    kept = torch.zeros(64, 64, dtype=torch.float16)
+    for index in range(terms):
+        kept = (kept.double() + left[:, index : index + 1].double() * right[index].double()).half()
+    exact = left.double() @ right.double()
+    far = rms(half_summed(left, right) - exact) / rms(kept - exact)
+    assert 0.8 < far < 1.5 and rms((left @ right).half() - exact) < 0.4 * rms(kept - exact)
+
+
+def test_attention_in_steps_is_torchs_own() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 2, 600, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    for mask in (None, torch.rand(2, 1, 1, 9) < 0.5, torch.randn(600, 9), torch.zeros(1, 1, 1, 9, dtype=torch.bool)):
+        got = attention(query, key, value, mask, 8**-0.5, lambda item: item, exact)
+        torch.testing.assert_close(got, nn.functional.scaled_dot_product_attention(query, key, value, mask), equal_nan=True)
+
+
+def test_tf32_rounds_the_factors_of_products_to_eleven_bits() -> None:
+    one, step = torch.ones(1, 1), 2.0**-10
+    near = torch.tensor([[1 + step, 1 + step / 2, 1 + 0.75 * step, 1 - step / 2]])
+    with eager_in("tf32"):
+        assert torch.equal(one @ near, torch.tensor([[1 + step, 1.0, 1 + step, 1 - step / 2]])) and float(near[0, 1] + 0) > 1
+        assert float(nn.functional.linear(near[:, 1:2], one)) == 1.0
 
 
 def test_rounding_is_that_of_the_precision_and_leaves_torch_as_it_was() -> None:

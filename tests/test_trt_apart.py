@@ -12,7 +12,7 @@ from sam3x.errors import LoweringError
 from sam3x.targets.trt_apart import Crashed, apart
 from sam3x.targets.trt_build import serialize
 from sam3x.targets.trt_driver import import_torch_tensorrt, named_device
-from sam3x.targets.trt_options import capability_of
+from sam3x.targets.trt_options import TrtOptions, capability_of
 
 
 def test_the_result_and_the_log_come_back() -> None:
@@ -36,9 +36,10 @@ def test_a_crash_is_named() -> None:
 def test_a_crash_of_the_builder_is_one_sentence() -> None:
     builder = SimpleNamespace(build_serialized_network=lambda network, config: os.kill(os.getpid(), signal.SIGSEGV))
     config = SimpleNamespace(num_compute_capabilities=0, set_compute_capability=lambda capability, index: None)
+    config.clear_flag = lambda flag: None
     with (
         named_device(capability_of("sm89")),
         pytest.raises(LoweringError, match=r"builder crashed on the network \(SIGSEGV\).*--attention-memory"),
     ):
         import_torch_tensorrt()
-        serialize(builder, None, config, "sm89", [])
+        serialize(builder, None, config, "sm89", TrtOptions(), [])
