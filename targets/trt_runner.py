@@ -46,6 +46,8 @@ class EngineRunner:
                 f"load: TensorRT cannot load {path} on {name}. Export again for this GPU (--compute-capability)."
             )
         self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise ArtifactError(f"load: TensorRT cannot prepare {path} to run. Run again with sam3x -v for what it says.")
         self._names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -70,6 +72,9 @@ class EngineRunner:
             self._context.set_tensor_address(name, value.data_ptr())
         stream = torch.cuda.current_stream()
         if not self._context.execute_async_v3(stream.cuda_stream):
-            raise ArtifactError("run: TensorRT could not run the engine. Run again with sam3x -v for what it says.")
+            raise ArtifactError(
+                "run: TensorRT could not run the engine. Run again with sam3x -v for what it says. An engine with conditionals "
+                "(--branches cond) may run as one with --branches select."
+            )
         stream.synchronize()
         return {name: held[name].cpu().numpy() for name in outputs}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 
@@ -43,3 +44,15 @@ def test_a_crash_of_the_builder_is_one_sentence() -> None:
     ):
         import_torch_tensorrt()
         serialize(builder, None, config, "sm89", TrtOptions(), [])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
+def test_only_tf32_lets_tensorrt_round_the_factors_of_products(precision: Literal["fp32", "tf32", "fp16"]) -> None:
+    cleared: list[str] = []
+    config = SimpleNamespace(num_compute_capabilities=0, set_compute_capability=lambda capability, index: None)
+    config.clear_flag = lambda flag: cleared.append(flag.name)
+    builder = SimpleNamespace(build_serialized_network=lambda network, config: b"plan")
+    with named_device(capability_of("sm89")):
+        import_torch_tensorrt()
+        assert serialize(builder, None, config, "sm89", TrtOptions(precision=precision), []) == b"plan"
+    assert cleared == ([] if precision == "tf32" else ["TF32"])
