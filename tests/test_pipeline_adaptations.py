@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.export import Dim
 from sam3x.fusion_encoder import twin_of
 from sam3x.pipeline import adaptations
 from sam3x.pipeline.image_model import _geometry_encoder
+from sam3x.pipeline.meta_source import private_twin
 from sam3x.pipeline.sources import draw_image_weights
 from support.image_model import TINY
 
@@ -109,6 +112,18 @@ def test_an_empty_first_sequence_is_no_join(geometry: nn.Module) -> None:
         assert got is boxes
         joined, _ = geometry_encoders.concat_padded_sequences(boxes, mask, boxes, mask)
     assert torch.equal(got, wanted) and torch.equal(got_mask, wanted_mask) and joined.shape[0] == 8
+
+
+def test_a_model_that_has_seen_a_picture_is_traced_as_a_new_one(tiny_model: nn.Module) -> None:
+    """Upstream's decoder keeps coordinates, and their size as tensors, whose values a trace cannot ask for."""
+    used: Any = copy.deepcopy(tiny_model.transformer.decoder)
+    boxes, size = torch.rand(4, 1, 4), (torch.tensor(8), torch.tensor(8))
+    used._get_rpb_matrix(boxes, size)
+    assert isinstance(used.compilable_stored_size[0], Tensor)
+    twin: Any = private_twin(used)
+    assert twin.compilable_stored_size is None and twin.compilable_cord_cache is None and used.compilable_cord_cache is not None
+    twin._get_rpb_matrix(boxes, (8, 8))
+    assert twin.compilable_stored_size == (8, 8) and private_twin(twin).compilable_stored_size == (8, 8)
 
 
 def test_upstream_pins_memory_even_without_a_box(geometry: nn.Module) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sam3x.errors import SourceError
@@ -108,6 +108,9 @@ def private_twin(model: nn.Module) -> nn.Module:
         for name, value in list(module.__dict__.items()):
             if type(value) is dict and not name.startswith("_"):
                 module.__dict__[name] = dict(value)
+        stored = module.__dict__.get("compilable_stored_size")
+        if any(isinstance(size, Tensor) for size in stored or ()):  # the decoder's, of a run; a trace would ask for its value
+            module.__dict__.update(compilable_cord_cache=None, compilable_stored_size=None)
     return twin
 
 
