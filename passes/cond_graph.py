@@ -14,6 +14,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import FloorDiv
 
 from sam3x.passes.base import graph_modules
 from sam3x.program import erase_dead
@@ -239,6 +240,16 @@ def expression(size: Any) -> sympy.Expr:
     return size.node.expr if isinstance(size, (torch.SymInt, torch.SymBool, torch.SymFloat)) else sympy.sympify(size)
 
 
+def divided(size: sympy.Expr) -> sympy.Expr:
+    """A size whose divisions without a rest are done: torch leaves ``n**2 // n``."""
+
+    def quotient(base: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
+        found = sympy.cancel(base / divisor)
+        return found if sympy.denom(sympy.together(found)) == 1 else FloorDiv(base, divisor)
+
+    return size.replace(FloorDiv, quotient) if size.has(FloorDiv) else size
+
+
 def size_of(fake_mode: Any, value: sympy.Expr) -> Any:
     """An expression as a size."""
     return int(value) if value.is_Integer else fake_mode.shape_env.create_symintnode(value, hint=None)
@@ -253,7 +264,7 @@ def substitute(module: GraphModule, symbols: Mapping[sympy.Symbol, sympy.Expr]) 
         return not isinstance(value, torch.SymInt) or not value.node.expr.free_symbols & symbols.keys()
 
     def size(value: Any) -> Any:
-        return value if stays(value) else size_of(fake_mode, value.node.expr.xreplace(dict(symbols)))
+        return value if stays(value) else size_of(fake_mode, divided(value.node.expr.xreplace(dict(symbols))))
 
     def leaf(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):

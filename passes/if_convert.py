@@ -35,7 +35,8 @@ from sam3x.passes.cond_graph import (
     replace_results,
     sweep,
 )
-from sam3x.passes.row_mask import NotRowsError, mask_rows
+from sam3x.passes.row_mask import mask_rows
+from sam3x.passes.row_places import NotRowsError
 
 _CHEAP_NAMES = (
     "alias amax amin arange argmax argmin as_strided cat clone constant_pad_nd contiguous cumsum detach diagonal embedding_bag "

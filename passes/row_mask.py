@@ -1,14 +1,11 @@
 """A conditional number of rows as a mask: everything runs at full size, and each row keeps what it would have had.
 
-The rows of a tensor are found by following one dimension through the graph. ``Rows(dim, left, right)`` says that dimension
-``dim`` of a tensor counts left × rows × right, so that merging and splitting dimensions keeps track of them.
-In an attention among the chosen rows a mask hides the others.
+The rows of a tensor are found by following one dimension through the graph, or two of a mask of pairs (``row_places``). In an
+attention among the chosen rows a mask hides the others; what those become is dropped where the rows are joined again.
 """
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +14,6 @@ import sympy
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sam3x.passes.cond_graph import (
     ASSERTIONS,
@@ -36,28 +32,9 @@ from sam3x.passes.cond_graph import (
     substitute,
 )
 from sam3x.passes.row_mask_emit import chosen_rows, hide_keys, join, swap
+from sam3x.passes.row_places import COPIES, SOFTMAX, NotRowsError, Place, Places, fits, is_placed, places_after, shape_of
 
-_COPIES = {aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default}
-_RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default}
-_RESHAPES |= {aten.squeeze.dims, aten.squeeze.dim}
-_ALONG = {aten.slice.Tensor, aten.select.int, aten.split_with_sizes.default, aten.split.Tensor, aten._softmax.default}
-_ALONG |= {aten.softmax.int, aten._log_softmax.default, aten.cumsum.default, aten.unbind.int}
-_REDUCTIONS = {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default}
-_PRODUCTS = {aten.matmul.default, aten.bmm.default}
 _SDPA = aten.scaled_dot_product_attention.default
-
-
-class NotRowsError(Exception):
-    """The conditional is no choice of rows, or rows mix; the message is the reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Where a tensor's rows are: its dimension ``dim`` counts left × rows × right."""
-
-    dim: int
-    left: sympy.Expr
-    right: sympy.Expr
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +56,6 @@ def mask_rows(program: ExportedProgram | None, module: GraphModule, cond: Cond) 
     choice.apply(program)
 
 
-def _shape(node: Node) -> list[sympy.Expr]:
-    return [expression(size) for size in node.meta["val"].shape]
-
-
 class _Choice:
     def __init__(self, module: GraphModule, cond: Cond) -> None:
         self.module, self.cond, self.node = module, cond, cond.node
@@ -93,8 +66,9 @@ class _Choice:
         self.all_rows = False  # whether one of the branches takes every row
         self.prefixes = self._prefixes()
         self.size = self._full_size()
-        self.rows: dict[Node, Rows | _Rest] = {}
+        self.rows: dict[Node, Places | _Rest] = {}
         self.closings: list[Node] = []
+        self.doubtful: set[Node] = set()  # where rows that are not chosen may be no finite numbers
         self.over_keys: list[Node] = []  # attention whose keys are the chosen rows too
         self.heads: list[Node] = []
         self.checks: list[Node] = []
@@ -106,7 +80,7 @@ class _Choice:
         for index in range(len(branches[0][0])):
             sources = []
             for returned, inputs in branches:
-                dims = [d for d, size in enumerate(_shape_of(self.node.meta["val"][index])) if self.symbol in size.free_symbols]
+                dims = [d for d, size in enumerate(shape_of(self.node.meta["val"][index])) if self.symbol in size.free_symbols]
                 if len(dims) != 1:
                     raise NotRowsError("a result of the conditional is no choice of rows")
                 source, length = _prefix(returned[index], dims[0], inputs)
@@ -118,7 +92,7 @@ class _Choice:
         return found
 
     def _full_size(self) -> sympy.Expr:
-        sizes = {_shape(self.cond.operands[operand])[dim] for operand, dim in self.prefixes.values()}
+        sizes = {shape_of(self.cond.operands[operand].meta["val"])[dim] for operand, dim in self.prefixes.values()}
         if len(sizes) != 1:
             raise NotRowsError("the tensors whose rows are chosen differ in size")
         return sizes.pop()
@@ -128,7 +102,7 @@ class _Choice:
     def prove(self) -> None:
         for index, readers in results_of(self.node).items():
             for reader in readers:
-                self.rows[reader] = Rows(self.prefixes[index][1], sympy.S.One, sympy.S.One)
+                self.rows[reader] = (Place(self.prefixes[index][1]),)
         known = set(self.rows)
         for node in self.module.graph.nodes:
             if node is self.node or node in known or not any(self._concerned(item) for item in node.all_input_nodes):
@@ -155,10 +129,23 @@ class _Choice:
         if node.target is aten.cat.default and self._closes(node):
             self.closings.append(node)
             return
+        self._follow(node)
+
+    def _follow(self, node: Node) -> None:
+        """Find the rows of the result; raises where they mix."""
+        inside: dict[Node, Places] = {}
         for item in node.all_input_nodes:
-            if isinstance(self.rows.get(item), _Rest):
+            rows = self.rows.get(item)
+            if isinstance(rows, _Rest):
                 raise NotRowsError(f"the rest of the rows is used by {node.target}")
-        self.rows[node] = self._through(node)
+            if rows is not None:
+                inside[item] = rows
+        if node.target in SOFTMAX or not self.doubtful.isdisjoint(inside):
+            self.doubtful.add(node)  # a row may be -inf throughout
+        places = self._attention(node, inside) if node.target is _SDPA else places_after(node, inside, self.symbol)
+        if not is_placed(node.meta["val"], places, self.symbol):
+            raise NotRowsError(f"'{node.name}' has a size that is no number of rows")
+        self.rows[node] = places
 
     def _slice(self, node: Node) -> bool:
         """A slice up to, or from, the number of rows."""
@@ -167,16 +154,18 @@ class _Choice:
         bounds = [bound is not None and self.symbol in _value(bound).free_symbols for bound in (start, end)]
         if not any(bounds):
             return False
-        plain = source not in self.rows and step == 1
-        whole = plain and expression(source.meta["val"].shape[dim]) == self.size
+        own = self.rows.get(source, ())
+        if isinstance(own, _Rest) or step != 1 or any(place.dim == dim for place in own):
+            raise NotRowsError(f"'{node.name}' takes rows of rows")
+        whole = expression(source.meta["val"].shape[dim]) == self.size
         # where a branch takes every row, a tensor of which that many rows are taken has them
-        enough = whole or (plain and self.all_rows and _shape(node)[dim] == self.symbol)
+        enough = whole or (self.all_rows and shape_of(node.meta["val"])[dim] == self.symbol)
         if enough and bounds[1] and _value(start) in (0, None) and _value(end) == self.symbol:
-            self.rows[node] = Rows(dim, sympy.S.One, sympy.S.One)
+            self.rows[node] = tuple(sorted((*own, Place(dim)), key=lambda place: place.dim))
             self.heads.append(node)
             return True
         to_the_end = end is None or _value(end) == 2**63 - 1 or _value(end) == self.size
-        if whole and bounds[0] and not bounds[1] and to_the_end and _value(start) == self.symbol:
+        if whole and not own and bounds[0] and not bounds[1] and to_the_end and _value(start) == self.symbol:
             self.rows[node] = _Rest(source, dim)
             return True
         raise NotRowsError(f"'{node.name}' slices by the number of rows, and is neither its head nor its rest")
@@ -189,135 +178,38 @@ class _Choice:
             return False
         dim %= node.meta["val"].dim()
         head, rest = self.rows.get(parts[0]), self.rows[parts[1]]
-        if head != Rows(dim, sympy.S.One, sympy.S.One) or rest.dim != dim:  # type: ignore[union-attr]
+        if head != (Place(dim),) or rest.dim != dim:  # type: ignore[union-attr]
             raise NotRowsError("rows and rest are joined along another dimension")
         return True
 
-    def _through(self, node: Node) -> Rows:
-        """Where the rows of the result are; raises where they mix."""
-        target: Any = node.target
-        inside = {item: rows for item, rows in self.rows.items() if item in node.all_input_nodes}
-        if target is operator.getitem:
-            return inside[node.args[0]]  # type: ignore[index, return-value]
-        source: Any = node.args[0] if node.args and isinstance(node.args[0], Node) else None
-        rows: Any = inside.get(source)
-        only = rows is not None and len(inside) == 1
-        refused = NotRowsError(f"{target} ('{node.name}') may mix the chosen rows with the others")
-        if target in (aten.full.default, aten.zeros.default, aten.ones.default):
-            return self._made(node)
-        if target in _RESHAPES and only:
-            return self._reshaped(node, _shape(source), rows)
-        if target is aten.permute.default and only:
-            dims = [d % len(node.args[1]) for d in node.args[1]]  # type: ignore[arg-type, union-attr, operator]
-            return Rows(dims.index(rows.dim), rows.left, rows.right)
-        if target is aten.transpose.int and only:
-            rank = source.meta["val"].dim()
-            a, b = (d % rank for d in node.args[1:3])  # type: ignore[operator]
-            return Rows({a: b, b: a}.get(rows.dim, rows.dim), rows.left, rows.right)
-        if target is aten.linear.default and only and rows.dim != source.meta["val"].dim() - 1:
-            return rows
-        if target is aten.layer_norm.default and only and rows.dim < source.meta["val"].dim() - len(node.args[1]):  # type: ignore[arg-type]
-            return rows
-        if target in _ALONG and only:
-            given = (
-                node.args[2] if target in (aten.split_with_sizes.default, aten.split.Tensor) and len(node.args) > 2 else None
-            )
-            plain = node.args[1] if len(node.args) > 1 and given is None and "split" not in str(target) else given
-            dim = (plain if isinstance(plain, int) else 0) % source.meta["val"].dim()
-            if dim != rows.dim:
-                return Rows(rows.dim - (target is aten.select.int and dim < rows.dim), rows.left, rows.right)
-        if target in _REDUCTIONS and only and len(node.args) > 1 and isinstance(node.args[1], (list, tuple)) and node.args[1]:
-            rank = source.meta["val"].dim()
-            dims = [d % rank for d in node.args[1]]  # type: ignore[operator]
-            kept = node.args[2] if len(node.args) > 2 else False
-            if rows.dim not in dims:
-                return Rows(rows.dim - (0 if kept else sum(d < rows.dim for d in dims)), rows.left, rows.right)
-        if target is aten.expand.default and only:
-            return self._aligned(node, inside)
-        if target in _PRODUCTS or target is _SDPA:
-            return self._product(node, inside, refused)
-        if target is aten.where.self or target in _COPIES or torch.Tag.pointwise in getattr(target, "tags", ()):
-            return self._aligned(node, inside)
-        if target in (aten.full_like.default, aten.zeros_like.default, aten.ones_like.default, aten._to_copy.default):
-            return self._aligned(node, inside)
-        raise refused
-
-    def _made(self, node: Node) -> Rows:
-        dims = [d for d, size in enumerate(_shape(node)) if self.symbol in size.free_symbols]
-        if len(dims) != 1 or _shape(node)[dims[0]] != self.symbol:
-            raise NotRowsError(f"'{node.name}' is made with a size that is no number of rows")
-        return Rows(dims[0], sympy.S.One, sympy.S.One)
-
-    def _reshaped(self, node: Node, shape: list[sympy.Expr], rows: Rows) -> Rows:
-        """Elements keep their order, so rows stay where as many elements stand before and within them."""
-        before, after = math.prod(shape[: rows.dim]) * rows.left, rows.right * math.prod(shape[rows.dim + 1 :])
-        new = _shape(node)
-        dims = [d for d, size in enumerate(new) if self.symbol in size.free_symbols]
-        if len(dims) == 1:
-            left = sympy.cancel(before / math.prod(new[: dims[0]]))
-            right = sympy.cancel(after / math.prod(new[dims[0] + 1 :]))
-            whole = all(sympy.denom(side) == 1 for side in (left, right))
-            if whole and sympy.expand(left * self.symbol * right - new[dims[0]]) == 0:
-                return Rows(dims[0], left, right)
-        raise NotRowsError(f"'{node.name}' reshapes {shape} to {new}, which cuts across rows")
-
-    def _aligned(self, node: Node, inside: dict[Node, Any]) -> Rows:
-        """Broadcasting: all rows at the same place counted from the last dimension."""
-        rank = node.meta["val"].dim()
-        places = {(rank - item.meta["val"].dim() + rows.dim, rows.left, rows.right) for item, rows in inside.items()}
-        shape = _shape(node)
-        dims = [d for d, size in enumerate(shape) if self.symbol in size.free_symbols]
-        if len(places) != 1 or dims != [next(iter(places))[0]]:
-            raise NotRowsError(f"{node.target} ('{node.name}') combines rows at different places")
-        (place,) = places
-        for item in node.all_input_nodes:
-            value = item.meta["val"]
-            if isinstance(value, torch.Tensor) and item not in inside:
-                at = place[0] - (rank - value.dim())
-                if at >= 0 and not statically_known_true(value.shape[at] == 1):
-                    raise NotRowsError(f"{node.target} ('{node.name}') meets '{item.name}', whose rows are not known")
-        return Rows(*place)
-
-    def _product(self, node: Node, inside: dict[Node, Any], refused: NotRowsError) -> Rows:
-        """Batch dimensions stay apart; so do the rows of the left factor, or the queries, when the other side has none."""
-        q: Any = node.args[0]
-        rank = q.meta["val"].dim()
-        if node.target is _SDPA and (any(node.args[4:]) or node.kwargs.get("dropout_p") or node.kwargs.get("is_causal")):
+    def _attention(self, node: Node, inside: dict[Node, Places]) -> Places:
+        """Images stay apart, and so do queries; among the chosen rows, at full size, the others' keys are hidden."""
+        refused = NotRowsError(f"{node.target} ('{node.name}') may mix the chosen rows with the others")
+        query, key, value = node.args[:3]
+        mask: Any = node.args[3] if len(node.args) > 3 else None
+        rank = query.meta["val"].dim()  # type: ignore[union-attr]
+        given = [*node.args[4:], *(node.kwargs.get(name) for name in ("attn_mask", "dropout_p", "is_causal"))]
+        if any(given) or any(item.meta["val"].dim() != rank for item in (key, value)):  # type: ignore[union-attr]
             raise refused
-        others = [item for item in node.args[1:] if isinstance(item, Node)]
-        plain = node.target is aten.matmul.default and others[0] not in inside and others[0].meta["val"].dim() == 2 < rank
-        if plain and inside[q].dim != rank - 1:
-            return inside[q]  # as a linear layer
-        if q not in inside or any(item.meta["val"].dim() != rank for item in others[: 2 if node.target is _SDPA else 1]):
+        own, keys, values = (inside.get(item, ()) for item in (query, key, value))  # type: ignore[arg-type]
+        batch = tuple(place for place in own if place.dim < rank - 2)
+        among = (*batch, Place(rank - 2))
+        if own == keys == values == among:
+            if key in self.doubtful or value in self.doubtful:
+                raise NotRowsError(f"keys or values of '{node.name}' may be no finite numbers where rows are not chosen")
+            places = (*among, Place(rank - 1))
+            self.over_keys.append(node)
+        elif keys == values == batch and all(place.dim != rank - 1 for place in own):
+            places = own
+        else:
             raise refused
-        rows = inside[q]
-        factors, masks = (others[:2], others[2:]) if node.target is _SDPA else (others[:1], [])
-        if rows.dim < rank - 2:
-            if any(inside.get(item) != rows for item in factors):
+        if mask is not None:
+            if not fits(mask, inside.get(mask, ()), places, rank):
                 raise refused
-        elif node.target is _SDPA and rows == Rows(rank - 2, sympy.S.One, sympy.S.One) == inside.get(factors[0]):
-            return self._over_keys(node, inside, rows, masks, refused)
-        elif rows.dim == rank - 1 or any(item in inside for item in factors):
-            raise refused
-        for mask in masks:
-            at = rows.dim - (rank - mask.meta["val"].dim())
-            if mask in inside and inside[mask] != Rows(at, rows.left, rows.right):
-                raise refused
-            if mask not in inside and at >= 0 and not statically_known_true(mask.meta["val"].shape[at] == 1):
-                raise refused
-        return rows
-
-    def _over_keys(self, node: Node, inside: dict[Node, Any], rows: Rows, masks: list[Node], refused: NotRowsError) -> Rows:
-        """Attention among the chosen rows: at full size the others' keys are hidden; a mask over the keys is one of rows."""
-        if inside.get(node.args[2]) != rows or node.kwargs.get("attn_mask") is not None:  # type: ignore[arg-type]
-            raise refused
-        for mask in masks:
-            sizes = mask.meta["val"].shape
-            of_keys = inside.get(mask) == Rows(len(sizes) - 1, sympy.S.One, sympy.S.One)
-            if not of_keys or (len(sizes) > 1 and not statically_known_true(sizes[-2] == 1)):
-                raise refused
-        self.over_keys.append(node)
-        return rows
+            last = mask.meta["val"].dim() - 1
+            if any(place.dim != last for place in inside.get(mask, ())):
+                self.doubtful.add(node)  # a row that is not chosen may see no key where all of the chosen see one
+        return own
 
     # --- the rewrite
 
@@ -354,10 +246,6 @@ class _Choice:
             join(program, module, closing, rest.whole, rest.dim, mask, size)
 
 
-def _shape_of(value: torch.Tensor) -> list[sympy.Expr]:
-    return [expression(size) for size in value.shape]
-
-
 def _value(bound: Any) -> Any:
     """A slice's bound as an expression: comparing symbolic sizes themselves would add guards."""
     return None if bound is None else expression(bound.meta["val"] if isinstance(bound, Node) else bound)
@@ -369,7 +257,7 @@ def _prefix(node: Any, dim: int, ends: Sequence[Any]) -> tuple[Any, Any]:
     while node not in ends:
         if not isinstance(node, Node) or node.op != "call_function":
             raise NotRowsError("the branches do more than take the first rows of an operand")
-        if node.target in _COPIES:
+        if node.target in COPIES:
             node = node.args[0]
             continue
         if node.target is not aten.slice.Tensor or length is not None:

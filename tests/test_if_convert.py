@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
 import sam3x.capture
 from sam3x.passes.base import graph_modules
+from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.passes.if_convert import IfConvertPass
 from sam3x.samples import Sizes, samples_for
 from sam3x.spec import make_spec
@@ -30,7 +32,8 @@ from support.cond_programs import (
     ops,
     private,
 )
-from support.upstream import encoder_of
+from support.strategies import InputsCase
+from support.upstream import assert_equal_to_upstream, encoder_of
 from test_specialize_branches import FLAG, OTHER, X, run_tree, trees
 
 WHERE = "aten.where.self"
@@ -178,6 +181,105 @@ def test_chosen_rows_that_attend_to_each_other_do_not_see_the_others(name: str) 
     assert not IfConvertPass().call(program).modified
 
 
+def expanded(pair: Tensor, keys: Tensor) -> Tensor:
+    """(B·2, N, N): keys one by one added to pairs, as ``torch.nn.MultiheadAttention`` does it."""
+    of_heads = keys.unsqueeze(1).unsqueeze(1).expand(-1, 2, -1, -1).reshape(-1, 1, keys.shape[1])
+    return (pair.unsqueeze(0) + of_heads).reshape(keys.shape[0], 2, pair.shape[0], -1)
+
+
+PAIRS: dict[str, Callable[..., Tensor]] = {
+    "bool": lambda x, pair, keys: scaled_dot_product_attention(x, x, x, pair),
+    "numbers": lambda x, pair, keys: scaled_dot_product_attention(
+        x, x, layer_norm(x, [4]), torch.zeros_like(pair, dtype=x.dtype).masked_fill(~pair, -torch.inf)
+    ),
+    "and keys": lambda x, pair, keys: scaled_dot_product_attention(x, x, x, pair & keys[:, None]),
+    "rows of pairs": lambda x, pair, keys: scaled_dot_product_attention(x, x, x, (pair & keys.unsqueeze(2)).transpose(1, 2)),
+    "rows alone": lambda x, pair, keys: scaled_dot_product_attention(x, x, x, keys.unsqueeze(2)),
+    "made": lambda x, pair, keys: scaled_dot_product_attention(x, x, x, pair & x.new_ones(pair.shape, dtype=torch.bool)),
+    "spread": lambda x, pair, keys: scaled_dot_product_attention(x, x, x, keys[:, None].expand(-1, x.shape[1], -1) & pair),
+    "heads": lambda x, pair, keys: (
+        scaled_dot_product_attention(
+            *(x.reshape(x.shape[0], -1, 2, 2).transpose(1, 2) for _ in range(3)),
+            expanded(torch.where(pair, 0.0, -torch.inf), torch.where(keys, 0.5, -torch.inf)),
+        )
+        .transpose(1, 2)
+        .reshape(x.shape)
+    ),
+}
+
+
+@pytest.mark.parametrize("tokens", ["any", "fixed"])
+@pytest.mark.parametrize("name", list(PAIRS))
+def test_a_mask_of_pairs_is_followed_in_rows_and_keys(name: str, tokens: str) -> None:
+    def run(x: Tensor, f: Tensor, pair: Tensor, keys: Tensor) -> Tensor:
+        n = rows(f, x, 1)
+        head = x.narrow(1, 0, n)
+        head = head + PAIRS[name](head, pair.narrow(0, 0, n).narrow(1, 0, n), keys.narrow(1, 0, n))
+        return torch.cat([head, x.narrow(1, n, x.shape[1] - n)], 1)
+
+    def inputs(batch: int, tokens: int) -> tuple[Tensor, ...]:
+        random = torch.Generator().manual_seed(tokens)
+        pair = torch.rand(tokens, tokens, generator=random) < 0.6
+        pair[-1] = pair[1] = False  # rows that see no key, one in each half
+        pair[0, : tokens // 2] = False  # and one that sees only keys that are not chosen
+        pair[2, tokens // 2 :] = False
+        keys = torch.rand(batch, tokens, generator=random) < 0.6
+        keys[-1] = False
+        return torch.randn(batch, tokens, 4, generator=random), FLAG, pair, keys
+
+    if tokens == "any":
+        dynamic: Any = {0: {0: DYN, 1: DYN}, 2: {0: DYN, 1: DYN}, 3: {0: DYN, 1: DYN}}
+    else:
+        dynamic = {0: {0: DYN}, 3: {0: DYN}}
+    program = capture(Program(run), inputs(3, 8), dynamic)
+    before = private(program)
+    result = IfConvertPass().call(program)
+    assert result.rewrites == 1 and not result.missed, result.missed
+    assert ops(program, COND) == 0 and not unbacked(program)
+    check_sound(program)
+    for batch, size in ((2, 4), (3, 8), (5, 14)) if tokens == "any" else ((2, 8), (5, 8)):
+        check_numbers(before, program, inputs(batch, size), exact=False)
+    assert not IfConvertPass().call(program).modified
+
+
+NOT_PAIRS: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "any over keys": (lambda x, pair, m: scaled_dot_product_attention(x, x, x, pair.any(-1, keepdim=True)), "may mix"),
+    "sum over keys": (lambda x, pair, m: x + m.sum(-1)[:, None], "may mix"),
+    "greatest over rows": (lambda x, pair, m: scaled_dot_product_attention(x, x, x, m - m.amax(0, keepdim=True)), "may mix"),
+    "softmax over keys": (lambda x, pair, m: m.softmax(-1) @ x, "may mix"),
+    "product over keys": (lambda x, pair, m: m @ x, "may mix"),
+    "norm over keys": (lambda x, pair, m: scaled_dot_product_attention(x, x, x, m / m.norm(dim=-1, keepdim=True)), "may mix"),
+    "flip": (lambda x, pair, m: scaled_dot_product_attention(x, x, x, m + m.flip(1)), "may mix"),
+    "one dimension": (lambda x, pair, m: x + m.reshape(-1).relu().reshape(m.shape)[:, :1, None].sum(), "cuts across|may mix"),
+    "twice": (
+        lambda x, pair, m: scaled_dot_product_attention(*[scaled_dot_product_attention(x, x, x, pair)] * 3),
+        "no finite number",
+    ),
+    "after a softmax": (lambda x, pair, m: scaled_dot_product_attention(*[x.softmax(-1)] * 3, pair), "no finite number"),
+    "causal": (lambda x, pair, m: scaled_dot_product_attention(x, x, x, is_causal=True), "may mix"),
+    "count": (lambda x, pair, m: x * x.shape[1], "number of rows itself"),
+    "filled": (lambda x, pair, m: x + x.new_full((x.shape[1], 1), x.shape[1]), "number of rows itself|may mix"),
+    "last": (lambda x, pair, m: x + m.select(1, x.shape[1] - 1)[:, None], "number of rows itself|may mix"),
+}
+
+
+@pytest.mark.parametrize("name", list(NOT_PAIRS))
+def test_what_mixes_pairs_is_refused(name: str) -> None:
+    function, reason = NOT_PAIRS[name]
+
+    def run(x: Tensor, f: Tensor, pair: Tensor) -> Tensor:
+        n = rows(f, x, 1)
+        head, pair = x.narrow(1, 0, n), pair.narrow(0, 0, n).narrow(1, 0, n)
+        head = function(head, pair, torch.where(pair, 0.0, -torch.inf))
+        return torch.cat([head, x.narrow(1, n, x.shape[1] - n)], 1)
+
+    program = capture(Program(run), (torch.randn(2, 8, 4), FLAG, torch.rand(8, 8) < 0.6), {0: {1: DYN}, 2: {0: DYN, 1: DYN}})
+    text = str(program.graph)
+    result = IfConvertPass().call(program)
+    assert not result.modified and str(program.graph) == text
+    assert any(part in result.missed[0].reason for part in reason.split("|")), result.missed
+
+
 MIXING: dict[str, tuple[Callable[..., Tensor], int, str]] = {
     "sum of rows": (lambda x, w: x - x.sum(0, keepdim=True), 0, "may mix"),
     "mask of both sides": (lambda x, w: scaled_dot_product_attention(x, x, x, x @ x.mT), 1, "may mix"),
@@ -223,6 +325,44 @@ def test_sam3s_encoder_without_a_conditional() -> None:
             assert (got - captured.eager(sample.inputs)["output"]).abs().max() <= 2e-5
     assert len(seen) == 14  # dac at batch 1 has no half
     assert not IfConvertPass().call(program).modified
+
+
+MASKS = ("tgt", "memory", "tgt_mask", "memory_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "query_pos")
+
+
+@pytest.mark.parametrize(
+    ("layers", "padding", "tokens", "pre_norm", "mask_dtype"),
+    [
+        (1, True, 8, "runtime", "float32"),
+        (2, True, (2, 40), "runtime", "bool"),
+        (2, True, (2, 40), "per-layer", "float32"),
+        (1, False, (2, 40), "per-layer", "bool"),
+        (4, False, 8, "module", "bool"),
+    ],
+    ids=str,
+)
+def test_a_mask_of_all_pairs_whose_rows_dac_halves(
+    layers: int, padding: bool, tokens: Any, pre_norm: str, mask_dtype: str
+) -> None:
+    encoder = encoder_of(layers)
+    for index, layer in enumerate(encoder.layers):
+        layer.pre_norm = index % 2 == 0
+    names = tuple(name for name in MASKS if padding or name != "tgt_key_padding_mask")
+    spec = make_spec(dac_dim=1, pre_norm=pre_norm, tokens=tokens, inputs=names, mask_dtype=mask_dtype)
+    converted, records = default_pipeline("select").run(sam3x.capture.capture(encoder, spec))
+    program = converted.program
+    assert not [item for record in records if record.name.startswith("if_convert") for item in record.missed]
+    assert ops(program, COND) == 0 and not unbacked(program) and ops(program, SDPA) == 2 * layers
+    check_sound(program)
+    flags = itertools.product((False, True), {"runtime": (False, True), "per-layer": (False, None)}.get(pre_norm, (None,)))
+    for (dac, pre), size, hidden in itertools.product(flags, (2, 8, 14) if tokens != 8 else (8,), ("some", "all")):
+        case = InputsCase(batch=3, tokens=size, prompt_length=4, hidden=hidden, seed=size)
+        inputs = case.make(names, 32, mask_dtype, ())
+        own = [layer.pre_norm if pre is None else pre for layer in encoder.layers]
+        value = {"runtime": pre, "per-layer": own, "module": None}[pre_norm]
+        flag = {} if value is None else {"pre_norm": torch.tensor(value)}
+        got = evaluate(program, {**inputs, "dac": torch.tensor(dac), **flag})[0]
+        assert_equal_to_upstream(got, encoder.layers, inputs, dac=dac, pre_norm=own, dac_dim=1)
 
 
 def test_a_wrong_rewrite_is_caught() -> None:
