@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.program import run_program
 from sam3x.samples import Sizes, branch_values, make_inputs
 from sam3x.spec import TOKENS_INPUTS, make_spec
+from support.strategies import InputsCase
 from support.upstream import assert_equal_to_upstream, encoder_of
 
 OPTIONAL = TOKENS_INPUTS[2:]
@@ -133,6 +135,17 @@ class TestDac:
     def test_every_even_batch(self, batch: int, dac_dim: int) -> None:
         sizes = Sizes(batch=batch, tokens=20, prompt_length=3)
         graph_equals_upstream(encoder_of(2), sizes=sizes, dac_dim=dac_dim, inputs=",".join(TOKENS_INPUTS))
+
+    @pytest.mark.parametrize("attention", ["portable", "ort"])
+    def test_half_of_a_mask_of_all_pairs_without_a_conditional(self, attention: str, tmp_path: Path) -> None:
+        encoder = encoder_of(1)
+        spec = {"dac_dim": 1, "tokens": (2, 40), "inputs": TOKENS_INPUTS, "branches": "select"}
+        artifact = sam3x.export(encoder, output=tmp_path / "out", attention=attention, verify="off", **spec)
+        assert "If" not in {node.op_type for node in onnx.load(artifact.path).graph.node}
+        for tokens, hidden, dac, pre in itertools.product((2, 18), ("some", "all"), (False, True), (False, True)):
+            inputs = InputsCase(batch=3, tokens=tokens, hidden=hidden).make(TOKENS_INPUTS, 32, "bool", ())
+            got = artifact.run({**inputs, "dac": dac, "pre_norm": pre})["output"]
+            assert_equal_to_upstream(got, encoder.layers, inputs, dac=dac, pre_norm=pre, dac_dim=1)
 
     def test_equals_upstream_itself_where_upstream_runs(self) -> None:
         encoder = encoder_of(2, pos_enc_at_attn=False)

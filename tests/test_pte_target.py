@@ -44,12 +44,12 @@ def check(artifact: sam3x.Artifact, encoder: nn.Module, sizes: Sizes, branches: 
     names = tuple(name for name in artifact.manifest.input_names if name not in ("dac", "pre_norm"))
     inputs = make_inputs(names, spec, encoder.layers[0].d_model, sizes, seed=7)
     for dac, pre_norm in branches:
-        if not (dac and sizes.batch % 2):
+        if not (dac and (sizes.batch, sizes.tokens)[spec.dac_dim] % 2):
             flags = {
                 name: value for name, value in (("dac", dac), ("pre_norm", pre_norm)) if name in artifact.manifest.input_names
             }
             got = artifact.run({**inputs, **flags})["output"]
-            assert_equal_to_upstream(got, encoder.layers, inputs, dac=dac, pre_norm=pre_norm)
+            assert_equal_to_upstream(got, encoder.layers, inputs, dac=dac, pre_norm=pre_norm, dac_dim=spec.dac_dim)
 
 
 # ---- numbers
@@ -87,6 +87,14 @@ def test_masks_of_the_image_tokens(tmp_path: Path) -> None:
     names = ("tgt", "memory", "tgt_mask", "memory_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "pos", "query_pos")
     artifact = export(encoder, tmp_path, inputs=names)
     check(artifact, encoder, Sizes(batch=2, tokens=36, prompt_length=5))
+
+
+def test_a_mask_of_all_pairs_where_dac_halves_the_tokens(tmp_path: Path) -> None:
+    encoder = encoder_of(1)
+    names = ("tgt", "memory", "tgt_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "query_pos")
+    artifact = export(encoder, tmp_path, inputs=names, dac_dim=1)
+    for batch, padding in ((1, "some"), (2, "all")):
+        check(artifact, encoder, Sizes(batch=batch, tokens=36, prompt_length=5, padding=padding))
 
 
 def test_fixed_flags_are_no_inputs_and_agree(tmp_path: Path) -> None:

@@ -112,6 +112,15 @@ def test_masks_of_image_tokens_and_dynamic_tokens_in_tiles(tmp_path: Path) -> No
     assert facts["tiled_attention_loops"] >= 1 and facts["left_to_torch"] == 0
 
 
+@pytest.mark.parametrize("form", ["select", "cond"])
+def test_a_mask_of_all_pairs_where_dac_halves_the_tokens(form: str, tmp_path: Path) -> None:
+    names = ("tgt", "memory", "tgt_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "query_pos")
+    options = {**SMALL, "inputs": names, "dac_dim": 1, "branches": form, "attention_memory": "2KB"}
+    facts = sam3x.export(encoder_of(1), target="trt", output=tmp_path / "out", **options).manifest.facts
+    assert facts["conditionals"] == (0 if form == "select" else 6) and facts["left_to_torch"] == 0
+    assert any(case.startswith("dac=True") for case in facts["drift"])
+
+
 class OneHead(Attention):
     """Attention of three dimensions, its mask of two."""
 

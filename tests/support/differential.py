@@ -26,6 +26,7 @@ from sam3x.targets.base import resolve, weight_precision
 from sam3x.targets.registry import get_target
 from sam3x.verify import ABSOLUTE, EAGER_FACTOR, eager_distances
 from sam3x.weight_rounding import rounded_encoder
+from support.attention_styles import REFUSED
 from support.strategies import Case, InputsCase
 from support.upstream import double, run_layers
 
@@ -106,7 +107,7 @@ def _known_limit(case: Case, error: LoweringError) -> bool:
     """TensorRT follows some sizes into no conditional and no loop, and crashes on many loops; both are told in a sentence."""
     dynamic = not isinstance(case.spec.get("tokens", 1), int) and case.spec["dac"] == "runtime"
     by_flag = case.spec["dac"] is True and case.spec["pre_norm"] in ("runtime", "per-layer")
-    halved_tokens = case.spec["dac"] == "runtime" and case.spec["dac_dim"] == 1  # a conditional stays beside tgt_mask
+    halved_tokens = case.spec["dac"] == "runtime" and case.spec["dac_dim"] == 1 and case.encoder.styles[0] in REFUSED
     sizes = (dynamic or by_flag or halved_tokens) and "Data-dependent shapes" in str(error)
     return case.target == "trt" and (sizes or "builder crashed" in str(error))
 

@@ -197,9 +197,8 @@ def cases(draw: st.DrawFn, target: str = "onnx") -> Case:
     pre_norm = draw(st.sampled_from(["runtime", "module", "per-layer", True, False]))
     dac = draw(st.sampled_from(["runtime", False, True] if pre_norm is not False else ["runtime", False]))
     dac_dim = draw(st.sampled_from([0, 0, 1])) if not maps else 0
-    # dimension 1 holds the keys, half of which a mask hides: not beside a mask of all pairs, nor without an attention
-    as_mask = target != "pte" or dac != "runtime" or dac_dim == 0
-    if not as_mask and encoder.styles[0] in REFUSED:
+    # dimension 1 holds the keys, half of which a mask hides: not without an attention
+    if target == "pte" and dac == "runtime" and encoder.styles[0] in REFUSED:
         dac_dim = 0
     options |= {"pre_norm": pre_norm, "dac": dac, "dac_dim": dac_dim}
     halves = dac is not False
@@ -219,8 +218,7 @@ def cases(draw: st.DrawFn, target: str = "onnx") -> Case:
         )
     else:
         options["tokens"] = draw(_sizes(2 if halves and dac_dim == 1 else 1, 40, even=halves and dac_dim == 1))
-        names = TOKENS_INPUTS[2:] if as_mask else tuple(name for name in TOKENS_INPUTS[2:] if name != "tgt_mask")
-        options["inputs"] = ("tgt", "memory", *(name for name in names if draw(st.booleans())))
+        options["inputs"] = ("tgt", "memory", *(name for name in TOKENS_INPUTS[2:] if draw(st.booleans())))
         options["mask_dtype"] = draw(st.sampled_from(["bool", "float32"]))
     runs = draw(st.lists(_runs(options), min_size=1, max_size=3))
     lowerings = draw(st.lists(LOWERINGS.get(target, st.just({})), min_size=1, max_size=7, unique_by=str))
