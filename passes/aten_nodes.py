@@ -10,6 +10,8 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from sam3x.passes.cond_graph import divided, expression
+
 aten = torch.ops.aten
 
 CASTS = {aten._to_copy.default, aten.to.dtype}
@@ -40,7 +42,11 @@ def dtype_of(node: Node) -> torch.dtype:
 
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are equal for every value of the symbols; adds no guard."""
-    return bool(a is b or statically_known_true(a == b))
+    if a is b or statically_known_true(a == b):
+        return True
+    if isinstance(a, int) and isinstance(b, int):
+        return False
+    return divided(expression(a)) == divided(expression(b))  # torch leaves n² // n, which a reshape to -1 makes
 
 
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:

@@ -32,7 +32,7 @@ from support.cond_programs import (
     ops,
     private,
 )
-from support.strategies import InputsCase
+from support.strategies import EncoderCase, InputsCase
 from support.upstream import assert_equal_to_upstream, encoder_of
 from test_specialize_branches import FLAG, OTHER, X, run_tree, trees
 
@@ -363,6 +363,20 @@ def test_a_mask_of_all_pairs_whose_rows_dac_halves(
         flag = {} if value is None else {"pre_norm": torch.tensor(value)}
         got = evaluate(program, {**inputs, "dac": torch.tensor(dac), **flag})[0]
         assert_equal_to_upstream(got, encoder.layers, inputs, dac=dac, pre_norm=own, dac_dim=1)
+
+
+@pytest.mark.parametrize("style", ["bmm", "sdpa"])
+def test_attention_as_others_write_it_where_dac_halves_the_tokens(style: str) -> None:
+    """Heads in the batch have a size n² // n, which the canonical form must know for n."""
+    case = EncoderCase(num_heads=2, styles=(style, "meta"))
+    encoder, names = case.build(), ("tgt", "memory", "tgt_mask", "tgt_key_padding_mask", "query_pos")
+    spec = make_spec(dac_dim=1, pre_norm=True, tokens=8, inputs=names)
+    converted, _ = default_pipeline("select").run(sam3x.capture.capture(encoder, spec))
+    assert ops(converted.program, COND) == 0 and ops(converted.program, SDPA) == 2
+    for dac in (False, True):
+        inputs = InputsCase(tokens=8, hidden="some").make(names, case.d_model, "bool", ())
+        got = evaluate(converted.program, {**inputs, "dac": torch.tensor(dac)})[0]
+        assert_equal_to_upstream(got, encoder, inputs, dac=dac, pre_norm=True, dac_dim=1)
 
 
 def test_a_wrong_rewrite_is_caught() -> None:
