@@ -75,7 +75,9 @@ class _Attention:
         self.query, self.key, self.value, self.mask = (given.get(name) for name in names[:4])
         if node.meta["val"].dim() != 4 or node.meta["val"].dtype is not torch.float32:
             raise NoHeadsError("not float32 of rank 4")
-        self.heads, self.width = int(node.meta["val"].shape[1]), int(self.query.meta["val"].shape[-1])
+        if not isinstance(node.meta["val"].shape[1], int):  # one head, whose batch stands where heads do
+            raise NoHeadsError("the number of heads is no constant")
+        self.heads, self.width = node.meta["val"].shape[1], int(self.query.meta["val"].shape[-1])
         scale = given.get("scale")
         self.scale = 1.0 / math.sqrt(self.width) if scale is None else float(scale)
 

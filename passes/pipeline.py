@@ -122,6 +122,7 @@ def _run_one(
     started = time.perf_counter()
     try:
         item.requires(current.program)
+        dynamic = _dynamic_sizes(current.program)
         result = item.call(current.program)
         for _, module in graph_modules(result.program):
             module.graph.lint()
@@ -132,6 +133,9 @@ def _run_one(
             result.program.validate()
         except Exception as error:
             raise PostconditionError(f"the graph does not validate: {error}") from error
+        fixed = dynamic - _dynamic_sizes(result.program)
+        if fixed:
+            raise PostconditionError(f"it fixed a size of an input that was dynamic: {min(fixed)}")
         item.ensures(result)
     except PassError as error:
         kind = type(error) if isinstance(error, (PreconditionError, PostconditionError)) else PassError
@@ -155,6 +159,18 @@ def _run_one(
         max_change=change,
     )
     return after, record
+
+
+def _dynamic_sizes(program: torch.export.ExportedProgram) -> set[tuple[str, int]]:
+    """(input, dimension) of each size that is still a symbol: asking torch for its value fixes it, without a word."""
+    values = [(node.name, node.meta.get("val")) for node in program.graph.nodes if node.op == "placeholder"]
+    return {
+        (name, dim)
+        for name, value in values
+        if isinstance(value, torch.Tensor)
+        for dim, size in enumerate(value.shape)
+        if isinstance(size, torch.SymInt) and not size.node.expr.is_number
+    }
 
 
 def _private_copy(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

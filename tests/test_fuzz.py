@@ -200,6 +200,21 @@ def test_heads_put_in_order_where_a_flag_counts_the_rows() -> None:
     )
 
 
+def test_one_head_whose_batch_stands_where_heads_do() -> None:
+    """The pass that splits heads for ExecuTorch asked for their number, and fixed the batch; found by ``make fuzz``."""
+    names = ("tgt_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "pos", "query_pos")
+    spec = {"pre_norm": "module", "dac": True, "dac_dim": 0, "batch": (3, 8), "prompt_length": (1, 12), "tokens": 5}
+    check(
+        Case(
+            encoder=EncoderCase(head_dim=1, dim_feedforward=2, positions=(False, True, False), styles=("meta", "bmm"), seed=90),
+            target="pte",
+            spec={**spec, "inputs": ("tgt", "memory", *names), "mask_dtype": "bool"},
+            lowerings=({"delegate": "xnnpack"},),
+            runs=(InputsCase(batch=4, tokens=5, prompt_length=9), InputsCase(batch=8, tokens=5, prompt_length=3)),
+        )
+    )
+
+
 def test_the_script_of_a_failure_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(differential, "check", seen.append)

@@ -53,6 +53,22 @@ def test_pipelines_are_values() -> None:
         pipeline.without("x")
 
 
+class Asks(Pass):
+    """Asks torch for the value of a size, which then is that of the trace."""
+
+    name = "asks"
+
+    def call(self, program: ExportedProgram) -> PassResult:
+        tgt = next(node for node in program.graph.nodes if node.name == "tgt")
+        return PassResult(program=program, modified=int(tgt.meta["val"].shape[0]) < 0)
+
+
+def test_a_pass_that_fixes_a_dynamic_size_is_told() -> None:
+    own = capture(encoder_of(1), make_spec(dac=False, pre_norm=True))  # torch keeps what it was asked
+    with pytest.raises(PostconditionError, match=r"'asks'.*fixed a size of an input that was dynamic: \('memory', 0\)"):
+        PassPipeline((Asks(),)).run(own)
+
+
 def test_the_captured_program_is_left_as_it_is(captured: CapturedProgram) -> None:
     before = captured.program.graph_module.print_readable(print_output=False)
     result, records = default_pipeline().run(captured)
