@@ -56,3 +56,16 @@ def test_only_tf32_lets_tensorrt_round_the_factors_of_products(precision: Litera
         import_torch_tensorrt()
         assert serialize(builder, None, config, "sm89", TrtOptions(precision=precision), []) == b"plan"
     assert cleared == ([] if precision == "tf32" else ["TF32"])
+
+
+def test_sizes_that_the_builder_cannot_follow_are_refused_with_the_way_out() -> None:
+    config = SimpleNamespace(num_compute_capabilities=0, set_compute_capability=lambda capability, index: None)
+    config.clear_flag = lambda flag: None
+    builder = SimpleNamespace(build_serialized_network=lambda network, config: None)
+    log = ["Error Code 2: Internal Error (Data-dependent shapes are only allowed in the top-level scope)"]
+    with (
+        named_device(capability_of("sm89")),
+        pytest.raises(LoweringError, match=r"Data-dependent.*Fix the tokens \(--tokens 5184\)"),
+    ):
+        import_torch_tensorrt()
+        serialize(builder, None, config, "sm89", TrtOptions(), log)
