@@ -12,21 +12,11 @@ from torch import Tensor, nn
 
 from sam3x.passes.base import PassResult, count_ops, graph_modules
 from sam3x.passes.eliminate_noops import EliminateNoopsPass
+from support.canonical import Module
 
 aten = torch.ops.aten
 DYN = torch.export.Dim.DYNAMIC
 X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
-
-
-class Module(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Tensor) -> Any:
-        return self.function(*args)
 
 
 def capture(
