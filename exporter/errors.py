@@ -57,5 +57,9 @@ class LoweringError(TargetError):
     """The back end refused the canonical graph."""
 
 
+class BuilderError(LoweringError):
+    """The back end took the graph, and its own compiler crashed on it or broke an assertion of its own."""
+
+
 class ArtifactError(Sam3xError):
     """An exported folder is missing, damaged, edited after export, or fed wrong inputs."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sam3x.errors import LoweringError, TargetUnavailableError
+from sam3x.errors import BuilderError, LoweringError, TargetUnavailableError
 from sam3x.targets.trt_apart import Crashed, apart
 from sam3x.targets.trt_driver import import_torch_tensorrt, named_device
 from sam3x.targets.trt_options import TrtOptions, capability_of, optima
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _LOG = "torch_tensorrt [TensorRT Conversion Context]"
 _SIZES = "Data-dependent shapes"
 """What the builder says of sizes it cannot follow into a conditional or a loop: dynamic tokens with dac and several masks."""
+_OWN = ("Internal Error", "MyelinCheckException")
+"""What the builder says where an assertion of its own is broken."""
 _FIGURES = {"activation_bytes": "Total Activation Memory", "weights_bytes": "Total Weights Memory"}
 
 
@@ -153,14 +155,22 @@ def serialize(builder: Any, network: Any, config: Any, capability: str, options:
     try:
         plan = work() if torch.cuda.is_available() else apart(work, log)
     except Crashed as crash:
-        raise LoweringError(
+        raise BuilderError(
             f"step 4/4 trt: TensorRT's builder crashed on the network ({crash}). It does on several attentions in loops: "
             "allow them more memory (--attention-memory 2GB), or take --precision fp16."
         ) from None
     if plan is None:
         said = ([line for line in log if "Error" in line] or log or ["no reason given"])[-1][:400]
-        out = " Fix the tokens (--tokens 5184), fix dac (--dac off), or leave a mask out (--inputs)." if _SIZES in said else ""
-        raise LoweringError(f"step 4/4 trt: the builder refused the network: {said}{out}")
+        if _SIZES in said:
+            out = " Fix the tokens (--tokens 5184), fix dac (--dac off), or leave a mask out (--inputs)."
+            raise LoweringError(f"step 4/4 trt: the builder refused the network: {said}{out}")
+        if any(word in said for word in _OWN):
+            other = "engine" if options.format != "engine" else "plan-onnx"
+            raise BuilderError(
+                f"step 4/4 trt: TensorRT's own optimizer failed on the network: {said} Other forms of it may build: "
+                f"--format {other}, --attention-memory 2GB, --precision fp16, or --dac off."
+            )
+        raise LoweringError(f"step 4/4 trt: the builder refused the network: {said}")
     return plan
 
 

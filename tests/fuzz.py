@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from support.counts import too_many_failures
 from support.workers import follow, say
 
 DATABASE = Path(__file__).parents[1] / ".hypothesis" / "fuzz"
@@ -125,7 +126,7 @@ def worker(target: str, seconds: float, seed: int) -> int:
 
     import torch
 
-    from support.differential import COUNTS
+    from support.counts import COUNTS
 
     faulthandler.enable()  # where a native library crashes
     logging.disable(logging.WARNING)
@@ -169,6 +170,8 @@ class Fuzz:
                 self._print(", ".join(tried))
         for name, count in self.totals().items():
             print(f"{count} {name}")
+        if (said := too_many_failures(self.totals())) is not None:
+            self._fail(said)
         return self.failures
 
     def totals(self) -> dict[str, int]:

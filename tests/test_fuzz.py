@@ -21,6 +21,7 @@ from sam3x import api
 from sam3x.passes.base import PassResult, graph_modules
 from sam3x.passes.canonicalize_attention import CanonicalizeAttentionPass
 from support import differential
+from support.counts import BUILDER_FAILED, COUNTS, too_many_failures
 from support.differential import Difference, check
 from support.strategies import Case, EncoderCase, InputsCase, cases
 from support.workers import follow
@@ -213,6 +214,45 @@ def test_one_head_whose_batch_stands_where_heads_do() -> None:
             runs=(InputsCase(batch=4, tokens=5, prompt_length=9), InputsCase(batch=8, tokens=5, prompt_length=3)),
         )
     )
+
+
+@pytest.mark.parametrize(
+    ("encoder", "spec", "lowering", "other"),
+    [
+        (  # MyelinCheckException: CHECK(common_bb == cur_call->dds_parent()->parent())
+            EncoderCase(num_heads=2, pre_norm=(False,), styles=("temperature", "grouped"), peaked=4.0, seed=75),
+            {"pre_norm": "runtime", "dac": True, "dac_dim": 1, "batch": (3, 8), "tokens": (9, 40)},
+            {"format": "engine", "branches": "select", "attention_memory": "2KB"},
+            {"attention_memory": "256MB"},
+        ),
+        (  # MyelinCheckException: CHECK(new_stride_order[i1] != new_stride_order[i2])
+            EncoderCase(head_dim=5, pre_norm=(False,), positions=(False, True, True), styles=("einsum",) * 2, seed=28),
+            {"pre_norm": "module", "dac": False, "dac_dim": 0, "batch": (2, 8), "tokens": (16, 40)},
+            {"format": "plan-onnx", "attention_memory": "256MB"},
+            {"format": "engine"},
+        ),
+    ],
+    ids=["dds_parent", "stride_order"],
+)
+def test_what_tensorrts_own_optimizer_fails_on_is_told_as_such(
+    encoder: EncoderCase, spec: dict[str, Any], lowering: dict[str, Any], other: dict[str, Any]
+) -> None:
+    """And another form of it builds, as the sentence says; found by ``make fuzz``. A TensorRT that builds both is as right."""
+    spec = {**spec, "prompt_length": (1, 12), "inputs": ("tgt", "memory", "pos"), "mask_dtype": "bool"}
+    before = COUNTS.copy()
+    for options in (lowering, {**lowering, **other}):
+        options = {"compute_capability": "sm89", **options}
+        check(Case(encoder=encoder, target="trt", spec=spec, lowerings=(options,), runs=(InputsCase(batch=4),)))
+    counted = COUNTS - before
+    assert counted["trt configurations"] == 2 and counted["trt refusals"] == 0 and counted[f"trt {BUILDER_FAILED}"] <= 1
+
+
+def test_a_builder_that_fails_more_often_than_it_did_fails_the_fuzz() -> None:
+    counts = {"onnx configurations": 400, "trt configurations": 60, f"trt {BUILDER_FAILED}": 6}
+    assert too_many_failures(counts) is None
+    said = too_many_failures({**counts, f"trt {BUILDER_FAILED}": 7})
+    assert said is not None and "trt: its builder failed on 7 of 60" in said
+    assert too_many_failures({"trt configurations": 3, f"trt {BUILDER_FAILED}": 2}) is None
 
 
 def test_the_script_of_a_failure_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from sam3x.program import CapturedProgram, run_program
 from sam3x.spec import make_spec
 from sam3x.targets import onnx_attention
 from sam3x.verify import compare, require
-from support.differential import COUNTS
+from support.counts import COUNTS
 from support.strategies import EncoderCase
 
 ENCODERS = {

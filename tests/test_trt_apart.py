@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from sam3x.errors import LoweringError
+from sam3x.errors import BuilderError, LoweringError
 from sam3x.targets.trt_apart import Crashed, apart
 from sam3x.targets.trt_build import serialize
 from sam3x.targets.trt_driver import import_torch_tensorrt, named_device
@@ -40,7 +40,7 @@ def test_a_crash_of_the_builder_is_one_sentence() -> None:
     config.clear_flag = lambda flag: None
     with (
         named_device(capability_of("sm89")),
-        pytest.raises(LoweringError, match=r"builder crashed on the network \(SIGSEGV\).*--attention-memory"),
+        pytest.raises(BuilderError, match=r"builder crashed on the network \(SIGSEGV\).*--attention-memory"),
     ):
         import_torch_tensorrt()
         serialize(builder, None, config, "sm89", TrtOptions(), [])
@@ -66,6 +66,19 @@ def test_sizes_that_the_builder_cannot_follow_are_refused_with_the_way_out() -> 
     with (
         named_device(capability_of("sm89")),
         pytest.raises(LoweringError, match=r"Data-dependent.*Fix the tokens \(--tokens 5184\)"),
+    ):
+        import_torch_tensorrt()
+        serialize(builder, None, config, "sm89", TrtOptions(), log)
+
+
+def test_an_assertion_of_the_builders_own_names_other_forms_that_may_build() -> None:
+    config = SimpleNamespace(num_compute_capabilities=0, set_compute_capability=lambda capability, index: None)
+    config.clear_flag = lambda flag: None
+    builder = SimpleNamespace(build_serialized_network=lambda network, config: None)
+    log = ["Error Code 1: Myelin (MyelinCheckException: tactic.cpp:3402: CHECK(new_stride_order[i1] != 0) failed.)"]
+    with (
+        named_device(capability_of("sm89")),
+        pytest.raises(BuilderError, match=r"own optimizer failed.*tactic.cpp:3402.*--format plan-onnx"),
     ):
         import_torch_tensorrt()
         serialize(builder, None, config, "sm89", TrtOptions(), log)

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 import sam3x
 from sam3x import api
-from sam3x.errors import LoweringError
+from sam3x.errors import BuilderError, LoweringError
 from sam3x.fusion_encoder import FusionEncoder
 from sam3x.spec import make_spec
 from sam3x.targets.base import resolve, weight_precision
@@ -27,11 +26,9 @@ from sam3x.targets.registry import get_target
 from sam3x.verify import ABSOLUTE, EAGER_FACTOR, eager_distances
 from sam3x.weight_rounding import rounded_encoder
 from support.attention_styles import REFUSED
+from support.counts import BUILDER_FAILED, COUNTS
 from support.strategies import Case, InputsCase
 from support.upstream import double, run_layers
-
-COUNTS: Counter[str] = Counter()
-"""``<target> configurations`` exported and ``<target> comparisons`` made in this process."""
 
 
 class Difference(AssertionError):
@@ -80,6 +77,9 @@ def check(case: Case) -> None:
             for position, lowering in enumerate(case.lowerings):
                 try:
                     artifact = export(case, module, {**case.spec, **lowering}, folder / str(position))
+                except BuilderError:
+                    COUNTS[f"{case.target} {BUILDER_FAILED}"] += 1
+                    return
                 except LoweringError as error:
                     if not _known_limit(case, error):
                         raise
@@ -104,13 +104,11 @@ def export(case: Case, module: nn.Module, options: Mapping[str, Any], folder: Pa
 
 
 def _known_limit(case: Case, error: LoweringError) -> bool:
-    """TensorRT follows some sizes into no conditional and no loop, and crashes on many loops; both are told in a sentence."""
+    """TensorRT follows some sizes into no conditional and no loop, and says so."""
     dynamic = not isinstance(case.spec.get("tokens", 1), int) and case.spec["dac"] == "runtime"
     by_flag = case.spec["dac"] is True and case.spec["pre_norm"] in ("runtime", "per-layer")
     halved_tokens = case.spec["dac"] == "runtime" and case.spec["dac_dim"] == 1 and case.encoder.styles[0] in REFUSED
-    sizes = (dynamic or by_flag) and "Data-dependent shapes" in str(error)
-    sizes |= halved_tokens and "builder refused the network" in str(error)  # in several words
-    return case.target == "trt" and (sizes or "builder crashed" in str(error))
+    return case.target == "trt" and (dynamic or by_flag or halved_tokens) and "Data-dependent shapes" in str(error)
 
 
 def _runs_here(artifact: sam3x.Artifact) -> bool:
