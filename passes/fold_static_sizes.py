@@ -9,9 +9,14 @@ from torch.fx import Node
 from sam3x.passes.base import Pass, PassResult, graph_modules
 from sam3x.passes.cond_graph import expression, sweep
 
+aten = torch.ops.aten
+_VIEWS = (aten.reshape.default, aten.view.default)
+
 
 class FoldStaticSizesPass(Pass):
-    """``sym_size`` and arithmetic whose result is fixed → the number.
+    """``sym_size`` and arithmetic whose result is fixed → the number; so is the ``-1`` of a view whose size there is fixed.
+
+    TensorRT infers a ``-1`` where it runs: beside another tensor of that size it does not know that they are equal.
 
     dac at a fixed batch of one leaves a conditional of which only the result's size is read, and that is one in both branches.
     """
@@ -24,6 +29,7 @@ class FoldStaticSizesPass(Pass):
         for _, module in graph_modules(program):
             for node in list(module.graph.nodes):
                 value = _number(node.meta.get("val"))
+                rewrites += node.target in _VIEWS and _inferred(node)
                 if node.op != "call_function" or value is None:
                     continue
                 for user in list(node.users):
@@ -33,6 +39,16 @@ class FoldStaticSizesPass(Pass):
         if rewrites:
             sweep(program.graph_module)
         return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites)
+
+
+def _inferred(node: Node) -> bool:
+    """Write the size that a view infers; whether there was one to write."""
+    source, shape = node.args
+    sizes = [-1] if -1 not in shape else [_number(node.meta["val"].shape[shape.index(-1)])]  # type: ignore[operator,union-attr]
+    if sizes[0] in (None, -1):
+        return False
+    node.args = (source, [sizes[0] if size == -1 else size for size in shape])  # type: ignore[union-attr]
+    return True
 
 
 def _put(user: Node, node: Node, value: int) -> None:

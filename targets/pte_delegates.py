@@ -68,6 +68,13 @@ def _convex(graph: Graph, nodes: set[Node]) -> bool:
     return True
 
 
+def _too_dynamic(node: Node) -> bool:
+    """Whether a squeeze leaves more than one size to the run; XNNPACK's reshape, which it becomes, infers one."""
+    if "squeeze" not in str(node.target):
+        return False
+    return sum(not isinstance(size, int) for size in node.meta["val"].shape) > 1
+
+
 def partitioners(delegate: str, precision: str, *, plain: bool) -> list[Any]:
     """ExecuTorch's partitioner for a delegate, none for the portable kernels.
 
@@ -111,6 +118,10 @@ def _xnnpack(precision: str, plain: bool) -> list[Any]:
             if plain:  # XNNPACK's name for "the first pass is enough"
                 specs = [CompileSpec("dqlinear_partitioner", b"")]
                 self.delegation_spec = DelegationSpec("XnnpackBackend", specs)
+
+        def get_matched_nodes_from_configs(self, ep: ExportedProgram) -> list[list[Node]]:
+            """Less the squeezes that its configuration takes and its serializer then refuses."""
+            return [group for group in super().get_matched_nodes_from_configs(ep) if not any(map(_too_dynamic, group))]
 
         def generate_partitions(self, ep: ExportedProgram) -> list[Any]:
             """All of it in one where that is possible; the search for groups that may merge stops short of it, and is slow."""

@@ -92,13 +92,15 @@ class TrtTarget:
 
     def legalization_passes(self, options: TrtOptions) -> tuple[Pass, ...]:
         from sam3x.passes.decompose_attention import DecomposeAttentionPass
+        from sam3x.passes.expand_repeats import ExpandRepeatsPass
         from sam3x.passes.fold_constants import FoldConstantsPass
         from sam3x.passes.fold_static_sizes import FoldStaticSizesPass
         from sam3x.passes.if_convert import IfConvertPass
         from sam3x.passes.legalize_attention_for_trt import LegalizeAttentionForTrtPass
         from sam3x.passes.simplify_attention_masks import SimplifyAttentionMasksPass
 
-        lower = (IfConvertPass(rows_only=True), FoldStaticSizesPass(), SimplifyAttentionMasksPass(), *precision_passes(options))
+        sizes = (FoldStaticSizesPass(), ExpandRepeatsPass())
+        lower = (IfConvertPass(rows_only=True), *sizes, SimplifyAttentionMasksPass(), *precision_passes(options))
         if options.format == "plan-onnx":
             from sam3x.targets.trt_onnx import onnx_passes
 

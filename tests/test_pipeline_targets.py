@@ -26,6 +26,15 @@ def test_a_component_to_executorch_is_verified_and_a_part_does_not_run_alone(tmp
         Segmenter(tmp_path / "out")
 
 
+@pytest.mark.parametrize("component", ["vision_encoder", "decoder"])
+def test_a_component_to_tensorrt_is_one_engine(component: str, tmp_path: Path) -> None:
+    """Windows of a ViT, whose sizes TensorRT must know; queries repeated for each picture."""
+    options = {"target": "trt", "compute_capability": "sm89"}
+    manifest = export_pipeline(random_image_source(SMALL), output=tmp_path / "out", components=[component], **options)
+    (item,) = manifest.components
+    assert item.facts["engines"] == 1 and item.facts["left_to_torch"] == 0
+
+
 @pytest.mark.parametrize(
     ("options", "fact"),
     [({"components": ["trunk"]}, "no component trunk"), ({"target": "pte", "precision": "fp16"}, "exported in fp32")],
