@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
@@ -43,11 +45,13 @@ class FoldStaticSizesPass(Pass):
 
 def _inferred(node: Node) -> bool:
     """Write the size that a view infers; whether there was one to write."""
-    source, shape = node.args
-    sizes = [-1] if -1 not in shape else [_number(node.meta["val"].shape[shape.index(-1)])]  # type: ignore[operator,union-attr]
-    if sizes[0] in (None, -1):
+    source, shape = cast("tuple[Node, list[Any]]", node.args)
+    if -1 not in shape:
         return False
-    node.args = (source, [sizes[0] if size == -1 else size for size in shape])  # type: ignore[union-attr]
+    size = _number(node.meta["val"].shape[shape.index(-1)])
+    if size is None:
+        return False
+    node.args = (source, [size if asked == -1 else asked for asked in shape])
     return True
 
 
