@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sam3x.emulated_products import Product, attention, exact, half_summed, tf32
+import sam3x.emulated_convolutions as convolutions
+import sam3x.emulated_products as products
+from sam3x.emulated_convolutions import Convolution
+from sam3x.emulated_products import Product, attention
 
 aten = torch.ops.aten
 _PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
@@ -25,12 +28,12 @@ _LINEAR = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}
 def eager_in(precision: str, *, half_sums: bool = False) -> Iterator[None]:
     """Within it, torch's own float32 operators round as ``tf32``, ``fp16``, ``bf16`` or ``int8`` would; sums stay float32.
 
-    ``fp16``, ``bf16``: weights and every result, those inside attention too. ``tf32``: the factors of products. ``int8``: the
-    operands of ``linear``, weights with a symmetric scale a row, activations with a scale and zero point for each row (Jacob et
-    al., 2018).
+    ``fp16``, ``bf16``: weights and every result, those inside attention too. ``tf32``: the factors of products and
+    convolutions. ``int8``: the operands of ``linear``, weights with a symmetric scale a row, activations with a scale and zero
+    point for each row (Jacob et al., 2018).
 
     Args:
-        half_sums: of ``fp16``: sums of products are kept in float16 (``emulated_products.half_summed``).
+        half_sums: of ``fp16``: sums of products and convolutions are kept in float16 (``half_summed`` of each).
     """
     fast, threads = torch.backends.mha.get_fastpath_enabled(), torch.get_num_threads()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator, in which nothing could be rounded
@@ -45,25 +48,30 @@ def eager_in(precision: str, *, half_sums: bool = False) -> Iterator[None]:
 
 
 def _mode(precision: str, half_sums: bool) -> TorchDispatchMode:
+    kernels: tuple[Product, Convolution]
     if precision == "int8":
         return _Int8()
     if precision == "tf32":
-        return _Rounding(None, tf32)
+        return _Rounding(None, products.tf32, convolutions.tf32)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    return _Rounding(lambda value: value.to(dtype).float(), half_summed if half_sums else exact)
+    kernels = (products.half_summed, convolutions.half_summed) if half_sums else (products.exact, convolutions.exact)
+    return _Rounding(lambda value: value.to(dtype).float(), *kernels)
 
 
 class _Rounding(TorchDispatchMode):
-    """Results go through ``rounded`` (None: stay as they are), products are ``product``."""
+    """Results go through ``rounded`` (None: stay as they are), products are ``product``, convolutions ``convolution``."""
 
-    def __init__(self, rounded: Callable[[Tensor], Tensor] | None, product: Product) -> None:
+    def __init__(self, rounded: Callable[[Tensor], Tensor] | None, product: Product, convolution: Convolution) -> None:
         super().__init__()
-        self.rounded, self.product = rounded, product
+        self.rounded, self.product, self.convolution = rounded, product, convolution
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         single = bool(args) and isinstance(args[0], Tensor) and args[0].dtype is torch.float32
         if single and func in _PRODUCTS:
             return self._round(self._product(args, **(kwargs or {})))
+        if single and func is aten.convolution.default:
+            factors = [None if item is None else self._round(item) for item in args[:3]]  # weights come as they are
+            return self._round(self.convolution(*factors, *args[3:]))
         if single and func is _ATTENTION:
             return self._attention(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))

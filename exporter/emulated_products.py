@@ -14,7 +14,7 @@ Product = Callable[..., Tensor]
 TERMS = 16
 """Terms added in float32 before a sum kept in float16 is rounded."""
 
-_HALF_BITS, _TF32_BITS = 11, 11
+HALF_BITS, TF32_BITS = 11, 11
 """Significand of float16 and of TF32, the implied bit counted."""
 
 _BLOCK = 1 << 16
@@ -32,7 +32,7 @@ def exact(left: Tensor, right: Tensor, start: Tensor | None = None) -> Tensor:
 
 def tf32(left: Tensor, right: Tensor, start: Tensor | None = None) -> Tensor:
     """Operands rounded to TF32, sums in float32: tensor cores on float32 (decision 0010 has an H200's distance)."""
-    return exact(to_bits(left, _TF32_BITS), to_bits(right, _TF32_BITS), start)
+    return exact(to_bits(left, TF32_BITS), to_bits(right, TF32_BITS), start)
 
 
 def half_summed(left: Tensor, right: Tensor, start: Tensor | None = None) -> Tensor:
@@ -43,6 +43,8 @@ def half_summed(left: Tensor, right: Tensor, start: Tensor | None = None) -> Ten
     """
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     shape = (*batch, left.shape[-2], right.shape[-1])
+    if start is not None and bool(start.isinf().any()):  # a mask: rounding would make it NaN
+        return torch.where(start.isinf(), start, half_summed(left, right, start.masked_fill(start.isinf(), 0.0)))
     total = left.new_zeros(shape) if start is None else start.expand(shape).clone()
     rows = max(1, _BLOCK // max(1, shape[-1]))
     lefts, rights, totals = (
@@ -56,7 +58,7 @@ def half_summed(left: Tensor, right: Tensor, start: Tensor | None = None) -> Ten
 
 def _half_sum(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add ``left @ right`` to ``total`` in place."""
-    bits = _HALF_BITS - round(math.log2(math.sqrt(TERMS)))
+    bits = HALF_BITS - round(math.log2(math.sqrt(TERMS)))
     head, tail = torch.empty_like(total), torch.empty_like(total)
     for first in range(0, left.shape[-1], TERMS):
         total.addmm_(left[:, first : first + TERMS], right[first : first + TERMS])

@@ -17,10 +17,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from sam3x.errors import ArtifactError
 from sam3x.folder_lock import locked
 from sam3x.journal import DISK_ERRORS, NEW, STAGING, commit, finish
-from sam3x.manifest import MANIFEST, ExportManifest, read_values, sealed
+from sam3x.manifest import MANIFEST, read_values, sealed
 from sam3x.manifest_files import is_inside, link_in, names_in, sha256_of
 
 
@@ -89,7 +91,7 @@ def publishing(folder: str | Path) -> Iterator[Publication]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def replace_manifest(folder: Path, manifest: ExportManifest) -> None:
+def replace_manifest(folder: Path, manifest: BaseModel) -> None:
     """Write what became known of an export later, as when it is verified on another machine.
 
     Raises:

@@ -101,10 +101,8 @@ def compare(
                 facts.update(from_float64=far, eager_from_float64=own)
                 near = far <= EAGER_FACTOR * own
             if other is not None and expected.is_floating_point():
-                rms, own = (_rms(item, expected, defined) if shaped else float("inf") for item in (got, other[name]))
-                allowed = max(ABSOLUTE, REDUCED_FACTOR * distance(other[name], expected, defined))
-                facts.update(allowed=allowed, rms_rel=rms, eager_rms_rel=own)
-                near = gap <= allowed and rms <= max(ABSOLUTE, REDUCED_RMS_FACTOR * own)
+                facts |= reduced_facts(got, expected, other[name], defined) if shaped else {}
+                near = shaped and reduced_passes(gap, facts)
             if before is not None:
                 facts.update(from_before(got, expected, before[name]))
             largest = float(expected.double().nan_to_num(0.0, 0.0, 0.0).abs().max()) if expected.numel() else 0.0
@@ -122,6 +120,17 @@ def compare(
                 )
             )
     return tuple(records)
+
+
+def reduced_facts(got: Tensor, expected: Tensor, other: Tensor, defined: Tensor) -> dict[str, float]:
+    """What an output below float32 may be off, from ``other``, eager with that precision's rounding (decision 0010)."""
+    allowed = max(ABSOLUTE, REDUCED_FACTOR * distance(other, expected, defined))
+    return {"allowed": allowed, "rms_rel": _rms(got, expected, defined), "eager_rms_rel": _rms(other, expected, defined)}
+
+
+def reduced_passes(gap: float, facts: Mapping[str, float]) -> bool:
+    """Whether an output that is ``gap`` off at worst is as near as ``reduced_facts`` asks."""
+    return gap <= facts["allowed"] and facts["rms_rel"] <= max(ABSOLUTE, REDUCED_RMS_FACTOR * facts["eager_rms_rel"])
 
 
 def from_before(got: Tensor, expected: Tensor, before: Tensor) -> dict[str, float]:

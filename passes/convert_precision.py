@@ -25,6 +25,8 @@ MOVES = {
 """What only moves or picks numbers: done in the widest dtype of what it is given, so that it rounds nothing."""
 
 _FILLS = {aten.full.default, aten.full_like.default, aten.scalar_tensor.default}
+_RANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
+"""What counts: in float32, as float16 counts to 2,048."""
 
 
 class ConvertPrecisionPass(Pass):
@@ -106,6 +108,8 @@ class _Converter:
         if node.target in _FILLS:
             node.kwargs = {**node.kwargs, "dtype": self.dtype}
             wanted = self.dtype
+        elif node.target in _RANGES:
+            wanted = node.meta["val"].dtype
         elif node.target in MOVES:
             wanted = _widest(given)
         else:

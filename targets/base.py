@@ -85,6 +85,12 @@ def weight_precision(target: Target, options: TargetOptions) -> str | None:
     return None if own is None else own(options)
 
 
+def arithmetic_precision(target: Target, options: TargetOptions) -> str | None:
+    """What below float32 the artifact computes in; None where it is float32, though weights may be rounded."""
+    precision = str(getattr(options, "precision", "fp32"))
+    return None if precision == "fp32" or weight_precision(target, options) is not None else precision
+
+
 def half_sums(target: Target, options: TargetOptions) -> bool:
     """Whether the target's kernels keep sums in float16 on this machine: what its own ``half_sums(options)`` says, if any."""
     own = getattr(target, "half_sums", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -26,10 +27,10 @@ def test_a_component_to_executorch_is_verified_and_a_part_does_not_run_alone(tmp
         Segmenter(tmp_path / "out")
 
 
-@pytest.mark.parametrize("component", ["vision_encoder", "decoder"])
-def test_a_component_to_tensorrt_is_one_engine(component: str, tmp_path: Path) -> None:
-    """Windows of a ViT, whose sizes TensorRT must know; queries repeated for each picture."""
-    options = {"target": "trt", "compute_capability": "sm89"}
+@pytest.mark.parametrize(("component", "precision"), [("vision_encoder", "fp32"), ("decoder", "fp16")])
+def test_a_component_to_tensorrt_is_one_engine(component: str, precision: str, tmp_path: Path) -> None:
+    """Windows of a ViT, whose sizes TensorRT must know; queries repeated for each picture, frequencies counted in float32."""
+    options: dict[str, Any] = {"target": "trt", "compute_capability": "sm89", "precision": precision}
     manifest = export_pipeline(random_image_source(SMALL), output=tmp_path / "out", components=[component], **options)
     (item,) = manifest.components
     assert item.facts["engines"] == 1 and item.facts["left_to_torch"] == 0
@@ -37,7 +38,7 @@ def test_a_component_to_tensorrt_is_one_engine(component: str, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("options", "fact"),
-    [({"components": ["trunk"]}, "no component trunk"), ({"target": "pte", "precision": "fp16"}, "exported in fp32")],
+    [({"components": ["trunk"]}, "no component trunk"), ({"target": "pte", "precision": "bf16"}, "precision")],
 )
 def test_what_cannot_be_is_told_at_once(options: dict[str, object], fact: str, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=fact):

@@ -28,14 +28,14 @@ from sam3x.pipeline.cut import MAX_PROMPTS
 from sam3x.pipeline.fuse import export_fused, fused
 from sam3x.pipeline.fuse_spec import PARTS, check_fuse
 from sam3x.pipeline.quality import eager_answers, quality_of
-from sam3x.pipeline.rounding import rounded
+from sam3x.pipeline.rounding import reduced, rounded
 from sam3x.pipeline.tokenizer import write_tokenizer
 from sam3x.pipeline.verify import Case, described, verify_component
 from sam3x.program import Sample
 from sam3x.publish import publishing
 from sam3x.runtime.manifest import SEGMENTER, ComponentSpec, PipelineManifest
 from sam3x.spec import ExportSpec
-from sam3x.targets.base import Target, TargetOptions, file_name, resolve, weight_precision
+from sam3x.targets.base import Target, TargetOptions, arithmetic_precision, file_name, resolve, weight_precision
 from sam3x.targets.registry import get_target
 from sam3x.verify import require
 
@@ -81,12 +81,6 @@ def export_pipeline(
         raise SpecError(f"step 1/4 spec: no component {', '.join(unknown) or 'named'}; there are {', '.join(COMPONENTS)}.")
     if fuse:
         check_fuse(target, None if tuple(components) == COMPONENTS else components)
-    precision = weight_precision(back_end, target_options)
-    if precision is None and getattr(target_options, "precision", "fp32") != "fp32":
-        raise SpecError(
-            f"step 1/4 spec: a pipeline for {target} is exported in fp32; less has no tolerance there yet. "
-            "Leave precision out, or choose --target onnx."
-        )
     if getattr(target_options, "layout", "flat") != "flat":
         raise SpecError("step 1/4 spec: a layout of folders is for one model; a pipeline has six. Leave layout out.")
     status = back_end.availability()
@@ -103,7 +97,7 @@ def export_pipeline(
         cases = cases_of(model, spec)
         job = ComponentJob(back_end, target_options, spec, staging, tell)
         # quality is of a whole pipeline that runs here; eager answers before its components go
-        measured = precision is not None and set(components) == set(COMPONENTS) and job.unverified is None
+        measured = job.below is not None and set(components) == set(COMPONENTS) and job.unverified is None
         answers = eager_answers(model, spec.seed) if measured else []
         waiting = sorted((item for item in model.components if item.name in components), key=_weight, reverse=True)
         joined = fused(model.components) if fuse else None
@@ -122,7 +116,7 @@ def export_pipeline(
         if measured:
             tell("mask IoU against fp32")
             whole = [made[name] for name in (*COMPONENTS, SEGMENTER) if name in made]
-            quality = quality_of(answers, whole, lambda name: back_end.load_runner(staging / name), str(precision))
+            quality = quality_of(answers, whole, lambda name: back_end.load_runner(staging / name), str(job.below))
         manifest = PipelineManifest(
             target=target,
             opset=back_end.opset,
@@ -174,6 +168,11 @@ class ComponentJob:
     def precision(self) -> str | None:
         """That of the weights; None: float32, or the target's own affair."""
         return weight_precision(self.target, self.options)
+
+    @property
+    def below(self) -> str | None:
+        """What is not float32: the precision of the weights, or of the arithmetic."""
+        return self.precision or arithmetic_precision(self.target, self.options)
 
     @property
     def unverified(self) -> str | None:
@@ -243,7 +242,8 @@ class ComponentJob:
             return ()
         self.tell(f"{component.name}: verify")
         try:
-            records = verify_component(component, partial(self.target.load_runner, path), cases, unrounded)
+            rounding = reduced(component, self.target, self.options)
+            records = verify_component(component, partial(self.target.load_runner, path), cases, unrounded, rounding)
         except RuntimeError as error:  # a runtime's own
             raise VerificationError(
                 f"step 4/4 verify {self.target.name} {component.name}: the file was written and does not run: {error}. {remedy}"

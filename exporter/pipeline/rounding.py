@@ -1,12 +1,17 @@
-"""A component whose weights are rounded for as long as it is exported or verified (decision 0015)."""
+"""A component with rounded weights (decision 0015), or with the rounding of a lower precision (0010)."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from torch import Tensor
+
+from sam3x.eager_precision import eager_in
 from sam3x.pipeline.contract import Component
 from sam3x.pipeline.verify import Case
+from sam3x.targets.base import Target, TargetOptions, arithmetic_precision, half_sums
+from sam3x.verify import Eager
 from sam3x.weight_rounding import rounded_weights, swapped
 
 
@@ -24,3 +29,16 @@ def rounded(component: Component, precision: str | None, cases: Sequence[Case]) 
     weights = rounded_weights(trees, precision, lambda: component.eager(cases[0][1]))
     with swapped(trees, weights):
         yield [(case, inputs, component.eager(inputs)) for case, inputs, _ in cases]
+
+
+def reduced(component: Component, target: Target, options: TargetOptions) -> Eager | None:
+    """``component`` in eager as the target computes it below float32; None where it computes in float32."""
+    precision = arithmetic_precision(target, options)
+    if precision is None:
+        return None
+
+    def eager(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with eager_in(precision, half_sums=half_sums(target, options)):
+            return component.eager(inputs)
+
+    return eager
