@@ -81,6 +81,7 @@ class PteTarget:
         from sam3x.passes.canonicalize_layouts import CancelViewsPass, CanonicalizeLayoutsPass
         from sam3x.passes.convert_to_half import ConvertToHalfPass
         from sam3x.passes.decompose_attention import DecomposeAttentionPass
+        from sam3x.passes.decompose_roi_align import DecomposeRoiAlignPass
         from sam3x.passes.fold_constants import FoldConstantsPass
         from sam3x.passes.legalize_attention_for_pte import LOWEST, LOWEST_HALF, LegalizeAttentionForPtePass
         from sam3x.passes.legalize_norms_for_pte import LegalizeNormsForPtePass
@@ -93,6 +94,7 @@ class PteTarget:
             CancelViewsPass(),
         ]
         return (
+            DecomposeRoiAlignPass(),
             CanonicalizeLayoutsPass(),
             FoldConstantsPass(),
             # Core ML has norms, and runs heads side by side

@@ -92,6 +92,7 @@ class TrtTarget:
 
     def legalization_passes(self, options: TrtOptions) -> tuple[Pass, ...]:
         from sam3x.passes.decompose_attention import DecomposeAttentionPass
+        from sam3x.passes.decompose_roi_align import DecomposeRoiAlignPass
         from sam3x.passes.expand_repeats import ExpandRepeatsPass
         from sam3x.passes.fold_constants import FoldConstantsPass
         from sam3x.passes.fold_static_sizes import FoldStaticSizesPass
@@ -99,8 +100,14 @@ class TrtTarget:
         from sam3x.passes.legalize_attention_for_trt import LegalizeAttentionForTrtPass
         from sam3x.passes.simplify_attention_masks import SimplifyAttentionMasksPass
 
-        sizes = (FoldStaticSizesPass(), ExpandRepeatsPass())
-        lower = (IfConvertPass(rows_only=True), *sizes, SimplifyAttentionMasksPass(), *precision_passes(options))
+        lower = (
+            IfConvertPass(rows_only=True),
+            FoldStaticSizesPass(),
+            ExpandRepeatsPass(),
+            SimplifyAttentionMasksPass(),
+            *precision_passes(options),
+            DecomposeRoiAlignPass(),  # after what would round the places of its samples
+        )
         if options.format == "plan-onnx":
             from sam3x.targets.trt_onnx import onnx_passes
 
