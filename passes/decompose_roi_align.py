@@ -9,7 +9,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from sam3x.passes.aten_nodes import aten, dtype_of, shape_of
+from sam3x.passes.aten_nodes import aten, dtype_of, same_size, shape_of
 from sam3x.passes.base import Exactness, Missed, Pass, PassResult, graph_modules
 from sam3x.passes.emitter import Emitter
 
@@ -78,7 +78,7 @@ def _decompose(
     rows = emit.cast(axis.weights(2, pooled_height, height), dtype_of(input))
     columns = emit.cast(axis.weights(1, pooled_width, width), dtype_of(input))
     picture, pictures = emit.permute(input, [0, 2, 3, 1]), -1
-    if shape_of(input)[0] == 1:  # every box is of this picture: one product for the rows of all
+    if same_size(shape_of(input)[0], 1):  # every box is of this picture: one product for the rows of all
         rows, pictures = emit(aten.reshape.default, rows, [1, -1, height]), 1
     else:
         index = emit(aten._to_copy.default, emit(aten.select.int, rois, 1, 0), dtype=torch.int64)
@@ -137,7 +137,7 @@ class _Axis:
             inside = emit(aten.logical_and.default, self._inside(place, size), emit(aten.lt.Tensor, sample, asked))
         last = size - 1 if isinstance(size, int) else emit(operator.sub, size, 1)
         distance = emit(aten.abs.default, emit(aten.sub.Tensor, emit(aten.clamp.default, place, 0, last), rows))
-        weight = emit(aten.clamp.default, emit(aten.rsub.Scalar, distance, 1.0), 0.0)
+        weight = emit(aten.clamp.default, emit(aten.add.Tensor, emit(aten.neg.default, distance), 1.0), 0.0)
         nothing = emit(aten.full.default, [], 0.0, dtype=self.dtype, device=self.device)
         total = emit(aten.sum.dim_IntList, emit(aten.where.self, inside, weight, nothing), [-1], True)
         mean = emit(aten.div.Tensor, total, count)
