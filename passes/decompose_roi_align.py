@@ -28,8 +28,9 @@ class DecomposeRoiAlignPass(Pass):
 
     With ``sampling_ratio`` ≤ 0 a bin of height b has ceil(b) samples, as many as the box asks for. For each row the pass looks
     at the six that may reach it, found from the row's place, so boxes of any size, also far outside the picture, get every
-    sample. A coordinate that is NaN is inside nothing and its samples are 0, as in torchvision's newest kernel. A value of the
-    picture that is not finite reaches every bin of its boxes, not only those that sample it.
+    sample. A coordinate that is NaN is inside nothing and its samples are 0, as in torchvision's newest kernel. An
+    ``aligned`` box with a side turned over has no samples and gives 0; torchvision raises where it is one side alone.
+    A value of the picture that is not finite reaches every bin of its boxes, not only those that sample it.
 
     Weights are computed in float32 or wider. One picture is multiplied with the rows of all boxes at once; of several, each
     box gets a copy of its own, chosen by ``index_select``. The largest value made is (K, P, W, C), or those copies.
