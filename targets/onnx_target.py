@@ -120,6 +120,7 @@ class OnnxTarget:
             onnx_attention,
             onnx_feed_forward,
             onnx_file,
+            onnx_gelu,
             onnx_linear,
             onnx_norm,
             onnx_optimize,
@@ -135,7 +136,8 @@ class OnnxTarget:
                 onnx_attention.register(registry, captured)
                 onnx_linear.register(registry)
                 onnx_norm.register(registry)
-                onnx_feed_forward.register(registry)
+                onnx_gelu.register(registry)
+                onnx_feed_forward.register(registry)  # takes the activations from the registry
                 model = _core._exported_program_to_onnx_program(
                     captured.program, registry=registry, lower="at_conversion"
                 ).model

@@ -60,13 +60,15 @@ def make(batch: int, queries: int, keys: int, mask: Tensor | None) -> dict[str, 
     return given if mask is None else {**given, "mask": mask}
 
 
-def lower(kind: str, path: Path, *, dtype: torch.dtype = torch.float32, tokens: int = 9216, **options: Any) -> onnx.ModelProto:
-    """One attention with dynamic batch, queries and keys, through the ONNX target."""
+def lower(
+    kind: str, path: Path, *, dtype: torch.dtype = torch.float32, tokens: int = 9216, fixed: bool = False, **options: Any
+) -> onnx.ModelProto:
+    """One attention with dynamic batch, queries and keys (``fixed``: 6 and 5 of them), through the ONNX target."""
     inputs = make(3, 6, 5, make_mask(kind, 3, 6, 5))
     inputs = {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
     dims = {"query": (0, 2), "key": (0, 2), "value": (0, 2)}
     batch, queries, keys = (torch.export.Dim(name, max=9216) for name in ("b", "n", "s"))
-    by_size = {3: batch, 6: queries, 5: keys}
+    by_size = {3: batch} if fixed else {3: batch, 6: queries, 5: keys}
     shapes = {
         n: {d: by_size[t.shape[d]] for d in dims.get(n, range(t.dim())) if t.shape[d] in by_size} for n, t in inputs.items()
     }
@@ -81,7 +83,7 @@ def lower(kind: str, path: Path, *, dtype: torch.dtype = torch.float32, tokens: 
         spec=make_spec(batch=(1, 8), tokens=(1, tokens), prompt_length=(1, tokens)),
         input_names=tuple(inputs),
         output_names=("output",),
-        dim_names={symbols[0]: "batch", symbols[2]: "tokens", str(key[2]): "prompt_length"},
+        dim_names={symbols[0]: "batch"} | ({} if fixed else {symbols[2]: "tokens", str(key[2]): "prompt_length"}),
         samples=(),
         eager=lambda given: {"output": Attend()(**given)},
     )
@@ -128,6 +130,21 @@ def test_equal_to_torch(mode: str, memory: str, mask: str, tmp_path: Path) -> No
             expected = Attend()(**inputs)
             assert torch.isfinite(expected).all()
             torch.testing.assert_close(run(path, inputs), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("memory", "heads"), [("1000B", 2), ("300B", 1), ("200B", 0)])
+def test_heads_of_a_known_size_go_without_tiles(memory: str, heads: int, mask: str, tmp_path: Path) -> None:
+    """The scores of one head take 120 bytes, half of the budget is for scores."""
+    path = tmp_path / "a.onnx"
+    model = lower(mask, path, fixed=True, attention_memory=memory)
+    if mask not in ("both", "per head"):  # those keep the heads together
+        assert ops(model)["Scan"] == (1 if heads else 2)
+        assert ops(model)["ReduceProd"] == (0 if heads else 2)
+    for batch in (1, 4):
+        for hidden in ("some", "rows", "all") if mask != "none" else ("some",):
+            inputs = make(batch, 6, 5, make_mask(mask, batch, 6, 5, hidden=hidden))
+            torch.testing.assert_close(run(path, inputs), Attend()(**inputs), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
