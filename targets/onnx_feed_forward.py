@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from sam3x.targets import onnx_loop
 from sam3x.targets.onnx_linear import opset
-from sam3x.targets.onnx_loop import TILE_BYTES, Tiles, ints
+from sam3x.targets.onnx_loop import ints
 
 
 def register(registry: Any) -> None:
@@ -42,13 +44,29 @@ def _feed_forward(x: Any, first: tuple[Any, Any], activate: Any, second: tuple[A
 
     op = opset()
     rank, (hidden, width), last = len(x.shape), first[0].shape, second[0].shape[0]
-    rows = x if rank == 2 else op.Reshape(x, ints(-1, width))
-    rows.dtype, rows.shape = x.dtype, ir.Shape([None, width])
 
-    def body(tile: Any) -> Any:
-        made = op.Gemm(tile(rows, 0), *(item for item in first if item is not None), transB=1)
+    def of_rows(rows: Any) -> Any:
+        made = op.Gemm(rows, *(item for item in first if item is not None), transB=1)
         made.dtype, made.shape = x.dtype, ir.Shape([None, hidden])
         return op.Gemm(activate(made), *(item for item in second if item is not None), transB=1)
 
-    made = Tiles(rows, 0, ints(hidden), 2 * TILE_BYTES).run(body, ints(last))
-    return made if rank == 2 else op.Reshape(made, op.Concat(op.Shape(x, start=0, end=rank - 1), ints(last), axis=0))
+    known = math.prod(dim for dim in x.shape[:-1] if isinstance(dim, int))
+    even = onnx_loop.largest_divisor(known, onnx_loop.TILE_BYTES // (hidden * int(x.dtype.itemsize)))
+    if even >= onnx_loop.TILE_ROWS:  # tiles without a rest, whatever the other dimensions are: nothing to cut and join
+        tiles = op.Reshape(x, ints(-1, even, width))
+        tiles.dtype, tiles.shape = x.dtype, ir.Shape([None, even, width])
+
+        def one(rows: Any) -> Any:
+            made = of_rows(rows)
+            made.dtype, made.shape = x.dtype, ir.Shape([even, last])
+            return made
+
+        made = onnx_loop.for_each([tiles], one, "tile")
+    else:
+        rows = x if rank == 2 else op.Reshape(x, ints(-1, width))
+        rows.dtype, rows.shape = x.dtype, ir.Shape([None, width])
+        tiles = onnx_loop.Tiles(rows, 0, ints(hidden), 2 * onnx_loop.TILE_BYTES)
+        made = tiles.run(lambda tile: of_rows(tile(rows, 0)), ints(last))
+        if rank == 2:
+            return made
+    return op.Reshape(made, op.Concat(op.Shape(x, start=0, end=rank - 1), ints(last), axis=0))

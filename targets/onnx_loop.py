@@ -32,6 +32,11 @@ def ints(*values: int) -> ir.Value:
     return opset().Constant(value_ints=[int(value) for value in values])
 
 
+def largest_divisor(number: int, most: int) -> int:
+    """Of ``number``, at most ``most``; 0 where ``most`` is below 1."""
+    return max((count for count in range(1, min(most, number) + 1) if number % count == 0), default=0)
+
+
 def for_each(looped: Sequence[ir.Value], body: Callable[..., ir.Value], prefix: str, axis: int = 0) -> ir.Value:
     """``Scan``: ``body`` once for every slice of dimension 0 of ``looped``; the results stacked at ``axis``.
 

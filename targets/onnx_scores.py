@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sam3x.targets.onnx_linear import opset
-from sam3x.targets.onnx_loop import TILE_BYTES, Tiles, for_each, ints
+from sam3x.targets.onnx_loop import TILE_BYTES, Tiles, for_each, ints, largest_divisor
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -153,7 +153,7 @@ def _heads_that_fit(scaled: ir.Value, swapped: ir.Value, limit: int) -> int:
         return 0
     fit = limit // (queries * keys * int(scaled.dtype.itemsize))  # type: ignore[union-attr]
     known: int = math.prod(dim for dim in scaled.shape[:-2] if isinstance(dim, int))  # type: ignore[index, misc]
-    return max((count for count in range(1, min(fit, known) + 1) if known % count == 0), default=0)
+    return largest_divisor(known, fit)
 
 
 def _of_all_heads(mask: ir.Value) -> ir.Value:

@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from sam3x.passes.pipeline import PassPipeline
 from sam3x.passes.tile_feed_forward import ACTIVATIONS, TILED_FEED_FORWARD, TileFeedForwardPass
+from sam3x.pipeline.capture import capture_component
+from sam3x.pipeline.contract import Component, Port
 from sam3x.program import CapturedProgram
 from sam3x.spec import checked, make_spec
 from sam3x.targets import onnx_loop
@@ -104,3 +106,33 @@ def test_onnx_runtime_gives_the_same(name: str, rank: int, bias: bool, tmp_path:
         x = torch.randn(*(lead if rank == 4 else (lead[0], lead[1] * lead[2]) if rank == 3 else (lead[1] * lead[2],)), 8)
         made = torch.from_numpy(runner.run({"x": x.numpy()})["y"])
         torch.testing.assert_close(made, module(x).detach(), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "even"), [((16, 12), True), ((193,), False), ((5, 19), False)])
+def test_rows_of_a_known_number_are_cut_without_a_rest(
+    rows: tuple[int, ...], even: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most 100 rows a tile and at least 96: 192 are two tiles of each image, 193 and 95 have no such divisor."""
+    monkeypatch.setattr(onnx_loop, "TILE_BYTES", 100 * 32 * 4)
+    module = Mlp(functional.gelu)
+    port = Port(name="x", dims=("batch", *[None] * len(rows), None))
+    component = Component(name="mlp", module=_Tuple(module), inputs=(port,), outputs=("y",), ranges={"batch": (1, 4)})
+    given, _ = PassPipeline((TileFeedForwardPass(0),)).run(capture_component(component, {"x": torch.randn(2, *rows, 8)}))
+    path, target = tmp_path / "mlp.onnx", OnnxTarget()
+    target.lower(given, path, OnnxOptions())
+    found = [node.op_type for node in onnx.load(path).graph.node]
+    assert found.count("Scan") == 1 and ("Slice" not in found) == even
+    runner = target.load_runner(path)
+    for batch in (1, 3):
+        x = torch.randn(batch, *rows, 8)
+        made = torch.from_numpy(runner.run({"x": x.numpy()})["y"])
+        torch.testing.assert_close(made, module(x).detach(), atol=2e-6, rtol=1e-5)
+
+
+class _Tuple(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.module(x),)
