@@ -27,12 +27,22 @@ def passes(mode: str, budget: int) -> tuple[Pass, ...]:
     from sam3x.passes.fuse_multi_head_attention import FuseMultiHeadAttentionPass
     from sam3x.passes.simplify_attention_masks import SimplifyAttentionMasksPass
     from sam3x.passes.sink_permutes import SinkPermutesPass
+    from sam3x.passes.split_linears import SplitLinearsPass
     from sam3x.passes.tile_attention import TileAttentionPass
+    from sam3x.passes.unweave_channels import UnweaveChannelsPass
 
     if mode == "decomposed":
         return (DecomposeAttentionPass(),)
     fused = (FuseMultiHeadAttentionPass(budget),) if mode == "ort" else ()
-    return (SimplifyAttentionMasksPass(), *fused, SinkPermutesPass(), TileAttentionPass(budget), DecomposeAttentionPass())
+    return (
+        SimplifyAttentionMasksPass(),
+        *fused,
+        SplitLinearsPass(),
+        UnweaveChannelsPass(),
+        SinkPermutesPass(),
+        TileAttentionPass(budget),
+        DecomposeAttentionPass(),
+    )
 
 
 def operators() -> set[Any]:
