@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ EAGER_FACTOR = 4.0
 
 PROBES = 4
 """Runs of eager float32 on inputs a last bit away: a single run may be near float64 by chance."""
+
+HALF_STEP = 2.0**-11
+"""Half the last bit of float16: what rounding an input to it may move."""
 
 REDUCED_FACTOR, REDUCED_RMS_FACTOR = 4.0, 3.0
 """Below float32: no further from eager float32 than this many times eager rounded the same way, at worst and on average."""
@@ -51,18 +54,23 @@ def eager_distances(eager: Eager, inputs: Mapping[str, Tensor], exact: Mapping[s
         exact: eager's outputs in float64, of ``inputs`` as they are.
     """
     found = dict.fromkeys(exact, 0.0)
-    for seed in range(PROBES):
-        generator = torch.Generator().manual_seed(seed)
-        for name, value in eager({name: _moved(value, generator) for name, value in inputs.items()}).items():
+    for outputs in probed(eager, inputs, torch.finfo(torch.float32).eps):
+        for name, value in outputs.items():
             found[name] = max(found[name], distance(value, exact[name], ~value.isnan()))
     return found
 
 
-def _moved(value: Tensor, generator: torch.Generator) -> Tensor:
+def probed(eager: Eager, inputs: Mapping[str, Tensor], step: float) -> Iterator[dict[str, Tensor]]:
+    """Outputs of ``PROBES`` runs with float32 inputs that are ``step`` of themselves more, or less, or as they were."""
+    for seed in range(PROBES):
+        generator = torch.Generator().manual_seed(seed)
+        yield eager({name: _moved(value, generator, step) for name, value in inputs.items()})
+
+
+def _moved(value: Tensor, generator: torch.Generator, step: float) -> Tensor:
     if value.dtype != torch.float32:
         return value
-    bits = torch.randint(-1, 2, value.shape, generator=generator)
-    return value * (1 + bits * torch.finfo(torch.float32).eps)
+    return value * (1 + torch.randint(-1, 2, value.shape, generator=generator) * step)
 
 
 def compare(
@@ -82,7 +90,7 @@ def compare(
         other = rounded(sample.inputs) if rounded is not None else None
         before = unrounded(sample.inputs) if unrounded is not None else None
         double = None if sample.large or other is not None else eager(_double(sample.inputs))
-        probed: dict[str, float] | None = None
+        distances: dict[str, float] | None = None
         for name, expected in single.items():
             got = actual[name]
             shaped = tuple(got.shape) == tuple(expected.shape) and got.dtype == expected.dtype
@@ -96,8 +104,8 @@ def compare(
                 far = distance(got, double[name], defined) if shaped else float("inf")
                 own = distance(expected, double[name], defined)
                 if shaped and gap > ABSOLUTE and far > EAGER_FACTOR * own:
-                    probed = probed or eager_distances(eager, sample.inputs, double)
-                    own = max(own, probed[name])
+                    distances = distances or eager_distances(eager, sample.inputs, double)
+                    own = max(own, distances[name])
                 facts.update(from_float64=far, eager_from_float64=own)
                 near = far <= EAGER_FACTOR * own
             if other is not None and expected.is_floating_point():

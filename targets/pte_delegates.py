@@ -6,9 +6,10 @@ import operator
 from typing import Any
 
 from torch.export import ExportedProgram
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from sam3x.passes.cond_graph import aten
+from sam3x.targets.pte_partition import partitions
 
 _CAT = 5
 """The most tensors XNNPACK joins at once."""
@@ -53,19 +54,6 @@ class PlainProgram(ExportedProgram):
 
     def run_decompositions(self, decomp_table: Any = None, *args: Any, **kwargs: Any) -> ExportedProgram:
         return self
-
-
-def _convex(graph: Graph, nodes: set[Node]) -> bool:
-    """Whether no node outside lies on a way from one inside to another."""
-    after: set[Node] = set()
-    for node in graph.nodes:
-        sources = node.all_input_nodes
-        if node in nodes:
-            if not after.isdisjoint(sources):
-                return False
-        elif not nodes.isdisjoint(sources) or not after.isdisjoint(sources):
-            after.add(node)
-    return True
 
 
 def _too_dynamic(node: Node) -> bool:
@@ -124,11 +112,8 @@ def _xnnpack(precision: str, plain: bool) -> list[Any]:
             return [group for group in super().get_matched_nodes_from_configs(ep) if not any(map(_too_dynamic, group))]
 
         def generate_partitions(self, ep: ExportedProgram) -> list[Any]:
-            """All of it in one where that is possible; the search for groups that may merge stops short of it, and is slow."""
-            nodes = [node for group in self.get_matched_nodes_from_configs(ep) for node in group]
-            return (
-                [Partition(id=0, nodes=nodes)] if nodes and _convex(ep.graph, set(nodes)) else super().generate_partitions(ep)
-            )
+            found = partitions(ep.graph, self.get_matched_nodes_from_configs(ep))
+            return [Partition(id=index, nodes=nodes) for index, nodes in enumerate(found)]
 
         def ops_to_not_decompose(self, ep: ExportedProgram) -> Any:
             ops, check = super().ops_to_not_decompose(ep)

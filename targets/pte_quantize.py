@@ -63,19 +63,25 @@ def _again(captured: CapturedProgram, module: GraphModule) -> CapturedProgram:
     """Export the quantized module with the inputs and the dynamic sizes of the one before."""
     before = {node.name: node.meta["val"] for node in captured.program.graph.nodes if node.name in captured.input_names}
     dims = [_dims(before[name], captured) for name in captured.input_names]
-    examples = tuple(captured.samples[0].inputs[name] for name in captured.input_names)
+    given = captured.samples[0].inputs
+    examples = tuple(_doubled(given[name], known) for name, known in zip(captured.input_names, dims, strict=True))
     with torch.no_grad():
         program = torch.export.export(
             module, examples, dynamic_shapes=tuple(dict.fromkeys(known, Dim.DYNAMIC) for known in dims)
         )
-    given = [item.arg.name for item in program.graph_signature.input_specs if item.kind is InputKind.USER_INPUT]
-    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.name in given}
+    inputs = [item.arg.name for item in program.graph_signature.input_specs if item.kind is InputKind.USER_INPUT]
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.name in inputs}
     names = {
         str(expression(values[name].shape[dim])): meaning
-        for name, known in zip(given, dims, strict=True)
+        for name, known in zip(inputs, dims, strict=True)
         for dim, meaning in known.items()
     }
     return dataclasses.replace(captured, program=program, dim_names=names)
+
+
+def _doubled(value: torch.Tensor, dynamic: dict[int, str]) -> torch.Tensor:
+    """``value`` with no dynamic size of one, which torch.export takes for a constant."""
+    return value.repeat([2 if dim in dynamic and size == 1 else 1 for dim, size in enumerate(value.shape)]).contiguous()
 
 
 def _dims(value: torch.Tensor, captured: CapturedProgram) -> dict[int, str]:

@@ -93,6 +93,7 @@ class TrtTarget:
     def legalization_passes(self, options: TrtOptions) -> tuple[Pass, ...]:
         from sam3x.passes.decompose_attention import DecomposeAttentionPass
         from sam3x.passes.decompose_roi_align import DecomposeRoiAlignPass
+        from sam3x.passes.decompose_slice_scatter import DecomposeSliceScatterPass
         from sam3x.passes.expand_repeats import ExpandRepeatsPass
         from sam3x.passes.fold_constants import FoldConstantsPass
         from sam3x.passes.fold_static_sizes import FoldStaticSizesPass
@@ -106,6 +107,7 @@ class TrtTarget:
             ExpandRepeatsPass(),
             SimplifyAttentionMasksPass(),
             *precision_passes(options),
+            DecomposeSliceScatterPass(),
             DecomposeRoiAlignPass(),  # after what would round the places of its samples
         )
         if options.format == "plan-onnx":

@@ -1,4 +1,4 @@
-"""Sizes that tracing knows, written as numbers, and repetitions of one row as views: bit for bit, at every size."""
+"""Sizes that tracing knows as numbers, one row repeated as a view, rows written as rows joined: bit for bit, at every size."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sam3x.passes.base import Pass, PassResult, count_ops
+from sam3x.passes.decompose_slice_scatter import DecomposeSliceScatterPass
 from sam3x.passes.expand_repeats import ExpandRepeatsPass
 from sam3x.passes.fold_static_sizes import FoldStaticSizesPass
 from support.canonical import Module
@@ -78,3 +79,39 @@ def test_more_than_one_row_is_repeated(times: tuple[int, ...]) -> None:
     program, result = ran(ExpandRepeatsPass(), lambda x: x.repeat(*times), X)
     assert not result.modified and count_ops(program)["aten.repeat.default"] == 1
     assert [item.reason for item in result.missed] == ["repeats more than one row"]
+
+
+def filled(x: Tensor, rows: int) -> Tensor:
+    """As ``concat_padded_sequences``: ``x`` in front of ``rows`` rows of zeros."""
+    made = torch.zeros(x.shape[0] + rows, *x.shape[1:])
+    made[: x.shape[0]] = x
+    return made
+
+
+SCATTERED: dict[str, Callable[[Tensor], Tensor]] = {
+    "in front of zeros": lambda x: filled(x, 1),
+    "all of it": lambda x: aten.slice_scatter(torch.zeros_like(x), x * 2, 1),
+    "between rows": lambda x: aten.slice_scatter(x, x[:, 1:3] * 2, 1, 1, 3),
+    "at the end": lambda x: aten.slice_scatter(x, x[:, 2:] * 2, 1, 2),
+}
+
+
+@pytest.mark.parametrize("name", SCATTERED)
+def test_rows_written_into_a_tensor_are_joined(name: str) -> None:
+    program, result = ran(DecomposeSliceScatterPass(), SCATTERED[name], X)
+    ops = count_ops(program)
+    assert result.modified and not result.missed
+    assert not ops.get("aten.slice_scatter.default") and not ops.get("aten.copy.default")
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: aten.slice_scatter(x, x[:, ::2] * 2, 1, 0, 4, 2), "leaves rows out"),
+        (lambda x: aten.slice_scatter(x, x[:, :3] * 2, 1, -4, -1), "from the end"),
+        (lambda x: aten.copy(x, x[:, :1]), "converts or repeats"),
+    ],
+)
+def test_what_writes_rows_otherwise_is_left(function: Callable[[Tensor], Tensor], reason: str) -> None:
+    _, result = ran(DecomposeSliceScatterPass(), function, X)
+    assert not result.modified and [reason in item.reason for item in result.missed] == [True]

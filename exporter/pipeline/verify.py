@@ -12,7 +12,17 @@ from torch import Tensor
 from sam3x.manifest import TensorSpec, VerificationRecord
 from sam3x.pipeline.contract import Component
 from sam3x.targets.base import Runner
-from sam3x.verify import EAGER_FACTOR, Eager, distance, eager_distances, from_before, reduced_facts, reduced_passes
+from sam3x.verify import (
+    EAGER_FACTOR,
+    HALF_STEP,
+    Eager,
+    distance,
+    eager_distances,
+    from_before,
+    probed,
+    reduced_facts,
+    reduced_passes,
+)
 
 RELATIVE = 2e-5
 """Of an output's largest value: what another order of summation may cost through some tens of layers."""
@@ -43,7 +53,8 @@ def verify_component(
     branch = " ".join(f"{name}={value.tolist()}" for name, value in component.constants.items()) or "fixed"
     for index, ((case, inputs, expected), got) in enumerate(zip(given, results, strict=True)):
         double: dict[str, Tensor] | None = None
-        probed: dict[str, float] = {}
+        distances: dict[str, float] = {}
+        moved: list[dict[str, Tensor]] = []
         other = {} if reduced is None else reduced(inputs)
         for name, want in expected.items():
             shaped = tuple(got[name].shape) == tuple(want.shape) and got[name].dtype == want.dtype
@@ -53,13 +64,17 @@ def verify_component(
             passed = gap <= facts["allowed"]
             if other and shaped and want.is_floating_point():
                 facts |= reduced_facts(got[name], want, other[name], ~want.isnan())
+                if reduced is not None and not passed and not reduced_passes(gap, facts):  # a few numbers may be near by chance
+                    moved = moved or list(probed(reduced, inputs, HALF_STEP))
+                    for run in moved:
+                        facts = _further(facts, reduced_facts(got[name], want, run[name], ~want.isnan()))
                 passed = passed or reduced_passes(gap, facts)
             elif not passed and shaped:
                 double = double if double is not None else component.eager_double(inputs)
                 far, own = distance(got[name], double[name]), distance(want, double[name])
                 if far > EAGER_FACTOR * own:
-                    probed = probed or eager_distances(component.eager, inputs, double)
-                    own = max(own, probed[name])
+                    distances = distances or eager_distances(component.eager, inputs, double)
+                    own = max(own, distances[name])
                 facts.update(from_float64=far, eager_from_float64=own)
                 passed = far <= EAGER_FACTOR * own
             if unrounded is not None:
@@ -76,6 +91,11 @@ def verify_component(
                 )
             )
     return tuple(records)
+
+
+def _further(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """What the reference that is further off allows."""
+    return {**one, **{name: max(one[name], other[name]) for name in ("allowed", "eager_rms_rel")}}
 
 
 def _run(runner: Runner, cases: list[Case]) -> list[dict[str, Tensor]]:
