@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from sam3x.errors import PreconditionError
-from sam3x.passes.base import Exactness, Pass, PassResult
+from sam3x.passes.base import Exactness, Pass, PassResult, graph_modules
 from sam3x.passes.cond_graph import aten, is_cond, outputs, placeholders, read_cond
 from sam3x.passes.op_paths import matching, op_paths
 
@@ -37,14 +37,17 @@ class ConvertPrecisionPass(Pass):
     Args:
         dtype: ``torch.float16`` or ``torch.bfloat16``.
         fp32_ops: operations that stay in float32, by the names of ``op_paths.matching``.
+        stays: tells of a node whether the back end has it in float32 alone.
     """
 
     name = "convert_precision"
     run_after = ("canonicalize_attention", "simplify_attention_masks")
     exactness = Exactness.ARITHMETIC
 
-    def __init__(self, dtype: torch.dtype, fp32_ops: Sequence[str] = ()) -> None:
-        self.dtype, self.fp32_ops = dtype, tuple(fp32_ops)
+    def __init__(
+        self, dtype: torch.dtype, fp32_ops: Sequence[str] = (), stays: Callable[[Node], bool] = lambda _: False
+    ) -> None:
+        self.dtype, self.fp32_ops, self.stays = dtype, tuple(fp32_ops), stays
 
     def requires(self, program: ExportedProgram) -> None:
         paths = op_paths(program)
@@ -61,6 +64,7 @@ class ConvertPrecisionPass(Pass):
         if any(value.dtype is self.dtype for value in _float_values(program)):
             return PassResult(program=program, modified=False)
         islands, _ = matching(op_paths(program), self.fp32_ops)
+        islands = {*islands, *(node for _, module in graph_modules(program) for node in module.graph.nodes if self.stays(node))}
         rewrites = _Converter(program.graph_module, self.dtype, islands).run()
         _restore_outputs(program)
         return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites)

@@ -14,6 +14,8 @@ from sam3x.targets.triton import model_path, write_config
 from sam3x.targets.trt_options import TrtOptions, optima
 
 if TYPE_CHECKING:
+    from torch.fx import Node
+
     from sam3x.passes.base import Pass
     from sam3x.program import CapturedProgram
     from sam3x.targets.base import Runner
@@ -181,7 +183,14 @@ def precision_passes(options: TrtOptions) -> tuple[Pass, ...]:
 
     from sam3x.passes.convert_precision import ConvertPrecisionPass
 
-    return (ConvertPrecisionPass({"fp16": torch.float16, "bf16": torch.bfloat16}[options.precision], options.fp32_names),)
+    if options.precision == "fp16":
+        return (ConvertPrecisionPass(torch.float16, options.fp32_names),)
+    return (ConvertPrecisionPass(torch.bfloat16, options.fp32_names, stays=_is_transposed_convolution),)
+
+
+def _is_transposed_convolution(node: Node) -> bool:
+    """TensorRT-RTX 1.6 has none in bfloat16."""
+    return str(node.target) == "aten.convolution.default" and bool(node.args[6])
 
 
 def distribution() -> str | None:
