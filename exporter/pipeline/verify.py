@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,45 +53,72 @@ def verify_component(
     results = _run(open_runner(), given)
     branch = " ".join(f"{name}={value.tolist()}" for name, value in component.constants.items()) or "fixed"
     for index, ((case, inputs, expected), got) in enumerate(zip(given, results, strict=True)):
-        double: dict[str, Tensor] | None = None
-        distances: dict[str, float] = {}
-        moved: list[dict[str, Tensor]] = []
-        other = {} if reduced is None else reduced(inputs)
+        references = _References(component, inputs, reduced)
         for name, want in expected.items():
+            largest = float(want.double().abs().max()) if want.numel() else 0.0
+            allowed = RELATIVE * max(largest, 1.0)
             shaped = tuple(got[name].shape) == tuple(want.shape) and got[name].dtype == want.dtype
             gap = distance(got[name], want) if shaped else float("inf")
-            largest = float(want.double().abs().max()) if want.numel() else 0.0
-            facts: dict[str, Any] = {"allowed": RELATIVE * max(largest, 1.0), "from_float64": 0.0, "eager_from_float64": 0.0}
-            passed = gap <= facts["allowed"]
-            if other and shaped and want.is_floating_point():
-                facts |= reduced_facts(got[name], want, other[name], ~want.isnan())
-                if reduced is not None and not passed and not reduced_passes(gap, facts):  # a few numbers may be near by chance
-                    moved = moved or list(probed(reduced, inputs, HALF_STEP))
-                    for run in moved:
-                        facts = _further(facts, reduced_facts(got[name], want, run[name], ~want.isnan()))
-                passed = passed or reduced_passes(gap, facts)
-            elif not passed and shaped:
-                double = double if double is not None else component.eager_double(inputs)
-                far, own = distance(got[name], double[name]), distance(want, double[name])
-                if far > EAGER_FACTOR * own:
-                    distances = distances or eager_distances(component.eager, inputs, double)
-                    own = max(own, distances[name])
-                facts.update(from_float64=far, eager_from_float64=own)
-                passed = far <= EAGER_FACTOR * own
+            facts: dict[str, Any] = {
+                "allowed": allowed,
+                "from_float64": 0.0,
+                "eager_from_float64": 0.0,
+                "passed": gap <= allowed,
+            }
+            if shaped and reduced is not None and want.is_floating_point():
+                facts |= references.reduced_judgement(name, got[name], want, gap)
+                facts["passed"] |= gap <= allowed
+            elif shaped and gap > allowed:
+                facts |= references.judgement(name, got[name], want)
             if unrounded is not None:
                 facts |= from_before(got[name], want, unrounded[index][name])
-            records.append(
-                VerificationRecord(
-                    branch=branch,
-                    case=case,
-                    output=name,
-                    max_abs=gap,
-                    max_rel=gap / largest if largest else gap,
-                    passed=passed,
-                    **facts,
-                )
-            )
+            relative = gap / largest if largest else gap
+            records.append(VerificationRecord(branch=branch, case=case, output=name, max_abs=gap, max_rel=relative, **facts))
     return tuple(records)
+
+
+class _References:
+    """Other runs of eager on one case, each made when it is first asked for.
+
+    Args:
+        reduced: see ``verify_component``.
+    """
+
+    def __init__(self, component: Component, inputs: Mapping[str, Tensor], reduced: Eager | None) -> None:
+        self.component, self.inputs, self.reduced = component, inputs, reduced
+
+    @cached_property
+    def double(self) -> dict[str, Tensor]:
+        return self.component.eager_double(self.inputs)
+
+    @cached_property
+    def distances(self) -> dict[str, float]:
+        return eager_distances(self.component.eager, self.inputs, self.double)
+
+    @cached_property
+    def rounded(self) -> Mapping[str, Tensor]:
+        assert self.reduced is not None
+        return self.reduced(self.inputs)
+
+    @cached_property
+    def moved(self) -> list[dict[str, Tensor]]:
+        assert self.reduced is not None
+        return list(probed(self.reduced, self.inputs, HALF_STEP))
+
+    def judgement(self, name: str, got: Tensor, want: Tensor) -> dict[str, Any]:
+        """By the distance from float64 (decision 0004)."""
+        far, own = distance(got, self.double[name]), distance(want, self.double[name])
+        if far > EAGER_FACTOR * own:
+            own = max(own, self.distances[name])
+        return {"from_float64": far, "eager_from_float64": own, "passed": far <= EAGER_FACTOR * own}
+
+    def reduced_judgement(self, name: str, got: Tensor, want: Tensor, gap: float) -> dict[str, Any]:
+        """By the distance of eager rounded likewise (decision 0010)."""
+        facts = reduced_facts(got, want, self.rounded[name], ~want.isnan())
+        if not reduced_passes(gap, facts):  # a few numbers may be near by chance
+            for run in self.moved:
+                facts = _further(facts, reduced_facts(got, want, run[name], ~want.isnan()))
+        return {**facts, "passed": reduced_passes(gap, facts)}
 
 
 def _further(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
