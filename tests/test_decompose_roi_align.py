@@ -137,7 +137,7 @@ EDGES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0, 6.0, 7.0, 8.0, 8.5, 9.0, 14.0, 21
 coordinates = st.one_of(st.sampled_from(EDGES), st.floats(-30, 60, width=32), st.floats(-300, 300, width=32))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_any_boxes_sizes_and_options(dtype: torch.dtype, data: Any) -> None:
