@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -14,6 +15,13 @@ from sam3x.targets.trt_apart import Crashed, apart
 from sam3x.targets.trt_build import serialize
 from sam3x.targets.trt_driver import import_torch_tensorrt, named_device
 from sam3x.targets.trt_options import TrtOptions, capability_of
+
+
+def config_of(clear_flag: Callable[[Any], None] = lambda flag: None) -> Any:
+    """As much of TensorRT's ``IBuilderConfig`` as is used."""
+    return SimpleNamespace(
+        num_compute_capabilities=0, set_compute_capability=lambda capability, index: None, clear_flag=clear_flag
+    )
 
 
 def test_the_result_and_the_log_come_back() -> None:
@@ -36,49 +44,49 @@ def test_a_crash_is_named() -> None:
 
 def test_a_crash_of_the_builder_is_one_sentence() -> None:
     builder = SimpleNamespace(build_serialized_network=lambda network, config: os.kill(os.getpid(), signal.SIGSEGV))
-    config = SimpleNamespace(num_compute_capabilities=0, set_compute_capability=lambda capability, index: None)
-    config.clear_flag = lambda flag: None
     with (
         named_device(capability_of("sm89")),
         pytest.raises(BuilderError, match=r"builder crashed on the network \(SIGSEGV\).*--attention-memory"),
     ):
         import_torch_tensorrt()
-        serialize(builder, None, config, "sm89", TrtOptions(), [])
+        serialize(builder, None, config_of(), "sm89", TrtOptions(), [])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
 def test_only_tf32_lets_tensorrt_round_the_factors_of_products(precision: Literal["fp32", "tf32", "fp16"]) -> None:
     cleared: list[str] = []
-    config = SimpleNamespace(num_compute_capabilities=0, set_compute_capability=lambda capability, index: None)
-    config.clear_flag = lambda flag: cleared.append(flag.name)
     builder = SimpleNamespace(build_serialized_network=lambda network, config: b"plan")
     with named_device(capability_of("sm89")):
         import_torch_tensorrt()
-        assert serialize(builder, None, config, "sm89", TrtOptions(precision=precision), []) == b"plan"
+        assert (
+            serialize(
+                builder, None, config_of(lambda flag: cleared.append(flag.name)), "sm89", TrtOptions(precision=precision), []
+            )
+            == b"plan"
+        )
     assert cleared == ([] if precision == "tf32" else ["TF32"])
 
 
-def test_sizes_that_the_builder_cannot_follow_are_refused_with_the_way_out() -> None:
-    config = SimpleNamespace(num_compute_capabilities=0, set_compute_capability=lambda capability, index: None)
-    config.clear_flag = lambda flag: None
+@pytest.mark.parametrize(
+    ("kind", "log", "said"),
+    [
+        (
+            LoweringError,
+            "Error Code 2: Internal Error (Data-dependent shapes are only allowed in the top-level scope)",
+            r"Data-dependent.*Fix the tokens \(--tokens 5184\)",
+        ),
+        (
+            BuilderError,
+            "Error Code 1: Myelin (MyelinCheckException: tactic.cpp:3402: CHECK(new_stride_order[i1] != 0) failed.)",
+            r"own optimizer failed.*tactic.cpp:3402.*--format plan-onnx",
+        ),
+        (LoweringError, "Error Code 4: Internal API Usage (no such layer)", "builder refused the network: .*no such layer"),
+    ],
+    ids=["sizes", "an assertion of its own", "anything else"],
+)
+def test_a_refusal_says_why_and_the_way_out(kind: type[LoweringError], log: str, said: str) -> None:
     builder = SimpleNamespace(build_serialized_network=lambda network, config: None)
-    log = ["Error Code 2: Internal Error (Data-dependent shapes are only allowed in the top-level scope)"]
-    with (
-        named_device(capability_of("sm89")),
-        pytest.raises(LoweringError, match=r"Data-dependent.*Fix the tokens \(--tokens 5184\)"),
-    ):
+    with named_device(capability_of("sm89")), pytest.raises(LoweringError, match=said) as caught:
         import_torch_tensorrt()
-        serialize(builder, None, config, "sm89", TrtOptions(), log)
-
-
-def test_an_assertion_of_the_builders_own_names_other_forms_that_may_build() -> None:
-    config = SimpleNamespace(num_compute_capabilities=0, set_compute_capability=lambda capability, index: None)
-    config.clear_flag = lambda flag: None
-    builder = SimpleNamespace(build_serialized_network=lambda network, config: None)
-    log = ["Error Code 1: Myelin (MyelinCheckException: tactic.cpp:3402: CHECK(new_stride_order[i1] != 0) failed.)"]
-    with (
-        named_device(capability_of("sm89")),
-        pytest.raises(BuilderError, match=r"own optimizer failed.*tactic.cpp:3402.*--format plan-onnx"),
-    ):
-        import_torch_tensorrt()
-        serialize(builder, None, config, "sm89", TrtOptions(), log)
+        serialize(builder, None, config_of(), "sm89", TrtOptions(), [log])
+    assert caught.type is kind
