@@ -38,10 +38,8 @@ def half_summed(source: Tensor, weight: Tensor, bias: Tensor | None, stride: Seq
     window = max(1, math.prod(weight.shape[2:]) // (math.prod(stride) if transposed else 1))
     step = max(1, TERMS // window)
     bits = HALF_BITS - round(math.log2(math.sqrt(min(step, channels) * window)))
-    total: Tensor | None = None
-    for first in range(0, channels, step):
-        few = min(step, channels - first)
-        factor = weight.narrow(0 if transposed else 1, first, few)
-        part = exact(source.narrow(1, first, few), factor, bias if total is None else None, stride, *how)
-        total = to_bits(part if total is None else total.add_(part), bits)
-    return exact(source, weight, bias, stride, *how) if total is None else total
+    sources, factors = source.split(step, 1), weight.split(step, 0 if transposed else 1)
+    total = to_bits(exact(sources[0], factors[0], bias, stride, *how), bits)
+    for some, factor in zip(sources[1:], factors[1:], strict=True):
+        total = to_bits(total.add_(exact(some, factor, None, stride, *how)), bits)
+    return total
