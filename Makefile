@@ -26,8 +26,8 @@ fuzz: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p build/typing/sam3x && ln -sfn $(CURDIR)/passes build/typing/sam3x/passes && ln -sfn $(CURDIR)/targets build/typing/sam3x/targets && ln -sfn $(CURDIR)/exporter/pipeline build/typing/sam3x/pipeline && ln -sfn $(CURDIR)/exporter/runtime build/typing/sam3x/runtime
-	for file in exporter/*.py; do ln -sf $(CURDIR)/$$file build/typing/sam3x/; done
+	rm -rf build/typing && mkdir -p build/typing/sam3x
+	ln -s $(CURDIR)/exporter/* $(CURDIR)/passes $(CURDIR)/targets build/typing/sam3x/
 	$(BIN)/mypy -p sam3x
 
 clean:

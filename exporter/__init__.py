@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sam3x.api import export
-    from sam3x.artifact import Artifact, load
+    from sam3x.artifact.artifact import Artifact, load
 
 __all__ = ["Artifact", "export", "load"]
 __version__ = "0.1.0"
 
-_HOMES = {"export": "sam3x.api", "load": "sam3x.artifact", "Artifact": "sam3x.artifact"}
+_HOMES = {"export": "sam3x.api", "load": "sam3x.artifact.artifact", "Artifact": "sam3x.artifact.artifact"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """``python -m sam3x``."""
 
-from sam3x.cli import main
+from sam3x.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -13,13 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import sam3x
-from sam3x.artifact import STEM, Artifact, load
-from sam3x.capture import capture
-from sam3x.dimensions import dims_of
-from sam3x.eager_precision import eager_in
-from sam3x.errors import ArtifactError, TargetUnavailableError
-from sam3x.fusion_encoder import FusionEncoder
-from sam3x.manifest import (
+from sam3x.artifact.artifact import STEM, Artifact, load
+from sam3x.artifact.files import names_in, sha256_of
+from sam3x.artifact.manifest import (
     MANIFEST,
     ExportManifest,
     PassRecordModel,
@@ -27,17 +23,21 @@ from sam3x.manifest import (
     VerificationRecord,
     sealed,
 )
-from sam3x.manifest_files import names_in, sha256_of
+from sam3x.artifact.publish import publishing, replace_manifest
+from sam3x.capture.capture import capture
+from sam3x.capture.program import CapturedProgram
+from sam3x.capture.samples import Sizes, samples_for, thinned, verification_sizes
+from sam3x.errors import ArtifactError, TargetUnavailableError
+from sam3x.fusion.dimensions import dims_of
+from sam3x.fusion.encoder import FusionEncoder
 from sam3x.passes.default_pipeline import default_pipeline
-from sam3x.program import CapturedProgram
-from sam3x.publish import publishing, replace_manifest
-from sam3x.samples import Sizes, samples_for, thinned, verification_sizes
-from sam3x.sources import Source, source_for
+from sam3x.precision.emulate import eager_in
+from sam3x.precision.weights import rounded_encoder
+from sam3x.sources.encoder import Source, source_for
 from sam3x.spec import ExportSpec, make_spec
 from sam3x.targets.base import Runner, Target, TargetOptions, file_name, half_sums, resolve, weight_precision
 from sam3x.targets.registry import get_target
-from sam3x.verify import check_pass, compare, require
-from sam3x.weight_rounding import rounded_encoder
+from sam3x.verify.compare import check_pass, compare, require
 
 Progress = Callable[[str], None]
 
@@ -58,7 +58,7 @@ def export(
         encoder: a ``TransformerEncoderFusion``, ``TransformerEncoder``, ``TransformerEncoderLayer``, list of layers, a
             ``Source``, or None for SAM3's own hyper-parameters with seeded random weights. Used as it is, never changed.
         target: see ``sam3x targets``.
-        output: folder; an earlier export in it is replaced as a whole once everything is verified (``sam3x.publish``).
+        output: folder; an earlier export in it is replaced as a whole once everything is verified (``sam3x.artifact.publish``).
         progress: told the name of each step as it begins.
         disable_pass: passes to leave out. dump_graphs: folder for the graph after each pass.
         options: the fields of ``ExportSpec``, and of the target's own options (``targets/<name>_target.py``).

@@ -11,11 +11,11 @@ def default_pipeline(branches: str = "cond") -> PassPipeline:
 
     Conditionals are narrowed to what differs, and with ``branches="select"`` become data flow.
     """
-    from sam3x.passes.canonicalize_attention import CanonicalizeAttentionPass
-    from sam3x.passes.canonicalize_reductions import CanonicalizeReductionsPass
-    from sam3x.passes.eliminate_noops import EliminateNoopsPass
-    from sam3x.passes.if_convert import IfConvertPass
-    from sam3x.passes.narrow_cond import NarrowCondPass
+    from sam3x.passes.attention.canonicalize_attention import CanonicalizeAttentionPass
+    from sam3x.passes.branches.if_convert import IfConvertPass
+    from sam3x.passes.branches.narrow_cond import NarrowCondPass
+    from sam3x.passes.cleanup.canonicalize_reductions import CanonicalizeReductionsPass
+    from sam3x.passes.cleanup.eliminate_noops import EliminateNoopsPass
 
     passes: list[Pass] = [EliminateNoopsPass(), CanonicalizeReductionsPass(), CanonicalizeAttentionPass(), NarrowCondPass()]
     if branches == "select":

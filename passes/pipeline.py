@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+from sam3x.capture.program import CapturedProgram, sync_outputs
 from sam3x.errors import PassError, PostconditionError, PreconditionError, SpecError
 from sam3x.passes.base import Missed, Pass, count_ops, graph_modules
-from sam3x.program import CapturedProgram, sync_outputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

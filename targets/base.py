@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from sam3x.errors import SpecError
 from sam3x.spec import Branches, ExportSpec, checked, make_spec
+from sam3x.verify.record import Runner
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from sam3x.capture.program import CapturedProgram
     from sam3x.passes.base import Pass
-    from sam3x.program import CapturedProgram
+
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +41,30 @@ class TargetOptions(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AttentionMemory(TargetOptions):
+    """What the scores of one attention may take: a whole number and a unit, as in ``256MB``."""
+
+    attention_memory: str = Field(
+        "256MB",
+        description="what the scores of one attention may take; default 256MB.",
+        json_schema_extra={"metavar": "SIZE"},
+    )
+
+    @field_validator("attention_memory", mode="before")
+    @classmethod
+    def _size(cls, value: Any) -> Any:
+        found = re.fullmatch(r"([0-9]+)\s*([KMG]i?B|B)", value) if isinstance(value, str) else None
+        if found is None or not 0 < int(found[1]) * _UNITS[found[2]] < 2**62:
+            raise ValueError(f"expected a whole number above 0 and a unit ({', '.join(_UNITS)}), as in 256MB, got {value!r}")
+        return f"{int(found[1])}{found[2]}"
+
+    @property
+    def attention_bytes(self) -> int:
+        """``attention_memory`` in bytes."""
+        number, unit = re.fullmatch(r"([0-9]+)(.*)", self.attention_memory).groups()  # type: ignore[union-attr]
+        return int(number) * _UNITS[unit]
 
 
 def resolve(target: Target, options: Mapping[str, Any]) -> tuple[ExportSpec, TargetOptions]:
@@ -95,13 +122,6 @@ def half_sums(target: Target, options: TargetOptions) -> bool:
     """Whether the target's kernels keep sums in float16 on this machine: what its own ``half_sums(options)`` says, if any."""
     own = getattr(target, "half_sums", None)
     return False if own is None else own(options)
-
-
-class Runner(Protocol):
-    """Runs an artifact: named arrays in, named arrays out."""
-
-    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run once; inputs are already checked against the manifest."""
 
 
 class Target(Protocol):

@@ -10,9 +10,9 @@ from sam3x.errors import UnknownTargetError
 from sam3x.targets.base import Target, TargetStatus
 
 _TARGETS = {
-    "onnx": "sam3x.targets.onnx_target:OnnxTarget",
-    "pte": "sam3x.targets.pte_target:PteTarget",
-    "trt": "sam3x.targets.trt_target:TrtTarget",
+    "onnx": "sam3x.targets.onnx.target:OnnxTarget",
+    "pte": "sam3x.targets.executorch.target:PteTarget",
+    "trt": "sam3x.targets.tensorrt.target:TrtTarget",
 }
 GROUP = "sam3x.targets"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sam3x.spec import ExportSpec
 
 if TYPE_CHECKING:
-    from sam3x.program import CapturedProgram
+    from sam3x.capture.program import CapturedProgram
 
 Layout = Literal["flat", "triton"]
 DESCRIPTION = "flat (default), or triton: the folder is a model repository for Triton Inference Server."

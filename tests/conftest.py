@@ -19,8 +19,8 @@ SMALL = {"d_model": 32, "num_layers": 1, "num_heads": 4, "dim_feedforward": 64}
 @pytest.fixture(scope="session")
 def small_encoder() -> nn.Module:
     """One layer, width 32, weights drawn with seed 3."""
-    from sam3x.fusion_config import FusionConfig
-    from sam3x.sources import build_encoder, draw_weights
+    from sam3x.fusion.config import FusionConfig
+    from sam3x.sources.encoder import build_encoder, draw_weights
 
     encoder = build_encoder(FusionConfig(**SMALL)).eval()
     draw_weights(encoder, seed=3)

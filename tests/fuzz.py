@@ -104,7 +104,7 @@ def search_orders(seconds: float, seed: int, tell: Callable[..., None]) -> str |
     from hypothesis import seed as seeded
     from hypothesis.stateful import run_state_machine_as_test
 
-    from test_pipeline_orders import Orders
+    from support.orders import Orders
 
     finish = time.monotonic() + seconds
     while time.monotonic() < finish:

@@ -12,11 +12,12 @@ import torch
 from torch.export import ExportedProgram
 
 import sam3x
-from sam3x import api, sources
+from sam3x import api
 from sam3x.errors import ArtifactError, PassError, SourceError, SpecError, UnknownTargetError, VerificationError
 from sam3x.passes.base import Exactness, Pass, PassResult
 from sam3x.passes.pipeline import PassPipeline
-from sam3x.targets.onnx_target import OnnxTarget
+from sam3x.sources import encoder as sources
+from sam3x.targets.onnx.target import OnnxTarget
 from support.folders import edit_manifest
 from support.upstream import encoder_of
 

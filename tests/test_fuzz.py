@@ -18,8 +18,8 @@ from torch.export import ExportedProgram
 
 from fuzz import search
 from sam3x import api
+from sam3x.passes.attention.canonicalize_attention import CanonicalizeAttentionPass
 from sam3x.passes.base import PassResult, graph_modules
-from sam3x.passes.canonicalize_attention import CanonicalizeAttentionPass
 from support import differential
 from support.counts import BUILDER_FAILED, COUNTS, too_many_failures
 from support.differential import Difference, check

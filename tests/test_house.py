@@ -10,22 +10,22 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"exporter": "sam3x", "passes": "sam3x.passes", "targets": "sam3x.targets"}
-PACKAGES = {**FOLDERS, "exporter/pipeline": "sam3x.pipeline", "exporter/runtime": "sam3x.runtime"}
 
 
 def module_name(path: Path) -> str:
-    """``passes/base.py`` → ``sam3x.passes.base``."""
-    parents = {folder.rpartition("/")[2]: package for folder, package in PACKAGES.items()}
-    return f"{parents[path.parent.name]}.{path.stem}".removesuffix(".__init__")
+    """``passes/graph/form.py`` → ``sam3x.passes.graph.form``."""
+    top, *rest = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join([FOLDERS[top], *rest]).removesuffix(".__init__")
 
 
-SOURCES = {module_name(path): path for folder in PACKAGES for path in sorted((ROOT / folder).glob("*.py"))}
+SOURCES = {module_name(path): path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))}
 
 
 # ---- the wheel
@@ -45,7 +45,7 @@ def test_the_wheel_holds_exactly_the_three_folders(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
         (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
-        assert "sam3x = sam3x.cli:main" in archive.read(entry_points).decode()
+        assert "sam3x = sam3x.cli.app:main" in archive.read(entry_points).decode()
     expected = {
         f"{FOLDERS[path.relative_to(tree).parts[0]].replace('.', '/')}/{'/'.join(path.relative_to(tree).parts[1:])}"
         for folder in FOLDERS
@@ -57,12 +57,16 @@ def test_the_wheel_holds_exactly_the_three_folders(tmp_path: Path) -> None:
 
 # ---- imports go one way
 
-CORE = {"errors", "spec", "program", "verify", "manifest"}
-ARTIFACT = {"artifact", "artifact_inputs", "folder_lock", "journal", "manifest_files", "publish"}
-TOP = {"", "__main__", "api", "bench_worker", "cli", "cli_doctor", "cli_frame", "cli_pipeline", "cli_target_options"}
-TOP |= {"cli_bench", "cli_bench_pipeline", "cli_compatibility", "cli_export", "cli_options", "cli_source", "cli_views"}
-TOP |= {"bench_pipeline", "bench_pipeline_contenders", "bench_pipeline_views", "doctor", "pipeline_views"}
-"""May import anything; ``""`` is ``sam3x`` itself. ``artifact`` may import targets, whose runners it opens."""
+ROOMS = (
+    "cli", "bench", "api", "pipeline", "precision", "runtime", "artifact", "targets", "verify", "passes", "capture", "sources",
+    "fusion", "spec", "html", "errors",
+)  # fmt: skip
+"""From the top floor down; a room imports only itself and what stands below it. ``docs/architecture.md`` says why."""
+
+PASSES = ("", "attention", "branches", "linear", "cleanup", "decompose", "precision", "graph", "base")
+"""The same inside ``passes``; ``""`` are the pipelines."""
+
+TARGETS = ("registry", "tensorrt", "onnx", "executorch", "triton", "quiet", "base")
 
 
 def imported(path: Path) -> Iterator[tuple[int, str]]:
@@ -77,38 +81,26 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, full if full in SOURCES else str(node.module)
 
 
-def layer(name: str) -> str:
-    """core, exporter, artifact, passes, targets, pipeline, runtime or top."""
-    part, _, rest = name.removeprefix("sam3x").removeprefix(".").partition(".")
-    if part in ("passes", "targets", "pipeline", "runtime"):
-        return part
-    if part in TOP and not rest:
-        return "top"
-    return "core" if part in CORE else "artifact" if part in ARTIFACT else "exporter"
-
-
-ALLOWED = {
-    "core": {"core"},
-    "passes": {"core", "passes"},
-    "targets": {"core", "passes", "targets"},
-    "exporter": {"core", "exporter"},
-    "artifact": {"core", "targets", "artifact"},
-    "runtime": {"core", "targets", "artifact", "runtime"},
-    "pipeline": {"core", "passes", "targets", "exporter", "artifact", "runtime", "pipeline"},
-    "top": {"core", "passes", "targets", "exporter", "artifact", "runtime", "pipeline", "top"},
-}
+def floor(name: str) -> tuple[int, int]:
+    """How far down a module stands: its room, and the room within ``passes`` or ``targets``."""
+    room, _, inner = name.removeprefix("sam3x").removeprefix(".").partition(".")
+    if room in ("", "__main__"):
+        return -1, 0
+    inside = {"passes": PASSES, "targets": TARGETS}.get(room)
+    part = inner.partition(".")[0]
+    return ROOMS.index(room), 0 if inside is None else inside.index(part) if part in inside else 0
 
 
 def breaches(sources: dict[str, Path]) -> list[str]:
     found = []
     for name, path in sources.items():
         for line, target in imported(path):
-            if target == "sam3x" and layer(name) == "top":
+            if target == "sam3x" and floor(name)[0] <= ROOMS.index("api"):
                 continue  # the version
             if target.partition(".")[0] in FOLDERS:
                 found.append(f"{path.name}:{line} imports the folder {target}")
-            elif target.partition(".")[0] == "sam3x" and layer(target) not in ALLOWED[layer(name)]:
-                found.append(f"{name} ({layer(name)}), line {line}, imports {target} ({layer(target)})")
+            elif target.partition(".")[0] == "sam3x" and floor(target) < floor(name):
+                found.append(f"{name}, line {line}, imports {target}, which stands above it")
     return found
 
 
@@ -116,26 +108,42 @@ def test_imports_go_one_way() -> None:
     assert breaches(SOURCES) == []
 
 
+def test_no_two_modules_import_each_other() -> None:
+    graph = {name: {target for _, target in imported(path)} & SOURCES.keys() - {name} for name, path in SOURCES.items()}
+    order = TopologicalSorter({name: targets for name, targets in graph.items() if SOURCES[name].name != "__init__.py"})
+    order.prepare()  # raises CycleError, which names the circle
+
+
+def test_every_room_says_what_it_is_for() -> None:
+    fronts = {name: path for name, path in SOURCES.items() if path.name == "__init__.py"}
+    silent = [name for name, path in fronts.items() if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert silent == []
+
+
 @pytest.mark.parametrize(
     ("folder", "line"),
     [
         ("passes", "def f():\n    from sam3x.targets.base import Target"),
         ("passes", "from sam3x import api"),
-        ("passes", "import sam3x.cli as c"),
+        ("passes", "import sam3x.cli.app as c"),
         ("passes", "from sam3x import export"),
-        ("targets", "from sam3x.artifact import load"),
-        ("exporter", "if X:\n    from sam3x.passes import base"),
-        ("exporter", "import passes.base"),
-        ("exporter", "from sam3x.pipeline import contract"),
-        ("runtime", "from sam3x.pipeline.contract import COMPONENTS"),
-        ("pipeline", "from sam3x import cli"),
+        ("passes/graph", "from sam3x.passes.attention import rewrite"),
+        ("passes/linear", "from sam3x.passes.default_pipeline import default_pipeline"),
+        ("targets", "from sam3x.artifact.artifact import load"),
+        ("targets/onnx", "from sam3x.targets.tensorrt import build"),
+        ("exporter/capture", "if X:\n    from sam3x.passes import base"),
+        ("exporter/capture", "import passes.base"),
+        ("exporter/fusion", "from sam3x.pipeline import export"),
+        ("exporter/runtime", "from sam3x.pipeline.export import DEFAULTS"),
+        ("exporter/pipeline", "from sam3x.cli import app"),
     ],
 )
 def test_a_wrong_import_is_found(folder: str, line: str, tmp_path: Path) -> None:
     path = tmp_path / folder / "wrong.py"
-    path.parent.mkdir()
+    path.parent.mkdir(parents=True)
     path.write_text(line)
-    assert len(breaches({module_name(path): path})) == 1
+    top, *rest = folder.split("/")
+    assert len(breaches({".".join([FOLDERS[top], *rest, "wrong"]): path})) == 1
 
 
 def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:

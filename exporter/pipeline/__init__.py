@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sam3x.pipeline.export import export_pipeline
     from sam3x.pipeline.reverify import verify_pipeline
-    from sam3x.pipeline.sources import (
+    from sam3x.sources.image import (
         checkpoint_image_source,
         module_image_source,
         random_image_source,
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "export_pipeline": "sam3x.pipeline.export",
     "verify_pipeline": "sam3x.pipeline.reverify",
-    "checkpoint_image_source": "sam3x.pipeline.sources",
-    "module_image_source": "sam3x.pipeline.sources",
-    "random_image_source": "sam3x.pipeline.sources",
-    "transformers_image_source": "sam3x.pipeline.sources",
+    "checkpoint_image_source": "sam3x.sources.image",
+    "module_image_source": "sam3x.sources.image",
+    "random_image_source": "sam3x.sources.image",
+    "transformers_image_source": "sam3x.sources.image",
 }
 
 __all__ = [

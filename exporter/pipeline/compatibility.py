@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sam3x.errors import Sam3xError
-from sam3x.pipeline.contract import COMPONENTS
-from sam3x.pipeline.export import DEFAULTS, ComponentJob, cases_of
-from sam3x.pipeline.image_config import ImageModelConfig
-from sam3x.pipeline.sources import random_image_source
+from sam3x.pipeline.export import DEFAULTS, cases_of
+from sam3x.pipeline.job import ComponentJob
+from sam3x.sources.contract import COMPONENTS
+from sam3x.sources.image import random_image_source
+from sam3x.sources.image_config import ImageModelConfig
 from sam3x.targets.base import resolve
 from sam3x.targets.registry import get_target
 

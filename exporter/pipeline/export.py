@@ -6,8 +6,7 @@ import gc
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,33 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam3x.errors import SpecError, TargetUnavailableError, VerificationError
-from sam3x.layer_template import weights_of
-from sam3x.manifest import MANIFEST, PassRecordModel, VerificationRecord, sealed
-from sam3x.manifest_files import names_in, sha256_of
-from sam3x.passes.decompose_complex import DecomposeComplexPass
-from sam3x.passes.default_pipeline import default_pipeline
-from sam3x.passes.pipeline import PassPipeline
-from sam3x.pipeline.capture import capture_component
-from sam3x.pipeline.contract import COMPONENTS, Component, ImageModel, walk
-from sam3x.pipeline.cut import MAX_PROMPTS
+from sam3x.artifact.files import names_in, sha256_of
+from sam3x.artifact.manifest import MANIFEST, sealed
+from sam3x.artifact.publish import publishing
+from sam3x.errors import SpecError, TargetUnavailableError
+from sam3x.fusion.layer_template import weights_of
 from sam3x.pipeline.fuse import export_fused, fused
 from sam3x.pipeline.fuse_spec import PARTS, check_fuse
+from sam3x.pipeline.job import ComponentJob
 from sam3x.pipeline.quality import eager_answers, quality_of
-from sam3x.pipeline.rounding import reduced, rounded
 from sam3x.pipeline.tokenizer import write_tokenizer
-from sam3x.pipeline.verify import Case, described, verify_component
-from sam3x.program import Sample
-from sam3x.publish import publishing
 from sam3x.runtime.manifest import SEGMENTER, ComponentSpec, PipelineManifest
+from sam3x.sources.contract import COMPONENTS, Component, Cut, ImageModel, walk
+from sam3x.sources.cut import MAX_PROMPTS
 from sam3x.spec import ExportSpec
-from sam3x.targets.base import Target, TargetOptions, arithmetic_precision, file_name, resolve, weight_precision
+from sam3x.targets.base import resolve
 from sam3x.targets.registry import get_target
-from sam3x.verify import require
+from sam3x.verify.component import Case
 
 Progress = Callable[[str], None]
-Cut = Callable[[ExportSpec], ImageModel]
-"""A source that is cut into components once the spec of its fusion encoder is known."""
 
 DEFAULTS: dict[str, Any] = {"dac": False, "pre_norm": "module", "batch": (1, MAX_PROMPTS)}
 """The fusion encoder runs as in the source (``runtime`` keeps the branches in the file); batch counts prompts."""
@@ -61,7 +52,7 @@ def export_pipeline(
     """Export every component of an image model, run each against eager, and publish them together.
 
     Args:
-        cut: what ``sam3x.pipeline.sources`` returns.
+        cut: what ``sam3x.sources.image`` returns.
         target: see ``sam3x targets``. output: folder; replaced as a whole once everything is verified.
         tokenizer: ``bpe_simple_vocab_16e6.txt.gz``, a ``tokenizer.json`` or a folder with one. None: the source's own, or none.
         components: those to export, all by default; docs/compatibility.md says which a target takes.
@@ -152,104 +143,6 @@ def export_pipeline(
         (staging / MANIFEST).write_text(sealed(manifest))
         publication.commit()
     return manifest
-
-
-@dataclass(frozen=True, slots=True)
-class ComponentJob:
-    """What the export of every component shares: any target, by ``Target``'s contract alone."""
-
-    target: Target
-    options: TargetOptions
-    spec: ExportSpec
-    folder: Path
-    tell: Progress
-
-    @property
-    def precision(self) -> str | None:
-        """That of the weights; None: float32, or the target's own affair."""
-        return weight_precision(self.target, self.options)
-
-    @property
-    def below(self) -> str | None:
-        """What is not float32: the precision of the weights, or of the arithmetic."""
-        return self.precision or arithmetic_precision(self.target, self.options)
-
-    @property
-    def unverified(self) -> str | None:
-        """Why the files are not run here; None where they are."""
-        if self.spec.verify == "off":
-            return "verification was switched off (--verify off)"
-        return self.target.unverifiable(self.options)
-
-    def export(self, component: Component, cases: list[Case]) -> ComponentSpec:
-        """Capture, rewrite, lower and verify one component; its file is then in ``folder``.
-
-        Raises:
-            Sam3xError: typed by step.
-        """
-        with rounded(component, self.precision, cases) as expected:
-            return self._export(component, expected, None if self.precision is None else [outputs for _, _, outputs in cases])
-
-    def _export(
-        self, component: Component, cases: list[Case], unrounded: Sequence[Mapping[str, Tensor]] | None
-    ) -> ComponentSpec:
-        self.tell(f"{component.name}: capture")
-        started = time.perf_counter()
-        case, example, outputs = cases[0]
-        branch = " ".join(f"{name}={value.tolist()}" for name, value in component.constants.items()) or "fixed"
-        captured = capture_component(component, example, [Sample(branch=branch, case=case, inputs=dict(example))])
-        self.tell(f"{component.name}: passes")
-        before = PassPipeline((DecomposeComplexPass(), *default_pipeline(str(self.spec.branches)).passes))
-        captured, records = before.then(*self.target.legalization_passes(self.options)).run(captured)
-        self.tell(f"{component.name}: lower to {self.target.name}")
-        path = self.folder / file_name(self.target, component.name, self.options)
-        facts = self.target.lower(captured, path, self.options) or {}
-        del captured
-        remedy = "Leave the component out (--components), or take another target."
-        verification = self.verified(component, path, cases, remedy, unrounded)
-        return ComponentSpec(
-            name=component.name,
-            file=path.name,
-            inputs=tuple(described(port.name, example[port.name], port.dims) for port in component.inputs),
-            outputs=tuple(described(name, outputs[name], ()) for name in component.outputs),
-            reads={port.name: port.tensor for port in component.inputs if port.name not in component.constants},
-            writes={name: component.renamed.get(name, name) for name in component.outputs},
-            constants={name: value.tolist() for name, value in component.constants.items()},
-            ranges=dict(component.ranges),
-            passes=tuple(PassRecordModel.of(record) for record in records),
-            verification=verification,
-            facts=facts,
-            figures={"seconds": round(time.perf_counter() - started, 3)},
-        )
-
-    def verified(
-        self,
-        component: Component,
-        path: Path,
-        cases: list[Case],
-        remedy: str,
-        unrounded: Sequence[Mapping[str, Tensor]] | None = None,
-    ) -> tuple[VerificationRecord, ...]:
-        """Run the file on ``cases``; none where it is not to be run here.
-
-        Args:
-            remedy: what to do when it does not run. unrounded: see ``verify_component``.
-
-        Raises:
-            VerificationError: it does not run, or gives something else than eager.
-        """
-        if self.unverified is not None:
-            return ()
-        self.tell(f"{component.name}: verify")
-        try:
-            rounding = reduced(component, self.target, self.options)
-            records = verify_component(component, partial(self.target.load_runner, path), cases, unrounded, rounding)
-        except RuntimeError as error:  # a runtime's own
-            raise VerificationError(
-                f"step 4/4 verify {self.target.name} {component.name}: the file was written and does not run: {error}. {remedy}"
-            ) from error
-        require(records, f"step 4/4 verify {self.target.name} {component.name}")
-        return records
 
 
 def _weight(component: Component) -> int:

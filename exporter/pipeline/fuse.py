@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sam3x.pipeline.contract import Component, Port
 from sam3x.pipeline.fuse_spec import PARTS
-from sam3x.pipeline.rounding import rounded
-from sam3x.pipeline.verify import Case, described
+from sam3x.precision.component import rounded
 from sam3x.runtime.manifest import SEGMENTER, ComponentSpec
+from sam3x.sources.contract import Component, Port
+from sam3x.verify.component import Case, described
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sam3x.pipeline.export import ComponentJob
-    from sam3x.targets.onnx_join import Part
+    from sam3x.pipeline.job import ComponentJob
+    from sam3x.targets.onnx.join import Part
 
 FOUND = ("found_prompts", "found_scores", "found_boxes", "found_masks")
 """Outputs: a row for each detection, by prompt and then by query."""
@@ -120,7 +120,8 @@ def export_fused(
     Raises:
         LoweringError: the files do not fit together. VerificationError: the joined file gives something else than eager.
     """
-    from sam3x.targets import onnx_file, onnx_join
+    from sam3x.targets.onnx import file as onnx_file
+    from sam3x.targets.onnx import join as onnx_join
 
     job.tell(f"{component.name}: join")
     started = time.perf_counter()
@@ -162,8 +163,8 @@ def _parts(folder: Path, specs: Sequence[ComponentSpec]) -> list[Part]:
     """The files and what stands between them: one picture's tensors repeated, detections selected, masks collected."""
     import onnx_ir as ir
 
-    from sam3x.targets import onnx_detect
-    from sam3x.targets.onnx_join import Part
+    from sam3x.targets.onnx import detect as onnx_detect
+    from sam3x.targets.onnx.join import Part
 
     parts: list[Part] = []
     for spec in specs:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam3x.pipeline.contract import ImageModel, walk
 from sam3x.runtime.components import fed
 from sam3x.runtime.manifest import ComponentSpec, PromptQuality, Quality
-from sam3x.runtime.processing import sigmoid
+from sam3x.runtime.pictures import sigmoid
+from sam3x.sources.contract import ImageModel, walk
 from sam3x.targets.base import Runner
 
 TOP = 5

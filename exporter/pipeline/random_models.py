@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sam3x.errors import SourceError
-from sam3x.pipeline.image_config import ImageModelConfig
-from sam3x.pipeline.image_model import build_image_model
-from sam3x.pipeline.sources import draw_image_weights
+from sam3x.sources.image import draw_image_weights
+from sam3x.sources.image_config import ImageModelConfig
+from sam3x.sources.image_model import build_image_model
 
 _GRID = 72  # image tokens a side that the fusion encoder expects at 1008 pixels
 _TRUNK_WIDTH = 1024  # channels that EfficientSAM3's student trunks hand to the neck

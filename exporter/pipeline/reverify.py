@@ -6,20 +6,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sam3x.artifact.manifest import VerificationRecord
+from sam3x.artifact.publish import replace_manifest
 from sam3x.errors import ArtifactError
-from sam3x.manifest import VerificationRecord
-from sam3x.pipeline.contract import COMPONENTS
-from sam3x.pipeline.export import Cut, cases_of
+from sam3x.pipeline.export import cases_of
 from sam3x.pipeline.fuse import fused
 from sam3x.pipeline.quality import eager_answers, quality_of
-from sam3x.pipeline.rounding import reduced, rounded
-from sam3x.pipeline.verify import verify_component
-from sam3x.publish import replace_manifest
+from sam3x.precision.component import reduced, rounded
 from sam3x.runtime.manifest import SEGMENTER, load_manifest
+from sam3x.sources.contract import COMPONENTS, Cut
 from sam3x.spec import ExportSpec
 from sam3x.targets.base import Runner, Target, arithmetic_precision, weight_precision
 from sam3x.targets.registry import get_target
-from sam3x.verify import require
+from sam3x.verify.compare import require
+from sam3x.verify.component import verify_component
 
 
 def verify_pipeline(folder: str | Path, cut: Cut, *, full: bool = False) -> list[VerificationRecord]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sam3x.errors import SourceError
-from sam3x.pipeline.contract import ImageModel
+from sam3x.sources.contract import ImageModel
 
 TOKENIZER = "tokenizer.json"
 _BEGIN, _END = "<start_of_text>", "<end_of_text>"

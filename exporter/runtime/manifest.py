@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from sam3x.artifact import check_files
+from sam3x.artifact.artifact import check_files
+from sam3x.artifact.journal import recover
+from sam3x.artifact.manifest import SCHEMA_VERSION, PassRecordModel, TensorSpec, VerificationRecord, read_values, validated
 from sam3x.errors import ArtifactError
-from sam3x.journal import recover
-from sam3x.manifest import SCHEMA_VERSION, PassRecordModel, TensorSpec, VerificationRecord, read_values, validated
 
 SEGMENTER = "segmenter"
 """The component that ``--fuse`` joins from those that run for every prompt."""

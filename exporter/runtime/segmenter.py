@@ -13,7 +13,7 @@ import numpy as np
 from sam3x.errors import ArtifactError, SpecError
 from sam3x.runtime.components import Components
 from sam3x.runtime.manifest import SEGMENTER, load_manifest
-from sam3x.runtime.processing import boxes_to_fractions, boxes_to_pixels, open_picture, sigmoid, to_tensor
+from sam3x.runtime.pictures import boxes_to_fractions, boxes_to_pixels, open_picture, sigmoid, to_tensor
 from sam3x.runtime.resize import resize_bilinear
 from sam3x.runtime.result import Result
 from sam3x.runtime.text import Tokenizer, pad

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sam3x.errors import ArtifactError, TargetUnavailableError
-from sam3x.runtime.processing import INSTALL
+from sam3x.runtime.pictures import INSTALL
 
 
 class Tokenizer:

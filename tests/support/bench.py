@@ -7,8 +7,8 @@ from typing import Any
 
 from typer.testing import Result
 
-from sam3x import bench_report
-from sam3x.bench_report import BenchReport, Case, Machine, Memory, make_request, timing_of, with_ratios
+from sam3x.bench import report as bench_report
+from sam3x.bench.report import BenchReport, Case, Machine, Memory, make_request, timing_of, with_ratios
 from support import command_line
 
 

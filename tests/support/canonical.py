@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sam3x.capture.program import run_program
+from sam3x.passes.attention.canonicalize_attention import CanonicalizeAttentionPass
 from sam3x.passes.base import PassResult, count_ops, graph_modules
-from sam3x.passes.canonicalize_attention import CanonicalizeAttentionPass
-from sam3x.passes.eliminate_noops import EliminateNoopsPass
-from sam3x.program import run_program
+from sam3x.passes.cleanup.eliminate_noops import EliminateNoopsPass
 
 aten = torch.ops.aten
 SDPA, SOFTMAX = "aten.scaled_dot_product_attention.default", "aten._softmax.default"
@@ -31,7 +31,7 @@ class Module(nn.Module):
 
 
 def capture(module: nn.Module, args: tuple[Tensor, ...], dynamic: tuple | None = None) -> torch.export.ExportedProgram:
-    """Export and decompose as exporter/capture.py does."""
+    """Export and decompose as exporter/capture/capture.py does."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from sam3x.capture.program import run_program, sync_outputs
 from sam3x.passes.base import count_ops, graph_modules
 from sam3x.passes.pipeline import _private_copy
-from sam3x.program import run_program, sync_outputs
 
 DYN = torch.export.Dim.DYNAMIC
 aten = torch.ops.aten
@@ -42,7 +42,7 @@ class Program(nn.Module):
 
 
 def capture(module: nn.Module, args: tuple[Tensor, ...], dynamic: Mapping[int, dict] | None = None) -> ExportedProgram:
-    """Export and decompose as exporter/capture.py does; ``dynamic``: position → dynamic dimensions."""
+    """Export and decompose as exporter/capture/capture.py does; ``dynamic``: position → dynamic dimensions."""
     shapes = None if dynamic is None else (tuple(dynamic.get(i) for i in range(len(args))),)
     with torch.no_grad():
         program = torch.export.export(module.eval(), args, dynamic_shapes=shapes, strict=False)

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 import sam3x
 from sam3x import api
 from sam3x.errors import BuilderError, LoweringError
-from sam3x.fusion_encoder import FusionEncoder
+from sam3x.fusion.encoder import FusionEncoder
+from sam3x.precision.weights import rounded_encoder
 from sam3x.spec import make_spec
 from sam3x.targets.base import resolve, weight_precision
 from sam3x.targets.registry import get_target
-from sam3x.verify import ABSOLUTE, EAGER_FACTOR, eager_distances
-from sam3x.weight_rounding import rounded_encoder
+from sam3x.verify.compare import ABSOLUTE, EAGER_FACTOR, eager_distances
 from support.attention_styles import REFUSED
 from support.counts import BUILDER_FAILED, COUNTS
 from support.strategies import Case, InputsCase

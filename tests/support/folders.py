@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sam3x.manifest import MANIFEST, ExportManifest, sealed
-from sam3x.manifest_files import names_in, sha256_of
+from sam3x.artifact.files import names_in, sha256_of
+from sam3x.artifact.manifest import MANIFEST, ExportManifest, sealed
 
 
 def contents(folder: Path) -> dict[str, bytes | str]:

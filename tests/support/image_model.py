@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sam3x.pipeline.adaptations import unpinned
 from sam3x.pipeline.compatibility import SMALL
-from sam3x.pipeline.image_model import build_image_model
-from sam3x.pipeline.sources import draw_image_weights
-from sam3x.sources import weights_hash
+from sam3x.sources.adaptations import unpinned
+from sam3x.sources.encoder import weights_hash
+from sam3x.sources.image import draw_image_weights
+from sam3x.sources.image_model import build_image_model
 
 TINY = SMALL
 MERGES = [

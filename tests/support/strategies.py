@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sam3x.sources import draw_weights
+from sam3x.sources.encoder import draw_weights
 from sam3x.spec import TOKENS_INPUTS
 from support.attention_styles import REFUSED, STYLES
 

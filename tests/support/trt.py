@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from sam3x.capture import capture
+from sam3x.capture.capture import capture
+from sam3x.capture.program import CapturedProgram
 from sam3x.passes.default_pipeline import default_pipeline
-from sam3x.program import CapturedProgram
 from sam3x.spec import make_spec
 from sam3x.targets.base import resolve
-from sam3x.targets.trt_target import TrtTarget
+from sam3x.targets.tensorrt.target import TrtTarget
 from support.upstream import encoder_of
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

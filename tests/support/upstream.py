@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sam3x.fusion_config import FusionConfig
-from sam3x.sources import build_encoder, draw_weights
+from sam3x.fusion.config import FusionConfig
+from sam3x.sources.encoder import build_encoder, draw_weights
 
 
 def encoder_of(num_layers: int = 1, *, seed: int = 3, peaked: float = 1.0, **config: Any) -> nn.Module:

@@ -1,0 +1,150 @@
+"""An exported folder: load it, check it, run it. No torch needed for an ONNX artifact."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sam3x.artifact.files import is_inside, link_in, sha256_of
+from sam3x.artifact.inputs import checked_inputs
+from sam3x.artifact.journal import recover
+from sam3x.artifact.manifest import MANIFEST, ExportManifest, read_manifest
+from sam3x.errors import ArtifactError, Sam3xError, SpecError
+from sam3x.spec import checked
+from sam3x.targets.base import file_name
+from sam3x.targets.registry import get_target
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sam3x.targets.base import Runner
+
+STEM = "fusion_encoder"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified export. ``folder`` holds the graph file and ``manifest.json``."""
+
+    folder: Path
+    manifest: ExportManifest
+
+    @property
+    def path(self) -> Path:
+        """The graph file."""
+        return self.folder / _graph_file(self.manifest)
+
+    @functools.cached_property
+    def _runner(self) -> Runner:
+        try:
+            return get_target(self.manifest.target).load_runner(self.path)
+        except Sam3xError:
+            raise
+        except Exception as error:  # every runtime has exceptions of its own
+            raise ArtifactError(f"load: {self.path} cannot be opened: {_first_line(error)}. Export again.") from error
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Run once.
+
+        Args:
+            inputs: every name of ``manifest.input_names``: numpy arrays, torch tensors or Python bools for the flags.
+
+        Returns:
+            Output name → array.
+
+        Raises:
+            ArtifactError: a name, dtype, rank or size is not what the manifest says, dac meets an odd dimension, or the file
+                cannot be opened or run.
+        """
+        arrays = checked_inputs(self.manifest, inputs)
+        try:
+            return self._runner.run(arrays)
+        except Sam3xError:
+            raise
+        except Exception as error:  # every runtime has exceptions of its own
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+            fact = f"{self.manifest.target} failed on {shapes}: {_first_line(error)}"
+            raise ArtifactError(f"run: {fact}. Check the artifact: sam3x verify {self.folder}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(".")
+
+
+def load(folder: str | Path) -> Artifact:
+    """Open an exported folder, checking the manifest and every file's sha256.
+
+    Finishes an export that was killed after it was complete (``sam3x.artifact.journal``).
+
+    Raises:
+        ArtifactError: no manifest, one of another schema, a missing or edited file, a name or a link that leads elsewhere.
+    """
+    root = Path(folder)
+    while True:
+        recover(root)
+        before = _identity(root / MANIFEST)
+        manifest = read_manifest(root)
+        try:
+            _check_graph(root, manifest)
+            check_files(root, manifest.files)
+        except ArtifactError:
+            recover(root)
+            if _identity(root / MANIFEST) == before:
+                raise  # else another export has just replaced this one
+        else:
+            return Artifact(folder=root, manifest=manifest)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file stands there; every export brings a new one."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_ctime_ns
+
+
+def _graph_file(manifest: ExportManifest) -> str:
+    """Where the target put the graph, by the options it was given; its usual place where it does not know them."""
+    target = get_target(manifest.target)
+    try:
+        return file_name(target, STEM, checked(target.options_type, manifest.target_options))
+    except SpecError:
+        return f"{STEM}{target.suffix}"
+
+
+def _check_graph(root: Path, manifest: ExportManifest) -> None:
+    graph = _graph_file(manifest)
+    if graph not in manifest.files:
+        raise ArtifactError(f"load: the manifest in {root} does not name {graph}. Export again.")
+
+
+def check_files(root: Path, files: Mapping[str, str], *, hashes: bool = True) -> None:
+    """Every file a manifest names is there, inside the folder, and as it was written.
+
+    Args:
+        files: relative name → sha256. hashes: False leaves the contents unread.
+
+    Raises:
+        ArtifactError: a name or a link that leads elsewhere, a missing or edited file.
+    """
+    for name, expected in files.items():
+        path = root / name
+        if not is_inside(name):
+            raise ArtifactError(f"load: the manifest names '{name}', which is outside {root}. Export again.")
+        if (link := link_in(root, name)) is not None:
+            raise ArtifactError(f"load: {link} is a symbolic link, which may lead outside {root}. Export again.")
+        if not path.is_file():
+            raise ArtifactError(f"load: {path} is missing. Export again.")
+        if not hashes:
+            continue
+        try:
+            found = sha256_of(path)
+        except OSError as error:
+            raise ArtifactError(f"load: {path} cannot be read ({error.strerror}). Check its permissions.") from error
+        if found != expected:
+            raise ArtifactError(f"load: {path} was changed after the export (sha256 differs). Export again.")

@@ -1,0 +1,170 @@
+"""Publishing an export into a folder that may hold an earlier one and the user's own files, whole or not at all.
+
+The new files are written into a hidden folder inside the output folder, on the same disk. Renaming that folder to
+``journal.JOURNAL`` commits them: before it the earlier export is untouched, after it the new one is complete, whatever happens.
+What is left is to move each file to its place; a process that dies on the way leaves the journal, and the next ``load`` or
+export finishes the move. POSIX has no call that replaces several files at once; swapping the whole folder
+(``RENAME_EXCHANGE``) exists on Linux only and would move the user's own files and break mounts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from sam3x.artifact.files import is_inside, link_in, names_in, sha256_of
+from sam3x.artifact.journal import DISK_ERRORS, NEW, STAGING, commit, finish
+from sam3x.artifact.lock import locked
+from sam3x.artifact.manifest import MANIFEST, read_values, sealed
+from sam3x.errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class Publication:
+    """An export on its way: write into ``path``, then ``commit``."""
+
+    folder: Path
+    path: Path
+
+    def commit(self) -> None:
+        """Put the files in ``path`` into ``folder``; the files of an earlier export go, all others stay.
+
+        Raises:
+            ArtifactError: something of the user's stands in the way, or a file cannot be moved; all is as it was.
+        """
+        names = names_in(self.path)
+        for name in names:
+            _check_free(self.folder, name)
+        try:
+            obsolete = [name for name in _earlier_files(self.folder) if name not in names]
+            commit(self.path.parent, self.folder, obsolete)
+        except OSError as error:
+            fact = f"{self.folder} cannot be written ({error.strerror}); what was there is as it was"
+            raise ArtifactError(f"step 4/4 write: {fact}. Free space, or choose another --output.") from error
+
+
+@contextlib.contextmanager
+def publishing(folder: str | Path) -> Iterator[Publication]:
+    """A ``Publication`` into ``folder``, which nobody else exports into meanwhile; after an error nothing of it is left.
+
+    Raises:
+        ArtifactError: the folder cannot be written, is full, or another export holds it.
+    """
+    shown = Path(folder)
+    root = shown.resolve() if shown.is_dir() else shown  # a link to a folder is followed once, here
+    made = [path for path in (root, *root.parents) if not path.exists()]
+    with contextlib.ExitStack() as stack:
+        try:
+            _make_folder(root)
+            stack.enter_context(locked(root))
+            finish(root)
+            for left in root.glob(f"{STAGING}*"):  # of a process that was killed
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+            staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=root))
+            (staging / NEW).mkdir()
+        except BlockingIOError as error:
+            raise ArtifactError(
+                f"step 1/4 spec: another export is writing into {shown}. Wait for it, or choose another --output."
+            ) from error
+        except OSError as error:
+            _remove_empty(made)
+            raise ArtifactError(
+                f"step 1/4 spec: {shown} cannot be written ({error.strerror}). Choose another --output."
+            ) from error
+        try:
+            yield Publication(folder=root, path=staging / NEW)
+        except BaseException as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            _remove_empty(made)
+            disk = _disk_error(error)
+            if disk is not None:
+                fact = f"{shown} cannot be written ({disk.strerror}); what was there is as it was"
+                raise ArtifactError(f"step 4/4 write: {fact}. Free space, or choose another --output.") from error
+            raise
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def replace_manifest(folder: Path, manifest: BaseModel) -> None:
+    """Write what became known of an export later, as when it is verified on another machine.
+
+    Raises:
+        ArtifactError: it cannot be written, or somebody exports into the folder; the earlier manifest stays.
+    """
+    whole = folder / f"{STAGING}{MANIFEST}"
+    try:
+        with locked(folder):
+            try:
+                whole.write_text(sealed(manifest))
+                os.replace(whole, folder / MANIFEST)
+            finally:
+                whole.unlink(missing_ok=True)
+    except OSError as error:
+        fact = "an export is writing into it" if isinstance(error, BlockingIOError) else error.strerror
+        raise ArtifactError(f"verify: {folder / MANIFEST} cannot be written ({fact}); it is as it was. Try again.") from error
+
+
+def _check_free(folder: Path, name: str) -> None:
+    """Refuse to write over a folder, or through a link to somewhere else."""
+    link = link_in(folder, str(Path(name).parent)) if "/" in name else None
+    if link is not None:
+        raise ArtifactError(f"step 4/4 write: {link} is a symbolic link, and '{name}' would be written through it. Remove it.")
+    for path in (folder / name, *(folder / name).parents):
+        if path == folder:
+            return
+        in_the_way = path.is_dir() and not path.is_symlink() if path == folder / name else path.exists() and not path.is_dir()
+        if in_the_way:
+            kind = "folder" if path.is_dir() else "file"
+            raise ArtifactError(
+                f"step 4/4 write: {path} is a {kind}, where '{name}' has to go. Move it, or choose another --output."
+            )
+
+
+def _earlier_files(folder: Path) -> list[str]:
+    """Files of the export that stands in ``folder``, as they were written: what was changed since is the user's."""
+    try:
+        files = read_values(folder).get("files")
+    except ArtifactError:
+        return []
+    if not isinstance(files, dict):
+        return []
+    return [
+        name
+        for name, expected in files.items()
+        if isinstance(name, str)
+        and is_inside(name)
+        and link_in(folder, name) is None
+        and (folder / name).is_file()
+        and sha256_of(folder / name) == expected
+    ]
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise NotADirectoryError(0, "it is a link to nothing" if folder.is_symlink() else "it is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise PermissionError(0, "no permission")
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The full or failing disk behind an error that a library wrapped."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:  # innermost first
+        with contextlib.suppress(OSError):
+            folder.rmdir()

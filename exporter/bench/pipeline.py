@@ -1,0 +1,178 @@
+"""``sam3x bench-pipeline``: an exported pipeline against its source's eager code, in turn, each in a process of its own."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from sam3x.bench.process import ContenderError, Worker, workers_closed
+from sam3x.bench.report import Machine
+from sam3x.bench.run import machine_of
+from sam3x.errors import Sam3xError
+from sam3x.runtime.manifest import ComponentSpec, load_manifest
+
+KINDS = {"pipeline": "pipeline", "eager": "pipeline-eager"}
+
+
+class PipelineFigures(BaseModel):
+    """One contender. Seconds are wall time; memory is resident megabytes of its process.
+
+    Attributes:
+        start_seconds: from the start of the process to open files (``pipeline``: every sha256 compared) or a loaded model.
+        first_seconds: from there to the first result; a component's file is opened when it is first needed.
+        seconds: of each timed run, picture and prompt in, masks out. detections: how many it found.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    start_seconds: float
+    first_seconds: float
+    seconds: tuple[float, ...]
+    peak_mb: float
+    detections: int
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+
+class ComponentFigures(BaseModel):
+    """What the export of one component took; ``off`` is its largest difference from eager over an output's largest value."""
+
+    model_config = ConfigDict(frozen=True)
+
+    seconds: float
+    file_mb: float
+    off: float | None
+
+
+class PipelineReport(BaseModel):
+    """What ``bench_pipeline`` measured; ``ratio`` is the median of the rounds' own ratios, pipeline over eager.
+
+    Attributes:
+        export: the manifest's figures. files_mb: of all files of the folder, external data too.
+        picture: its path; None: noise.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    folder: str
+    origin: str
+    export: dict[str, float]
+    files_mb: float
+    components: dict[str, ComponentFigures]
+    machine: Machine
+    picture: str | None
+    threads: int
+    contenders: dict[str, PipelineFigures]
+    ratio: float | None = None
+    largest_score_gap: float | None = None
+
+
+def bench_pipeline(
+    folder: Path,
+    *,
+    checkpoint: Path | None = None,
+    module: str | None = None,
+    eager: bool = True,
+    picture: Path | None = None,
+    threshold: float | None = None,
+    threads: int = 2,
+    repeat: int = 3,
+    timeout: float = 900.0,
+    tell: Callable[[str], None] = lambda _: None,
+) -> PipelineReport:
+    """Segment one picture with one prompt, ``repeat`` times each way.
+
+    Args:
+        checkpoint, module: the pipeline's source. eager: whether to run it at all.
+        picture: None: 1008x1008 of noise. threshold: see ``Segmenter.segment``.
+
+    Raises:
+        Sam3xError: a contender failed, found something else, or the source has other weights than the pipeline.
+    """
+    manifest, machine = load_manifest(folder, check=False), machine_of()
+    job: dict[str, Any] = {
+        "path": str(folder.absolute()),
+        "checkpoint": None if checkpoint is None else str(checkpoint.absolute()),
+        "module": module,
+        "picture": None if picture is None else str(picture.absolute()),
+        "threshold": threshold,
+        "threads": threads,
+    }
+    workers: dict[str, Worker] = {}
+    starts: dict[str, tuple[float, float]] = {}
+    seconds: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as scratch, workers_closed(workers):
+        outputs = {name: Path(scratch) / f"{name}.npy" for name in KINDS}
+        names = [name for name in KINDS if eager or name == "pipeline"]
+        try:
+            for name in names:
+                tell(f"{name}: start")
+                made = Worker(
+                    {**job, "kind": KINDS[name], "output": str(outputs[name])}, {"OMP_NUM_THREADS": str(threads)}, timeout
+                )
+                workers[name] = made
+                made.until("loaded")
+                loaded = time.perf_counter()
+                facts = made.until("ready")
+                starts[name] = (loaded - made.started, time.perf_counter() - loaded)
+                if facts["weights_sha256"] != manifest.weights_sha256:
+                    raise ContenderError("its weights are not those of the pipeline. Name the source: --checkpoint or --module")
+            for turn in range(repeat):
+                for name in names:
+                    tell(f"{name}: run {turn + 1} of {repeat}")
+                    seconds.setdefault(name, []).append(workers[name].run()[0])
+            peaks = {name: workers[name].finish()["memory"]["peak"] for name in names}
+        except ContenderError as error:
+            raise Sam3xError(f"bench: {name}: {error}.") from error
+        scores = {name: _scores(outputs[name]) for name in names}
+    found = {
+        name: PipelineFigures(
+            start_seconds=starts[name][0],
+            first_seconds=starts[name][1],
+            seconds=tuple(seconds[name]),
+            peak_mb=peaks[name],
+            detections=len(scores[name]),
+        )
+        for name in names
+    }
+    ratio = gap = None
+    if eager:
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(seconds["pipeline"], seconds["eager"], strict=True))
+        if len(scores["pipeline"]) != len(scores["eager"]):
+            raise Sam3xError(f"bench: the pipeline found {len(scores['pipeline'])}, eager {len(scores['eager'])}.")
+        gap = float(abs(scores["pipeline"] - scores["eager"]).max()) if len(scores["eager"]) else 0.0
+    return PipelineReport(
+        folder=str(folder),
+        origin=manifest.origin,
+        export=manifest.figures,
+        files_mb=sum((folder / name).stat().st_size for name in manifest.files) / 1e6,
+        components={item.name: _component(folder, item) for item in manifest.components},
+        machine=machine,
+        picture=job["picture"],
+        threads=threads,
+        contenders=found,
+        ratio=ratio,
+        largest_score_gap=gap,
+    )
+
+
+def _component(folder: Path, spec: ComponentSpec) -> ComponentFigures:
+    data = folder / f"{spec.file}.data"
+    size = (folder / spec.file).stat().st_size + (data.stat().st_size if data.exists() else 0)
+    off = max((record.max_rel for record in spec.verification), default=None)
+    return ComponentFigures(seconds=spec.figures.get("seconds", 0.0), file_mb=size / 1e6, off=off)
+
+
+def _scores(path: Path) -> Any:
+    import numpy as np
+
+    return np.sort(np.load(path))

@@ -1,0 +1,111 @@
+"""Contenders of ``sam3x bench-pipeline``: an exported pipeline in the runtime, and its source's own eager code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+TOKENS = (3, 4, 5, 6)
+"""A prompt in token ids, which every vocabulary has; a pipeline may have been exported without one."""
+
+
+def noise_picture() -> np.ndarray:
+    """(1008, 1008, 3) uint8."""
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, 256, (1008, 1008, 3), dtype=np.uint8)
+
+
+class PipelineContender:
+    """What ``sam3x run`` does for one picture and one prompt, less writing files: masks at the picture's size, no torch."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job = job
+
+    def imports(self) -> None:
+        import sam3x.runtime.segmenter  # noqa: F401
+        from sam3x.bench.limits import limit_onnxruntime
+
+        limit_onnxruntime(self.job["threads"])
+
+    def load(self) -> Any:
+        from sam3x.runtime import Segmenter
+
+        self.segmenter = Segmenter(self.job["path"])
+        return lambda arrays: self.segmenter.segment(arrays["picture"], [TOKENS], threshold=self.job["threshold"]).scores
+
+    def inputs(self) -> dict[str, Any]:
+        return {"picture": self.job["picture"] or noise_picture()}
+
+    def facts(self) -> dict[str, Any]:
+        return {"weights_sha256": self.segmenter.manifest.weights_sha256}
+
+
+class EagerPipelineContender:
+    """The same through upstream's own modules in torch: masks of the detections above the threshold alone, not stretched."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job = job
+
+    def imports(self) -> None:
+        import torch
+
+        import sam3x.sources.image  # noqa: F401
+
+        torch.set_num_threads(self.job["threads"])
+        torch.set_num_interop_threads(1)
+
+    def load(self) -> Any:
+        from sam3x.runtime.manifest import load_manifest
+        from sam3x.sources.named import image_source
+        from sam3x.spec import ExportSpec
+
+        manifest = load_manifest(self.job["path"], check=False)
+        checkpoint = self.job["checkpoint"]
+        self.model = image_source(None, checkpoint and Path(checkpoint), self.job["module"])(ExportSpec(**manifest.spec))
+        return self._run
+
+    def inputs(self) -> dict[str, Any]:
+        import torch
+
+        from sam3x.runtime.pictures import open_picture, to_tensor
+
+        model = self.model
+        picture = open_picture(self.job["picture"] or noise_picture())
+        length = model.context_length if model.fixed_length else len(TOKENS)
+        ids = torch.full((1, length), model.pad_id)
+        ids[0, : len(TOKENS)] = torch.tensor(TOKENS)
+        return {
+            "image": torch.from_numpy(to_tensor(picture, model.image_size, model.mean, model.std)),
+            "input_ids": ids,
+            "attention_mask": torch.arange(length)[None] < len(TOKENS),
+            "boxes": torch.full((1, 1, 4), 0.5),
+            "box_labels": torch.ones((1, 1), dtype=torch.long),
+            "box_mask": torch.ones((1, 1), dtype=torch.bool),
+        }
+
+    def _run(self, arrays: dict[str, Any]) -> np.ndarray:
+        import torch
+
+        from sam3x.sources.contract import walk
+
+        with torch.inference_mode():
+            *before, mask_head = self.model.components
+            trace = walk(before, arrays)
+            found = trace["decoder"][1]
+            scores = (found["pred_logits"].sigmoid() * found["presence_logit_dec"].sigmoid())[0]
+            keep = scores > (self.model.threshold if self.job["threshold"] is None else self.job["threshold"])
+            if bool(keep.any()):
+                tensors = {**arrays}
+                for component in before:
+                    outputs = trace[component.name][1]
+                    tensors.update({component.renamed.get(name, name): value for name, value in outputs.items()})
+                tensors["queries"] = tensors["queries"][:, keep]
+                mask_head.eager(mask_head.feed(tensors))
+        return scores[keep].numpy()
+
+    def facts(self) -> dict[str, Any]:
+        return {"weights_sha256": self.model.weights_sha256}

@@ -1,0 +1,89 @@
+"""A component in, an ``ExportedProgram`` out that passes and targets take like the fusion encoder's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from sam3x.capture.capture import capture, core_decompositions, free_layouts, rename_input, user_placeholders
+from sam3x.capture.program import CapturedProgram, Sample
+from sam3x.errors import CaptureError
+from sam3x.sources.contract import Component, Port
+from sam3x.spec import ExportSpec
+
+
+def capture_component(component: Component, example: Mapping[str, Tensor], samples: Sequence[Sample] = ()) -> CapturedProgram:
+    """Export a component with its named dimensions dynamic.
+
+    Args:
+        example: one tensor an input; dynamic sizes of 1 are doubled, as torch.export takes 1 for a constant.
+
+    Raises:
+        CaptureError: torch.export refused the module, or baked in a dimension that must be dynamic.
+    """
+    if component.fusion is not None:
+        return capture(*component.fusion)
+    names = tuple(port.name for port in component.inputs)
+    free = {dim for dim, (low, high) in component.ranges.items() if low != high}
+    dynamic = tuple({i: Dim.DYNAMIC for i, dim in enumerate(p.dims) if dim in free} or None for p in component.inputs)
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # nn.MultiheadAttention's fused kernel is opaque to every pass
+    try:
+        with torch.no_grad():  # with gradients, decompositions meet strides they refuse
+            args = tuple(_example(example[port.name], port, free) for port in component.inputs)
+            program = torch.export.export(_Positional(component.module), args, dynamic_shapes=(dynamic,), strict=False)
+            program = program.run_decompositions(core_decompositions())
+            free_layouts(program.graph_module)
+    except Exception as error:
+        fact = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CaptureError(
+            f"step 2/4 capture: torch.export refused the {component.name}: {type(error).__name__}: {fact}. "
+            "Run again with -v for the traceback."
+        ) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+    dims: dict[str, str] = {}
+    for node, port in zip(user_placeholders(program), component.inputs, strict=True):
+        rename_input(program, node, port.name)
+        for index, meaning in enumerate(port.dims):
+            size = node.meta["val"].shape[index]
+            if meaning in free and isinstance(size, int):
+                raise CaptureError(
+                    f"step 2/4 capture: the {component.name} bakes in '{meaning}' at {size} (dimension {index} of "
+                    f"'{port.name}'). Its code must read that size from the tensor's shape."
+                )
+            if meaning in free:
+                dims[str(size)] = str(meaning)
+    return CapturedProgram(
+        program=program,
+        spec=ExportSpec(),
+        input_names=names,
+        output_names=component.outputs,
+        dim_names=dims,
+        samples=tuple(samples),
+        eager=lambda inputs: (component.eager_double if _is_double(inputs) else component.eager)(inputs),
+        ranges=dict(component.ranges),
+    )
+
+
+def _is_double(inputs: Mapping[str, Tensor]) -> bool:
+    return any(value.dtype == torch.float64 for value in inputs.values())
+
+
+def _example(value: Tensor, port: Port, free: set[str]) -> Tensor:
+    ones = [2 if dim in free and size == 1 else 1 for dim, size in zip(port.dims, value.shape, strict=True)]
+    return value.repeat(ones).contiguous()
+
+
+class _Positional(torch.nn.Module):
+    """``forward(*tensors)``, so that one tuple of dynamic shapes fits every component."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return self.module(*tensors)

@@ -1,0 +1,1 @@
+"""The command line: options, words and exit codes, nothing else. May import every room; nothing imports it."""

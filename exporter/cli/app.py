@@ -1,0 +1,146 @@
+"""The command line: every command of ``sam3x``. torch is imported once it is needed."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from sam3x.cli.bench import bench
+from sam3x.cli.bench_pipeline import bench_pipeline
+from sam3x.cli.compatibility import compatibility
+from sam3x.cli.console import hushed, reporting, shown_steps
+from sam3x.cli.doctor import doctor
+from sam3x.cli.export import export
+from sam3x.cli.options import Checkpoint, Folder, Json, Module, Quiet, Verbose
+from sam3x.cli.run import lint, run, show_pipeline
+from sam3x.cli.source_options import exclusive, named_source
+from sam3x.cli.target_options import TargetOptionsCommand
+from sam3x.sources.named import image_source
+
+app = typer.Typer(
+    help="Export SAM3's fusion encoder out of PyTorch, every branch verified against the eager encoder.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: Rich alone would take a third of the time --help may take
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import sam3x
+
+        typer.echo(f"sam3x {sam3x.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+app.command(cls=TargetOptionsCommand)(export)
+
+
+@app.command()
+def verify(
+    folder: Folder,
+    checkpoint: Checkpoint = None,
+    module: Module = None,
+    full: Annotated[bool, typer.Option("--full", help="Also at 72x72 tokens.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Run an artifact, or every component of a pipeline, against the eager source again."""
+    with reporting(verbose):
+        exclusive(checkpoint, module)
+        import sam3x
+        from sam3x.runtime.manifest import is_pipeline, load_manifest
+
+        whole = is_pipeline(folder)
+        (load_manifest if whole else sam3x.load)(folder)  # a damaged folder is told before torch is imported
+        with shown_steps(quiet) as steps:
+            steps.begin("import torch")
+            with hushed(verbose):
+                if whole:
+                    from sam3x.pipeline import verify_pipeline
+
+                    steps.begin("verify")
+                    records = verify_pipeline(folder, image_source(None, checkpoint, module), full=full)
+                else:
+                    from sam3x import api
+
+                    source = named_source(checkpoint, module, steps)
+                    steps.begin("verify")
+                    records = api.verify(folder, source, full=full)
+            steps.end()
+        if as_json:
+            document = {
+                "folder": str(folder),
+                "passed": True,
+                "records": [record.model_dump(mode="json") for record in records],
+            }
+            typer.echo(json.dumps(document, indent=2))
+        elif not quiet:
+            from sam3x.cli import views as cli_views
+
+            cli_views.show([cli_views.verification_table(records, verbose=verbose)])
+
+
+@app.command()
+def inspect(folder: Folder, verbose: Verbose = False, as_json: Json = False) -> None:
+    """Show what an exported folder holds: inputs, outputs, passes, branches, figures. Needs no torch."""
+    with reporting(verbose):
+        import sam3x
+        from sam3x.runtime.manifest import is_pipeline, load_manifest
+
+        if is_pipeline(folder):
+            show_pipeline(load_manifest(folder), folder, as_json=as_json, quiet=False, verbose=verbose)
+            return
+        manifest = sam3x.load(folder).manifest
+        if as_json:
+            typer.echo(manifest.model_dump_json(indent=2))
+        else:
+            from sam3x.cli import views as cli_views
+
+            cli_views.show(cli_views.manifest_view(manifest, folder, verbose=verbose))
+
+
+@app.command()
+def targets(as_json: Json = False, verbose: Verbose = False) -> None:
+    """List the back ends, whether they work here, and how to install the others."""
+    with reporting(verbose):
+        import dataclasses
+
+        from sam3x.targets.registry import describe_targets
+
+        statuses = describe_targets()
+        if as_json:
+            typer.echo(json.dumps([dataclasses.asdict(status) for status in statuses], indent=2))
+        else:
+            from sam3x.cli import views as cli_views
+
+            cli_views.show([cli_views.targets_table(statuses)])
+
+
+app.command()(doctor)
+app.command()(bench)
+app.command()(run)
+app.command(name="bench-pipeline")(bench_pipeline)
+app.command()(compatibility)
+app.command()(lint)
+
+
+def main() -> None:
+    """Entry point of the ``sam3x`` command."""
+    app(prog_name="sam3x")
+
+
+if __name__ == "__main__":
+    main()

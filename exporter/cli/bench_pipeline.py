@@ -1,0 +1,61 @@
+"""``sam3x bench-pipeline``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sam3x.cli.console import reporting, shown_steps
+
+
+def bench_pipeline(
+    folder: Annotated[Path, typer.Argument(help="What `sam3x export --pipeline` wrote.", metavar="FOLDER")],
+    checkpoint: Annotated[Path | None, typer.Option(help="The pipeline's source, as in its export.", metavar="FILE")] = None,
+    module: Annotated[str | None, typer.Option(help="The same.", metavar="PACKAGE.MODULE:FACTORY")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Default: 1008x1008 pixels of noise.", metavar="PICTURE")] = None,
+    threshold: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Detections score above it.")] = None,
+    eager: Annotated[bool, typer.Option("--eager/--no-eager", help="Run the source beside it.")] = True,
+    threads: Annotated[int, typer.Option(min=1, help="Of both.")] = 2,
+    repeat: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 3,
+    timeout: Annotated[float, typer.Option(help="Seconds that one step may take.")] = 900.0,
+    page: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Also write the figures as a page.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceback of an error.")] = False,
+) -> None:
+    """Time a pipeline against its source's eager code: latency, memory, start; and what its export took."""
+    with reporting(verbose):
+        from sam3x.bench import pipeline as benchmark
+
+        with shown_steps(quiet) as steps:
+            report = benchmark.bench_pipeline(
+                folder,
+                checkpoint=checkpoint,
+                module=module,
+                eager=eager,
+                picture=picture,
+                threshold=threshold,
+                threads=threads,
+                repeat=repeat,
+                timeout=timeout,
+                tell=steps.begin,
+            )
+            steps.end()
+        from sam3x.cli import bench_pipeline_views as views
+
+        if page is not None:
+            source = ("--checkpoint", str(checkpoint)) if checkpoint else ("--module", module) if module else ()
+            export = ["sam3x", "export", "--pipeline", *source, "-o", str(folder)]
+            command = ["sam3x", "bench-pipeline", str(folder), *source, "--threads", str(threads), "--repeat", str(repeat)]
+            asked = {"--picture": picture, "--threshold": threshold, "--markdown": page}
+            command += [str(word) for pair in asked.items() if pair[1] is not None for word in pair]
+            page.write_text(views.markdown(report, shlex.join(command), shlex.join(export)), encoding="utf-8")
+        if as_json:
+            typer.echo(report.model_dump_json(indent=2))
+        elif not quiet:
+            from sam3x.cli import views as cli_views
+
+            cli_views.show([*views.summary(report), views.table(report)])

@@ -1,0 +1,36 @@
+"""The encoder that ``--checkpoint`` or ``--module`` names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sam3x.errors import SpecError
+
+if TYPE_CHECKING:
+    from sam3x.cli.views import Steps
+    from sam3x.sources.encoder import Source
+
+
+def exclusive(checkpoint: Path | None, module: str | None) -> None:
+    """At most one of them.
+
+    Raises:
+        SpecError: both are given.
+    """
+    if checkpoint is not None and module is not None:
+        raise SpecError("step 1/4 spec: --checkpoint and --module both name the encoder. Give one of them.")
+
+
+def named_source(checkpoint: Path | None, module: str | None, steps: Steps) -> Source | None:
+    """The source, loaded; None is the seeded default, which the API builds.
+
+    Raises:
+        SourceError: it cannot be read as a fusion encoder.
+    """
+    steps.begin("source")
+    if checkpoint is None and module is None:
+        return None
+    from sam3x.sources import encoder as sources
+
+    return sources.factory_source(module) if module is not None else sources.checkpoint_source(str(checkpoint))

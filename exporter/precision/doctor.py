@@ -1,0 +1,233 @@
+"""Which operations lose what in a lower precision, and the fewest that must stay in float32 to hold a bound.
+
+Every operation's precision is emulated in torch: its inputs and its result are rounded, as a strongly typed engine does between
+its layers. The numbers are compared with eager float32, in every branch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from sam3x.artifact.artifact import load
+from sam3x.capture.capture import capture
+from sam3x.capture.program import CapturedProgram, Sample
+from sam3x.capture.samples import Sizes, samples_for
+from sam3x.errors import ArtifactError, SpecError, VerificationError
+from sam3x.fusion.encoder import FusionEncoder
+from sam3x.passes.attention.simplify_attention_masks import SimplifyAttentionMasksPass
+from sam3x.passes.default_pipeline import default_pipeline
+from sam3x.passes.graph.op_paths import float_ops, op_name
+from sam3x.passes.precision.convert_precision import MOVES
+from sam3x.precision.doctor_report import BOUNDS, DoctorReport, OperationReport, Precision
+from sam3x.sources.encoder import Source, source_for
+from sam3x.spec import ExportSpec
+from sam3x.targets.tensorrt.check import distance
+
+Tell = Callable[[str], None]
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def doctor(
+    folder: str | Path,
+    source: Source | Any | None = None,
+    *,
+    precision: Precision = "fp16",
+    bound: float | None = None,
+    tokens: int = 256,
+    tell: Tell | None = None,
+) -> DoctorReport:
+    """Examine the encoder of an exported folder.
+
+    Args:
+        source: what it was exported from; None rebuilds the seeded default.
+        precision: the one to examine.
+        bound: largest absolute error against eager float32 that is allowed; None: ``BOUNDS``.
+        tokens: image tokens of the runs, where they are free; errors of an operation hardly depend on them.
+
+    Raises:
+        ArtifactError: the source's weights are not those of the artifact.
+        VerificationError: float32 itself is beyond the bound.
+    """
+    say = tell or (lambda _: None)
+    manifest = load(folder).manifest
+    allowed = BOUNDS[precision] if bound is None else bound
+    if not allowed > 0:
+        raise SpecError(f"doctor: --bound {allowed} is no error anything can hold. Give a number above 0.")
+    say("source")
+    spec = _examined(ExportSpec(**manifest.spec), tokens)
+    given = source_for(source, spec.seed)
+    if given.weights_sha256 != manifest.weights_sha256:
+        raise ArtifactError(
+            f"doctor: {folder} was exported from other weights ({manifest.origin}). "
+            "Name the source it came from: --checkpoint or --module."
+        )
+    say("capture")
+    program, _ = default_pipeline("select").then(SimplifyAttentionMasksPass()).run(capture(given.module, spec))
+    say(f"emulate {precision}")
+    patient = Patient(program, _samples(given, spec, tokens), DTYPES[precision])
+    return examine(patient, precision=precision, bound=allowed, origin=manifest.origin, tell=say)
+
+
+def examine(patient: Patient, *, precision: Precision, bound: float, origin: str, tell: Tell = lambda _: None) -> DoctorReport:
+    """Everything low, each operation low alone, then the islands."""
+    everything = frozenset(patient.paths)
+    plain = patient.error(frozenset())
+    if plain["max_abs"] > bound:
+        raise VerificationError(
+            f"doctor: float32 itself is {plain['max_abs']:.1e} from eager, more than --bound {bound:g}. Choose a larger bound."
+        )
+    whole = patient.error(everything)
+    alone = {path: patient.error(frozenset({path})) for path in patient.paths}
+    ranked = sorted(patient.paths, key=lambda path: (-alone[path]["max_abs"], -patient.peaks[path]))
+    tell("islands")
+    islands = smallest_islands(ranked, lambda kept: patient.error(everything - frozenset(kept))["max_abs"] <= bound)
+    after = patient.error(everything - frozenset(islands))
+    limit = torch.finfo(patient.dtype).max
+    rows = tuple(
+        OperationReport(
+            path=path,
+            kind=patient.kinds[path],
+            max_abs=alone[path]["max_abs"],
+            cosine=alone[path]["cosine"],
+            peak=patient.peaks[path],
+            overflows=patient.peaks[path] > limit,
+            island=path in islands,
+        )
+        for path in ranked
+    )
+    return DoctorReport(
+        precision=precision,
+        bound=bound,
+        origin=origin,
+        branches=tuple(dict.fromkeys(sample.branch for sample in patient.samples)),
+        cases=tuple(dict.fromkeys(sample.case for sample in patient.samples)),
+        max_abs=whole["max_abs"],
+        cosine=whole["cosine"],
+        islands=tuple(islands),
+        max_abs_with_islands=after["max_abs"],
+        cosine_with_islands=after["cosine"],
+        operations=rows,
+    )
+
+
+def smallest_islands(ranked: Sequence[str], holds: Callable[[Sequence[str]], bool]) -> list[str]:
+    """The fewest of ``ranked`` (worst first) that must stay in float32: none of them can be spared.
+
+    The shortest beginning that holds is found by bisection, then whatever is not needed leaves it, the least suspect first.
+    """
+    if holds([]):
+        return []
+    low, high = 0, len(ranked)  # the beginning of length ``low`` does not hold, that of length ``high`` does
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(ranked[:middle]) else (middle, high)
+    kept = list(ranked[:high])
+    for path in reversed(kept.copy()):
+        fewer = [item for item in kept if item != path]
+        if holds(fewer):
+            kept = fewer
+    return kept
+
+
+class Patient:
+    """A program, the samples it is examined on, and what eager float32 says of them.
+
+    Attributes:
+        paths: operations that round, in graph order. kinds: path → operation. peaks: path → largest magnitude seen in float32.
+    """
+
+    def __init__(self, program: CapturedProgram, samples: Sequence[Sample], dtype: torch.dtype) -> None:
+        self.program, self.samples, self.dtype = program, tuple(samples), dtype
+        self.nodes = {node: path for node, path in float_ops(program.program) if node.target not in MOVES}
+        self.paths = tuple(dict.fromkeys(path for node, path in self.nodes.items() if not _is_constant(node)))
+        self.kinds = {path: op_name(node) for node, path in reversed(self.nodes.items())}
+        self.expected = [program.eager(sample.inputs) for sample in self.samples]
+        self.peaks = dict.fromkeys(self.paths, 0.0)
+        for sample in self.samples:
+            self._run(sample, frozenset(), self.peaks)
+        self._known: dict[frozenset[str], dict[str, float]] = {}
+
+    def error(self, low: frozenset[str]) -> dict[str, float]:
+        """The worst of all branches and outputs, with the operations of ``low`` in the low precision."""
+        if low not in self._known:
+            self._known[low] = _worst(self._errors(low))
+        return self._known[low]
+
+    def _errors(self, low: frozenset[str]) -> Iterable[dict[str, float]]:
+        for sample, expected in zip(self.samples, self.expected, strict=True):
+            got = self._run(sample, low)
+            for name, value in expected.items():
+                yield distance(got[name], value)
+
+    def _run(self, sample: Sample, low: frozenset[str], peaks: dict[str, float] | None = None) -> dict[str, Tensor]:
+        nodes = {node for node, path in self.nodes.items() if path in low}
+        state: dict[str, Any] = {**self.program.program.state_dict, **self.program.program.constants}
+        arguments = [
+            state[item.target] if item.target in state else sample.inputs[item.arg.name]
+            for item in self.program.program.graph_signature.input_specs
+        ]
+        with torch.no_grad():
+            emulated = _Emulated(self.program.program.graph_module, nodes, self.dtype, self.nodes, peaks)
+            outputs = emulated.run(*arguments)
+        return dict(zip(self.program.output_names, outputs[-len(self.program.output_names) :], strict=True))
+
+
+class _Emulated(Interpreter):
+    """Runs a float32 graph with some of its operations in a lower precision."""
+
+    def __init__(
+        self, module: GraphModule, low: set[Node], dtype: torch.dtype, paths: dict[Node, str], peaks: dict[str, float] | None
+    ) -> None:
+        super().__init__(module)
+        self.low, self.dtype, self.paths, self.peaks = low, dtype, paths, peaks
+
+    def run_node(self, n: Node) -> Any:
+        if n not in self.low:
+            result = super().run_node(n)
+            if self.peaks is not None and self.paths.get(n) in self.peaks:
+                path = self.paths[n]
+                self.peaks[path] = max(self.peaks[path], float(result.detach().abs().nan_to_num(0.0, 0.0).max()))
+            return result
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, self._rounded, (args, kwargs))
+        return n.target(*args, **kwargs).float()  # type: ignore[operator]
+
+    def _rounded(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype) if value.is_floating_point() else value
+
+
+def _is_constant(node: Node) -> bool:
+    return not node.all_input_nodes
+
+
+def _worst(errors: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Whatever is not finite counts as infinitely far."""
+    largest, cosine = 0.0, 1.0
+    for item in errors:
+        bad = not math.isfinite(item["max_abs"])
+        largest = max(largest, math.inf if bad else item["max_abs"])
+        cosine = min(cosine, 0.0 if bad or math.isnan(item["cosine"]) else item["cosine"])
+    return {"max_abs": largest, "cosine": cosine}
+
+
+def _examined(spec: ExportSpec, tokens: int) -> ExportSpec:
+    """The same request at sizes that are quick to run many times."""
+    changes: dict[str, Any] = {"branches": "select", "verify": "off", "batch": (1, max(2, spec.batch[1]))}
+    if spec.interface == "tokens":
+        changes["tokens"] = (2, max(4, tokens))
+    return spec.model_copy(update=changes)
+
+
+def _samples(source: Source, spec: ExportSpec, tokens: int) -> list[Sample]:
+    encoder = FusionEncoder(source.module, spec)
+    count = tokens if spec.interface == "tokens" else spec.halved_range[0]
+    prompt = min(max(32, spec.prompt_length[0]), spec.prompt_length[1])
+    sizes = [Sizes(batch=2, tokens=count, prompt_length=prompt)]
+    return samples_for(encoder.input_names, encoder.flag_names, spec, encoder.d_model, len(encoder.layers), sizes)

@@ -1,0 +1,102 @@
+"""The precision doctor's report as tables for the terminal and as one self-contained page."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+from typing import TYPE_CHECKING
+
+from sam3x.html import STYLE
+from sam3x.precision.doctor_report import DoctorReport, OperationReport
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+ROWS = 20
+"""Of the terminal's table; the page and the JSON have all."""
+
+MEANINGS = {
+    "operation": "module or layer it belongs to; what sam3x export --fp32-ops takes",
+    "error alone": "largest absolute distance of the outputs from eager float32, this operation alone in the low precision, "
+    "the worst of all branches",
+    "cosine": "of the outputs as vectors, in the same run",
+    "peak": "largest magnitude of its result in float32",
+}
+
+
+def doctor_view(report: DoctorReport) -> list[RenderableType]:
+    """The verdict, the worst operations, the option."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0), title="Operations, worst first", title_justify="left", title_style="bold")
+    for name in ("operation", "kind"):
+        table.add_column(name, header_style="dim", overflow="fold")
+    for name in ("error alone", "cosine", "peak", "in float32"):
+        table.add_column(name, justify="right", header_style="dim")
+    for row in report.operations[:ROWS]:
+        table.add_row(*cells(row), "yes" if row.island else "", style="bold" if row.island else "")
+    more = len(report.operations) - ROWS
+    parts: list[RenderableType] = [Text(_sentence(report)), table]
+    if more > 0:
+        parts.append(Text(f"{more} more in --json and --html", style="dim"))
+    return [*parts, Text(f"sam3x export --target trt {report.option}", style="bold")]
+
+
+def cells(row: OperationReport) -> tuple[str, str, str, str, str]:
+    """Path, kind and figures in words."""
+    error = "not finite" if math.isinf(row.max_abs) else f"{row.max_abs:.1e}"
+    peak = f"{row.peak:.3g}" + (", overflows" if row.overflows else "")
+    return row.path, row.kind, error, f"{row.cosine:.6f}", peak
+
+
+def _sentence(report: DoctorReport) -> str:
+    text = report.verdict
+    return text[0].upper() + text[1:]
+
+
+def doctor_page(report: DoctorReport) -> str:
+    """One page, no script, nothing fetched."""
+    worst = max((row.max_abs for row in report.operations if math.isfinite(row.max_abs)), default=0.0) or 1.0
+    body = "".join(_row(row, worst) for row in report.operations)
+    facts = {
+        "Precision": report.precision,
+        "Bound": f"{report.bound:g} absolute, against eager float32",
+        "Weights": report.origin,
+        "Branches": ", ".join(report.branches),
+        "Sizes": ", ".join(report.cases),
+        "Everything low": f"{report.max_abs:.3g}, cosine {report.cosine:.6f}",
+        "With islands": f"{report.max_abs_with_islands:.3g}, cosine {report.cosine_with_islands:.6f}",
+    }
+    parts = [
+        "<h1>sam3x doctor</h1>",
+        f"<p>{escape(_sentence(report))}</p>",
+        f"<pre><code>sam3x export --target trt {escape(report.option)}</code></pre>",
+        "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items()) + "</dl>",
+        '<h2>Operations, worst first</h2><div class="table"><table>',
+        "<tr><th>operation</th><th>kind</th><th>error alone</th><th></th>"
+        f"<th>cosine</th><th>peak</th><th>in float32</th></tr>{body}</table></div>",
+        "<h2>What the columns mean</h2><dl>",
+        *(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in MEANINGS.items()),
+        "</dl>",
+        f"<details><summary>All figures as JSON</summary><pre>{escape(report.model_dump_json(indent=1))}</pre></details>",
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>sam3x doctor, {escape(report.precision)}</title><style>{STYLE}</style></head>"
+        f"<body><main>{''.join(parts)}</main></body></html>\n"
+    )
+
+
+def _row(row: OperationReport, worst: float) -> str:
+    path, kind, error, cosine, peak = (escape(cell) for cell in cells(row))
+    share = 1.0 if math.isinf(row.max_abs) else row.max_abs / worst
+    colour = "var(--bad)" if row.island else "var(--a0)"
+    bar = (
+        f'<svg viewBox="0 0 120 10" width="120" height="10" role="img" aria-label="{error}">'
+        f'<rect width="{max(1.0, 120 * share):.1f}" height="10" rx="2" fill="{colour}"/></svg>'
+    )
+    kept = "yes" if row.island else ""
+    return (
+        f"<tr><td>{path}</td><td>{kind}</td><td>{error}</td><td>{bar}</td><td>{cosine}</td><td>{peak}</td><td>{kept}</td></tr>"
+    )

@@ -1,0 +1,120 @@
+"""Eager float32 with the rounding of a lower precision: how far an artifact of that precision may be, at best."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sam3x.precision.convolutions as convolutions
+import sam3x.precision.products as products
+from sam3x.precision.convolutions import Convolution
+from sam3x.precision.products import Product, attention
+
+aten = torch.ops.aten
+_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
+"""Operators that are one product; before its factors some have what the sum begins with."""
+
+_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
+_LINEAR = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}
+"""What ``linear`` becomes: positions of the activations and of the transposed weight."""
+
+
+@contextlib.contextmanager
+def eager_in(precision: str, *, half_sums: bool = False) -> Iterator[None]:
+    """Within it, torch's own float32 operators round as ``tf32``, ``fp16``, ``bf16`` or ``int8`` would; sums stay float32.
+
+    ``fp16``, ``bf16``: weights and every result, those inside attention too. ``tf32``: the factors of products and
+    convolutions. ``int8``: the operands of ``linear``, weights with a symmetric scale a row, activations with a scale and zero
+    point for each row (Jacob et al., 2018).
+
+    Args:
+        half_sums: of ``fp16``: sums of products and convolutions are kept in float16 (``half_summed`` of each).
+    """
+    fast, threads = torch.backends.mha.get_fastpath_enabled(), torch.get_num_threads()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operator, in which nothing could be rounded
+    if half_sums:
+        torch.set_num_threads(1)  # its steps are too small to share: threads would wait for each other
+    try:
+        with _mode(precision, half_sums):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _mode(precision: str, half_sums: bool) -> TorchDispatchMode:
+    kernels: tuple[Product, Convolution]
+    if precision == "int8":
+        return _Int8()
+    if precision == "tf32":
+        return _Rounding(None, products.tf32, convolutions.tf32)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    kernels = (products.half_summed, convolutions.half_summed) if half_sums else (products.exact, convolutions.exact)
+    return _Rounding(lambda value: value.to(dtype).float(), *kernels)
+
+
+class _Rounding(TorchDispatchMode):
+    """Results go through ``rounded`` (None: stay as they are), products are ``product``, convolutions ``convolution``."""
+
+    def __init__(self, rounded: Callable[[Tensor], Tensor] | None, product: Product, convolution: Convolution) -> None:
+        super().__init__()
+        self.rounded, self.product, self.convolution = rounded, product, convolution
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        single = bool(args) and isinstance(args[0], Tensor) and args[0].dtype is torch.float32
+        if single and func in _PRODUCTS:
+            return self._round(self._product(args, **(kwargs or {})))
+        if single and func is aten.convolution.default:
+            factors = [None if item is None else self._round(item) for item in args[:3]]  # weights come as they are
+            return self._round(self.convolution(*factors, *args[3:]))
+        if single and func is _ATTENTION:
+            return self._attention(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        fresh = not any(item.alias_info is not None for item in func._schema.returns)
+        for item in result if isinstance(result, (tuple, list)) else (result,):
+            if self.rounded is not None and fresh and isinstance(item, Tensor) and item.dtype is torch.float32:
+                item.copy_(self._round(item))
+        return result
+
+    def _round(self, value: Tensor) -> Tensor:
+        return value if self.rounded is None else self.rounded(value)
+
+    def _product(self, args: Any, beta: float = 1, alpha: float = 1) -> Tensor:
+        *start, left, right = map(self._round, args)  # weights come as they are
+        return self.product(left * alpha, right, *(item * beta for item in start))
+
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        mask, scale = kwargs.get("attn_mask"), kwargs.get("scale")
+        if is_causal:
+            mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        result = attention(query, key, value, mask, scale, self._round, self.product)
+        return self._round(result), query.new_zeros(query.shape[:-1])  # nobody asks for the logsumexp
+
+
+class _Int8(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _LINEAR:
+            rows, weight = _LINEAR[func]
+            args = list(args)
+            args[rows], args[weight] = _rows_int8(args[rows]), _columns_int8(args[weight])
+        return func(*args, **(kwargs or {}))
+
+
+def _rows_int8(value: Tensor) -> Tensor:
+    low, high = value.amin(-1, keepdim=True).clamp(max=0), value.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
+    zero = (-128 - low / scale).round()
+    return ((value / scale).round().add_(zero).clamp_(-128, 127) - zero) * scale
+
+
+def _columns_int8(weight: Tensor) -> Tensor:
+    scale = (weight.abs().amax(0, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return (weight / scale).round() * scale

@@ -1,0 +1,179 @@
+"""What a pipeline component is: a module with named inputs and outputs, and how its inputs are fed.
+
+Six components take a picture and words to masks. Every source (Meta's ``Sam3Image``, transformers' ``Sam3Model``) is cut into
+the same six, so the runtime knows one contract. Tensors are batch-first and masks True for padding, whatever the source uses.
+
+| component | takes | gives |
+|---|---|---|
+| ``vision_encoder`` | ``image`` (images, 3, S, S), normalized | ``fpn_0``, ``fpn_1``, …, ``image_tokens``, ``image_pos`` |
+| ``text_encoder`` | ``input_ids`` (prompts, length) | ``text_features``, ``text_mask`` |
+| ``prompt_encoder`` | text, ``boxes``, ``box_labels``, ``box_mask``, one picture's tokens | ``prompt``, ``prompt_mask`` |
+| ``fusion_encoder`` | tokens and prompt | ``encoded`` (prompts, tokens, C) |
+| ``decoder`` | ``encoded`` and prompt | ``pred_boxes``, ``pred_logits``, ``presence_logit_dec``, ``queries`` |
+| ``mask_head`` | ``queries``, ``encoded``, prompt, ``fpn_*`` | ``pred_masks`` |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sam3x.fusion.encoder import FusionEncoder
+from sam3x.sources import adaptations
+from sam3x.spec import ExportSpec
+
+COMPONENTS = ("vision_encoder", "text_encoder", "prompt_encoder", "fusion_encoder", "decoder", "mask_head")
+"""Names, in the order in which they run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Port:
+    """One input of a component.
+
+    Attributes:
+        name: of the graph input. source: the pipeline tensor that feeds it; the same name unless told otherwise.
+        dims: meaning of each dimension: a name (``prompts``) is dynamic, None is whatever size the source has.
+    """
+
+    name: str
+    dims: tuple[str | None, ...]
+    source: str = ""
+
+    @property
+    def tensor(self) -> str:
+        """The pipeline tensor that feeds this input."""
+        return self.source or self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Component:
+    """One exportable part of an image model.
+
+    Attributes:
+        name: one of ``COMPONENTS``.
+        module: an adapter around the source's own code. ``forward`` takes the inputs in order, returns a tuple of outputs.
+        inputs, outputs: names in graph order. A name of an output is a pipeline tensor.
+        ranges: dynamic dimension → inclusive sizes.
+        renamed: graph output → pipeline tensor, where they differ.
+        constants: inputs that the pipeline itself feeds: runtime flags of the fusion encoder.
+        fusion: the fusion encoder and its spec, which ``sam3x.capture`` captures with its branches;
+            ``module`` is then its eager definition.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: tuple[Port, ...]
+    outputs: tuple[str, ...]
+    ranges: Mapping[str, tuple[int, int]]
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    fusion: tuple[nn.Module, ExportSpec] | None = None
+
+    def feed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This component's inputs out of the pipeline's tensors; those of one picture are repeated for every prompt."""
+        tensors = {**tensors, **self.constants}
+        prompts = max((len(tensors[p.tensor]) for p in self.inputs if p.dims[:1] == ("prompts",)), default=1)
+        fed = {}
+        for port in self.inputs:
+            value = tensors[port.tensor]
+            if port.dims[:1] == ("prompts",) and len(value) != prompts:
+                value = value.expand(prompts, *value.shape[1:])
+            fed[port.name] = value
+        return fed
+
+    def eager(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The source's own float32 result, graph output by graph output."""
+        if isinstance(self.module, FusionEncoder):
+            return self.module.eager(inputs)
+        with torch.no_grad():
+            results = self.module(*(inputs[port.name] for port in self.inputs))
+        return dict(zip(self.outputs, results, strict=True))
+
+    def eager_double(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same in float64, with copies of the weights for as long as it takes."""
+        doubled = {name: _wide(value) for name, value in inputs.items()}
+        if isinstance(self.module, FusionEncoder):
+            return self.module.eager(doubled)
+        weights = {name: _wide(value) for name, value in (*self.module.named_parameters(), *self.module.named_buffers())}
+        with torch.no_grad(), adaptations.wide_floats():
+            results = torch.func.functional_call(self.module, weights, tuple(doubled[port.name] for port in self.inputs))
+        return dict(zip(self.outputs, results, strict=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageModel:
+    """A source cut into components, and what the runtime must know beside them.
+
+    Attributes:
+        components: in the order of ``COMPONENTS``.
+        image_size: side of the square picture. mean, std: of its normalization, as fractions of white.
+        context_length: most tokens of a text. fixed_length: whether every text is padded to it.
+        pad_id: token that fills a text up. box_text: the words that stand for "only boxes".
+        origin, weights_sha256: as in ``Source``. source: whose model it is, ``sam3`` or ``transformers``.
+        threshold, mask_interpolation: its post-processing, see ``PipelineManifest``.
+        tokenizer: the source's own vocabulary. unescape_html: whether its tokenizer reads ``&amp;`` as ``&``.
+    """
+
+    components: tuple[Component, ...]
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    context_length: int
+    fixed_length: bool
+    vocab_size: int
+    pad_id: int
+    box_text: str
+    origin: str
+    weights_sha256: str
+    source: str = "sam3"
+    tokenizer: Path | None = None
+    unescape_html: bool = True
+    threshold: float = 0.5
+    mask_interpolation: Literal["logits", "probabilities"] = "logits"
+    notes: tuple[str, ...] = ()
+
+
+def _wide(value: Tensor) -> Tensor:
+    if value.is_complex():
+        return value.detach().to(torch.complex128)
+    return value.detach().double() if value.is_floating_point() else value
+
+
+Walk = dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]
+"""Component name → its inputs and its outputs."""
+
+
+def walk(
+    components: Sequence[Component],
+    given: Mapping[str, Tensor],
+    select: Callable[[Tensor], Tensor] | None = None,
+    vision: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None,
+) -> Walk:
+    """Run eager components one after another on the pipeline's outer inputs, keeping what went in and out of each.
+
+    Args:
+        given: ``image``, ``input_ids``, ``boxes``, ``box_labels``, ``box_mask``.
+        select: which of the decoder's queries the mask head gets; all by default.
+        vision: what an earlier walk has for the vision encoder, to be used again.
+    """
+    tensors, trace = dict(given), {}
+    for component in components:
+        if component.name == "vision_encoder" and vision is not None:
+            inputs, outputs = vision
+        else:
+            inputs = component.feed(tensors)
+            outputs = component.eager(inputs)
+        trace[component.name] = (inputs, outputs)
+        for name, value in outputs.items():
+            value = value[:1] if component.name == "vision_encoder" else value  # the rest looks at one picture
+            tensors[component.renamed.get(name, name)] = select(value) if select and name == "queries" else value
+    return trace
+
+
+Cut = Callable[[ExportSpec], ImageModel]
+"""A source that is cut into components once the spec of its fusion encoder is known."""

@@ -1,0 +1,1 @@
+"""Components around the code of Meta's ``sam3``, which EfficientSAM3 shares."""

@@ -1,0 +1,144 @@
+"""Adapters around the parts of Meta's ``Sam3Image`` (and of EfficientSAM3's, which has the same classes).
+
+Each calls upstream's own method; only layouts and names differ. Upstream is sequence-first inside, the contract is batch-first.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sam3x.sources import adaptations
+
+_TOKEN_LEVEL = -1  # upstream's ``num_feature_levels`` is 1: the transformer sees the last level
+
+
+class VisionEncoder(nn.Module):
+    """``image`` → ``backbone_fpn`` but the last, the last level flattened, and its position encoding."""
+
+    backbone: Any
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        out = self.backbone.forward_image(image)
+        *maps, last = out["backbone_fpn"]
+        position = out["vision_pos_enc"][_TOKEN_LEVEL][:1]
+        return (*maps, last.flatten(2).transpose(1, 2), position.flatten(2).transpose(1, 2))
+
+
+class TextEncoder(nn.Module):
+    """``input_ids`` → text features and their padding mask, through upstream's forward with its tokenizer answered."""
+
+    def __init__(self, language_backbone: nn.Module) -> None:
+        super().__init__()
+        self.language_backbone = language_backbone
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        encoder = self.language_backbone
+        encoder.__dict__["tokenizer"] = lambda texts, context_length: input_ids
+        try:
+            mask, features, _ = encoder([""], device=input_ids.device)
+        finally:
+            encoder.__dict__["tokenizer"] = None
+        return features.transpose(0, 1), mask
+
+
+class PromptEncoder(nn.Module):
+    """Text, boxes and the geometry encoder's CLS token → one prompt. ``Sam3Image._encode_prompt`` without the lookups by id."""
+
+    geometry_encoder: Any
+
+    def __init__(self, geometry_encoder: nn.Module, size: int) -> None:
+        super().__init__()
+        self.geometry_encoder, self.size = geometry_encoder, size
+        adaptations.without_points(geometry_encoder)
+        adaptations.boxes_of_one_picture(geometry_encoder, batch_first=False)
+
+    def forward(
+        self,
+        text_features: Tensor,
+        text_mask: Tensor,
+        boxes: Tensor,
+        box_labels: Tensor,
+        box_mask: Tensor,
+        image_tokens: Tensor,
+        image_pos: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        prompts = boxes.shape[0]
+        points = boxes.new_zeros((0, prompts, 2))
+        prompt = SimpleNamespace(  # what upstream's ``Prompt`` holds, without its checks of sizes
+            box_embeddings=boxes.transpose(0, 1),
+            box_labels=box_labels.transpose(0, 1),
+            box_mask=box_mask,
+            point_embeddings=points,
+            point_mask=torch.zeros((prompts, 0), dtype=torch.bool),
+            point_labels=torch.zeros((0, prompts), dtype=torch.long),
+            mask_embeddings=None,
+            mask_mask=None,
+            mask_labels=None,
+        )
+        encoder = self.geometry_encoder
+        with adaptations.unpinned(), adaptations.symbolic_len(encoder.pos_enc), adaptations.no_empty_joins(encoder):
+            features, mask = encoder(
+                geo_prompt=prompt,
+                img_feats=[image_tokens.transpose(0, 1).expand(-1, prompts, -1)],
+                img_sizes=[(self.size, self.size)],
+                img_pos_embeds=[image_pos.transpose(0, 1).expand(-1, prompts, -1)],
+            )
+        joined = torch.cat([text_features.transpose(0, 1), features])
+        return joined.transpose(0, 1), torch.cat([text_mask, mask], dim=1)
+
+
+class Decoder(nn.Module):
+    """``Sam3Image._run_decoder``: boxes (cx, cy, w, h as fractions), logits, presence, and the queries of the mask head."""
+
+    def __init__(self, model: nn.Module, size: int) -> None:
+        super().__init__()
+        self.model, self.size = model, size
+
+    def forward(self, encoded: Tensor, image_pos: Tensor, prompt: Tensor, prompt_mask: Tensor) -> tuple[Tensor, ...]:
+        prompts = encoded.shape[0]
+        out: dict[str, Any] = {}
+        self.model._run_decoder(  # type: ignore[operator]
+            pos_embed=image_pos.transpose(0, 1).expand(-1, prompts, -1),
+            memory=encoded.transpose(0, 1),
+            src_mask=None,
+            out=out,
+            prompt=prompt.transpose(0, 1),
+            prompt_mask=prompt_mask,
+            encoder_out={
+                "level_start_index": None,
+                "spatial_shapes": np.array([[self.size, self.size]]),  # upstream needs numbers, not tensors
+                "valid_ratios": torch.ones((prompts, 1, 2)),
+            },
+        )
+        logits = out["pred_logits"].squeeze(-1)
+        return out["pred_boxes"], logits, out["presence_logit_dec"], out["queries"]
+
+
+class MaskHead(nn.Module):
+    """``UniversalSegmentationHead`` on one picture's maps: mask logits of the given queries."""
+
+    def __init__(self, segmentation_head: nn.Module, size: int) -> None:
+        super().__init__()
+        self.segmentation_head, self.size = segmentation_head, size
+        segmentation_head.__dict__["act_ckpt"] = False  # checkpointing saves memory in training, its result is the same
+
+    def forward(self, queries: Tensor, encoded: Tensor, prompt: Tensor, prompt_mask: Tensor, *maps: Tensor) -> tuple[Tensor]:
+        prompts, _, width = encoded.shape
+        out = self.segmentation_head(
+            backbone_feats=[*maps, encoded.new_zeros((1, width, self.size, self.size))],  # replaced by ``encoded`` inside
+            obj_queries=queries[None],
+            image_ids=torch.zeros(prompts, dtype=torch.long),
+            encoder_hidden_states=encoded.transpose(0, 1),
+            prompt=prompt.transpose(0, 1),
+            prompt_mask=prompt_mask,
+        )
+        return (out["pred_masks"],)

@@ -1,0 +1,134 @@
+"""Meta's ``Sam3Image`` as six components. Recognized by what it has, not by where its class was imported from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sam3x.errors import SourceError
+from sam3x.fusion.encoder import FusionEncoder, shallow_copy, twin_of
+from sam3x.sources.contract import Component, ImageModel, Port
+from sam3x.sources.cut import cut_components, ranges_of
+from sam3x.sources.encoder import weights_hash
+from sam3x.sources.meta import parts as meta
+from sam3x.spec import ExportSpec
+
+_PARTS = (
+    "backbone.vision_backbone",
+    "backbone.language_backbone",
+    "geometry_encoder",
+    "transformer.encoder",
+    "transformer.decoder",
+    "segmentation_head",
+)
+
+
+def is_meta(model: nn.Module) -> bool:
+    """Whether ``model`` has the parts of ``Sam3Image``."""
+    try:
+        return all(model.get_submodule(name) is not None for name in _PARTS)
+    except AttributeError:
+        return False
+
+
+def meta_model(model: nn.Module, origin: str, image_size: int, spec: ExportSpec) -> ImageModel:
+    """Cut a ``Sam3Image`` into components. The model itself is left as it is: adapters work on a second tree over its tensors.
+
+    Args:
+        image_size: side of the picture it was built for. spec: dac, pre_norm, branches of the fusion encoder.
+
+    Raises:
+        SourceError: it uses more than one feature level.
+    """
+    if model.num_feature_levels != 1:
+        raise SourceError(f"step 1/4 source: num_feature_levels is {model.num_feature_levels}; sam3x takes 1, as in SAM3.")
+    twin: Any = private_twin(model)
+    text = twin.backbone.language_backbone
+    fresh: Any = private_twin(model)  # its caches would hold tensors without values
+    maps = shapes_of(lambda: fresh.backbone.forward_image(torch.zeros((1, 3, image_size, image_size))))["backbone_fpn"]
+    size, levels = maps[-1].shape[-1], len(maps) - 1
+    fixed = not isinstance(getattr(text.encoder, "positional_embedding", None), nn.Parameter)  # students stretch positions
+    ranges = ranges_of(text.context_length, twin.transformer.decoder.num_queries, fixed_length=fixed, prompts=spec.batch)
+    modules = {
+        "vision_encoder": meta.VisionEncoder(without(twin.backbone, "language_backbone")),
+        "text_encoder": meta.TextEncoder(text),
+        "prompt_encoder": meta.PromptEncoder(twin.geometry_encoder, size),
+        "decoder": meta.Decoder(_heads(twin), size),
+        "mask_head": meta.MaskHead(twin.segmentation_head, size),
+    }
+    limits = {"tokens": (size * size,) * 2, "batch": ranges["prompts"], "prompt_length": ranges["prompt_length"]}
+    fusion = fusion_component(twin.transformer.encoder, spec.model_copy(update=limits), ranges)
+    return ImageModel(
+        components=cut_components(modules, levels, ranges, attention_mask=False, fusion=fusion),
+        image_size=image_size,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        context_length=text.context_length,
+        fixed_length=fixed,
+        vocab_size=max(table.num_embeddings for table in text.modules() if isinstance(table, nn.Embedding)),
+        pad_id=0,
+        box_text="visual",
+        origin=origin,
+        weights_sha256=weights_hash(model),
+    )
+
+
+def fusion_component(encoder: nn.Module, spec: ExportSpec, ranges: dict[str, tuple[int, int]]) -> Component:
+    """The fusion encoder of ``sam3x export``, branches included, between the pipeline's tensors."""
+    wrapped = FusionEncoder(encoder, spec)
+    own = torch.tensor([bool(layer.pre_norm) for layer in wrapped.layers])
+    flags = {"dac": torch.tensor(False), "pre_norm": own if spec.pre_norm == "per-layer" else own[0]}
+    prompt, mask = ("prompts", "prompt_length", None), ("prompts", "prompt_length")
+    sources = {
+        "tgt": Port(name="tgt", dims=("prompts", None, None), source="image_tokens"),
+        "query_pos": Port(name="query_pos", dims=("prompts", None, None), source="image_pos"),
+        "memory": Port(name="memory", dims=prompt, source="prompt"),
+        "memory_key_padding_mask": Port(name="memory_key_padding_mask", dims=mask, source="prompt_mask"),
+    }
+    return Component(
+        name="fusion_encoder",
+        module=wrapped,
+        inputs=tuple(sources.get(name, Port(name=name, dims=())) for name in wrapped.input_names),
+        outputs=wrapped.output_names,
+        ranges={name: ranges[name] for name in ("prompts", "prompt_length")},
+        renamed={wrapped.output_names[0]: "encoded"},
+        constants={name: flags[name] for name in wrapped.flag_names},
+        fusion=(encoder, spec),
+    )
+
+
+def private_twin(model: nn.Module) -> nn.Module:
+    """A second tree over the same tensors, with caches of its own: upstream fills plain dicts while it runs."""
+    twin = twin_of(model)
+    for module in twin.modules():
+        for name, value in list(module.__dict__.items()):
+            if type(value) is dict and not name.startswith("_"):
+                module.__dict__[name] = dict(value)
+        stored = module.__dict__.get("compilable_stored_size")
+        if any(isinstance(size, Tensor) for size in stored or ()):  # the decoder's, of a run; a trace would ask for its value
+            module.__dict__.update(compilable_cord_cache=None, compilable_stored_size=None)
+    return twin
+
+
+def without(module: nn.Module, *names: str) -> nn.Module:
+    """``module`` over the same children, less the named ones: what a component does not hold can be freed before it."""
+    copy = shallow_copy(module)
+    copy.__dict__["_modules"] = {name: child for name, child in module.named_children() if name not in names}
+    return copy
+
+
+def _heads(twin: Any) -> nn.Module:
+    """What ``_run_decoder`` uses of a ``Sam3Image``."""
+    heads = without(twin, "backbone", "geometry_encoder", "segmentation_head")
+    heads.__dict__["_modules"]["transformer"] = without(twin.transformer, "encoder")
+    return heads
+
+
+def shapes_of(run: Callable[[], Any]) -> Any:
+    """What ``run`` returns, as tensors without values: a second of shapes in place of half a minute of a ViT."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        return run()

@@ -1,0 +1,42 @@
+"""The image model that the options of the command line name. Imports no torch until it is known to be well-formed."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sam3x.errors import SpecError
+
+if TYPE_CHECKING:
+    from sam3x.sources.contract import Cut
+
+
+class ImageSource(str, Enum):
+    """Values of ``--source``, whose code the image model is; ``image_source`` says what each takes."""
+
+    SAM3 = "sam3"
+    TRANSFORMERS = "transformers"
+
+
+def image_source(source: ImageSource | None, checkpoint: Path | None, module: str | None) -> Cut:
+    """The image model that ``--source``, ``--checkpoint`` and ``--module`` name; a folder is transformers'.
+
+    Raises:
+        SpecError: ``--source`` contradicts what was given.
+    """
+    from sam3x.sources import image as sources
+
+    if source is ImageSource.TRANSFORMERS and (checkpoint is None or not checkpoint.is_dir()):
+        raise SpecError("step 1/4 spec: --source transformers takes --checkpoint FOLDER, as save_pretrained wrote it.")
+    if source is ImageSource.SAM3 and checkpoint is not None and checkpoint.is_dir():
+        raise SpecError(
+            f"step 1/4 spec: --source sam3 takes a file, and {checkpoint} is a folder. Name the .pt or .safetensors."
+        )
+    if checkpoint is not None and checkpoint.is_dir():
+        return sources.transformers_image_source(checkpoint)
+    if checkpoint is not None:
+        return sources.checkpoint_image_source(checkpoint)
+    if module is not None:
+        return sources.factory_image_source(module)
+    return sources.random_image_source()

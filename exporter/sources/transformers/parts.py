@@ -1,0 +1,137 @@
+"""Adapters around the parts of transformers' ``Sam3Model`` and ``Sam3LiteTextModel``.
+
+They are batch-first inside, as the contract is; their masks are True for what is valid, the contract's True for padding.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sam3x.sources import adaptations
+
+
+class VisionEncoder(nn.Module):
+    """``image`` → feature maps but the two last, the second last flattened, and its position encoding."""
+
+    def __init__(self, vision_encoder: nn.Module) -> None:
+        super().__init__()
+        self.vision_encoder = vision_encoder
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        out = self.vision_encoder(image)
+        *maps, last = out.fpn_hidden_states[:-1]  # as ``Sam3Model.forward``
+        position = out.fpn_position_encoding[:-1][-1][:1]
+        return (*maps, last.flatten(2).transpose(1, 2), position.flatten(2).transpose(1, 2))
+
+
+class TextEncoder(nn.Module):
+    """``Sam3Model.get_text_features``."""
+
+    def __init__(self, text_encoder: nn.Module, text_projection: nn.Module) -> None:
+        super().__init__()
+        self.text_encoder, self.text_projection = text_encoder, text_projection
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask.long(), return_dict=True)
+        return self.text_projection(out.last_hidden_state), ~attention_mask
+
+
+class PromptEncoder(nn.Module):
+    """Text and boxes → one prompt. Without a box the geometry encoder has no say: its CLS token is masked too."""
+
+    def __init__(self, geometry_encoder: nn.Module, size: int) -> None:
+        super().__init__()
+        self.geometry_encoder, self.size = geometry_encoder, size
+        adaptations.boxes_of_one_picture(geometry_encoder, batch_first=True)
+
+    def forward(
+        self,
+        text_features: Tensor,
+        text_mask: Tensor,
+        boxes: Tensor,
+        box_labels: Tensor,
+        box_mask: Tensor,
+        image_tokens: Tensor,
+        image_pos: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        prompts = boxes.shape[0]
+        out = self.geometry_encoder(
+            box_embeddings=boxes,
+            box_mask=~box_mask,
+            box_labels=box_labels,
+            img_feats=(as_map(image_tokens, self.size).expand(prompts, -1, -1, -1),),
+            img_pos_embeds=(as_map(image_pos, self.size).expand(prompts, -1, -1, -1),),
+        )
+        unused = box_mask.all(dim=1, keepdim=True)
+        mask = torch.cat([text_mask, ~out.attention_mask | unused], dim=1)
+        return torch.cat([text_features, out.last_hidden_state], dim=1), mask
+
+
+class FusionEncoder(nn.Module):
+    """``Sam3DetrEncoder``."""
+
+    def __init__(self, detr_encoder: nn.Module, size: int) -> None:
+        super().__init__()
+        self.detr_encoder, self.size = detr_encoder, size
+
+    def forward(self, image_tokens: Tensor, image_pos: Tensor, prompt: Tensor, prompt_mask: Tensor) -> tuple[Tensor]:
+        out = self.detr_encoder(
+            vision_features=[as_map(image_tokens, self.size)],
+            text_features=prompt,
+            vision_pos_embeds=[as_map(image_pos, self.size).expand(image_tokens.shape[0], -1, -1, -1)],
+            text_mask=~prompt_mask,
+        )
+        return (out.last_hidden_state,)
+
+
+class Decoder(nn.Module):
+    """``Sam3DetrDecoder`` and the heads that ``Sam3Model.forward`` puts on its last layer."""
+
+    detr_decoder: Any
+    scoring: Any
+
+    def __init__(self, model: nn.Module, size: int) -> None:
+        super().__init__()
+        self.detr_decoder, self.scoring, self.size = model.detr_decoder, model.dot_product_scoring, size
+        self.inverse_sigmoid = sys.modules[type(model).__module__].inverse_sigmoid
+
+    def forward(self, encoded: Tensor, image_pos: Tensor, prompt: Tensor, prompt_mask: Tensor) -> tuple[Tensor, ...]:
+        out = self.detr_decoder(
+            vision_features=encoded,
+            text_features=prompt,
+            vision_pos_encoding=image_pos.expand(encoded.shape[0], -1, -1),
+            text_mask=~prompt_mask,
+            spatial_shapes=np.array([[self.size, self.size]]),  # numbers, not tensors
+        )
+        hidden = out.intermediate_hidden_states[-1:]
+        boxes = (self.inverse_sigmoid(out.reference_boxes[-1:]) + self.detr_decoder.box_head(hidden)).sigmoid()
+        logits = self.scoring(decoder_hidden_states=hidden, text_features=prompt, text_mask=~prompt_mask).squeeze(-1)
+        return boxes[0], logits[0], out.presence_logits[-1], hidden[0]
+
+
+class MaskHead(nn.Module):
+    """``Sam3MaskDecoder`` on one picture's maps: mask logits of the given queries."""
+
+    def __init__(self, mask_decoder: nn.Module, size: int) -> None:
+        super().__init__()
+        self.mask_decoder, self.size = mask_decoder, size
+
+    def forward(self, queries: Tensor, encoded: Tensor, prompt: Tensor, prompt_mask: Tensor, *maps: Tensor) -> tuple[Tensor]:
+        out = self.mask_decoder(
+            decoder_queries=queries,
+            backbone_features=[*maps, encoded.new_zeros((1, encoded.shape[-1], self.size, self.size))],  # replaced inside
+            encoder_hidden_states=encoded,
+            prompt_features=prompt,
+            prompt_mask=~prompt_mask,
+        )
+        return (out.pred_masks,)
+
+
+def as_map(tokens: Tensor, size: int) -> Tensor:
+    """(B, size², C) → (B, C, size, size)."""
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], size, size)

@@ -1,0 +1,157 @@
+"""transformers' ``Sam3Model`` and ``Sam3LiteTextModel`` as six components, recognized by what they have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sam3x.errors import SourceError
+from sam3x.sources.contract import ImageModel
+from sam3x.sources.cut import cut_components, ranges_of
+from sam3x.sources.encoder import reason_of, untouched, weights_hash
+from sam3x.sources.meta.source import private_twin
+from sam3x.sources.transformers import parts
+from sam3x.spec import ExportSpec
+
+_PARTS = (
+    "vision_encoder",
+    "text_encoder",
+    "text_projection",
+    "geometry_encoder",
+    "detr_encoder",
+    "detr_decoder",
+    "mask_decoder",
+)
+_TOKENIZER = "tokenizer.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether ``model`` has the parts of ``Sam3Model``."""
+    return all(isinstance(getattr(model, name, None), nn.Module) for name in (*_PARTS, "dot_product_scoring"))
+
+
+def transformers_model(model: nn.Module, origin: str, spec: ExportSpec, folder: Path | None = None) -> ImageModel:
+    """Cut a ``Sam3Model`` into components; it is left as it is.
+
+    Args:
+        spec: ``batch`` is how many prompts. folder: where its tokenizer lies, if anywhere.
+
+    Raises:
+        SourceError: the folder's tokenizer files cannot be read.
+    """
+    twin: Any = private_twin(model)
+    config: Any = model.config
+    size = config.vision_config.image_size
+    size = size if isinstance(size, int) else size[0]
+    with torch.no_grad():  # fills the position caches too
+        maps = twin.vision_encoder(torch.zeros((1, 3, size, size))).fpn_hidden_states[:-1]
+    grid = maps[-1].shape[-1]
+    text = config.text_config
+    # MobileCLIP stretches its positions to other lengths, and its convolutions see the padding
+    fixed = any(
+        "RepMixer" in type(module).__name__ or "PositionEmbedding" in type(module).__name__
+        for module in twin.text_encoder.modules()
+    )
+    queries = twin.detr_decoder.query_embed.num_embeddings
+    ranges = ranges_of(text.max_position_embeddings, queries, fixed_length=fixed, prompts=spec.batch)
+    modules = {
+        "vision_encoder": parts.VisionEncoder(twin.vision_encoder),
+        "text_encoder": parts.TextEncoder(twin.text_encoder, twin.text_projection),
+        "prompt_encoder": parts.PromptEncoder(twin.geometry_encoder, grid),
+        "fusion_encoder": parts.FusionEncoder(twin.detr_encoder, grid),
+        "decoder": parts.Decoder(twin, grid),
+        "mask_head": parts.MaskHead(twin.mask_decoder, grid),
+    }
+    return ImageModel(
+        components=cut_components(modules, len(maps) - 1, ranges, attention_mask=True),
+        image_size=size,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        context_length=text.max_position_embeddings,
+        fixed_length=fixed,
+        vocab_size=text.vocab_size,
+        pad_id=_pad_id(folder, text),
+        box_text="visual",
+        origin=origin,
+        weights_sha256=weights_hash(model),
+        source="transformers",
+        tokenizer=folder / _TOKENIZER if folder is not None and (folder / _TOKENIZER).is_file() else None,
+        unescape_html=False,
+        threshold=0.3,
+        mask_interpolation="probabilities",
+    )
+
+
+def load_folder(folder: Path) -> nn.Module:
+    """A ``Sam3Model`` or ``Sam3LiteTextModel`` saved with ``save_pretrained``: safetensors only, no code of the folder's.
+
+    Raises:
+        SourceError: transformers is missing, or the folder holds no such model.
+    """
+    if not (folder / "config.json").is_file():
+        raise SourceError(
+            f"step 1/4 source: {folder} has no config.json. Give a folder that transformers' save_pretrained wrote."
+        )
+    with untouched():
+        try:
+            import transformers
+        except ImportError:
+            raise SourceError(
+                'step 1/4 source: reading it needs transformers. Install it: pip install "sam3x[transformers]".'
+            ) from None
+        try:
+            model = transformers.AutoModel.from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
+            )
+        except Exception as error:  # transformers raises many kinds
+            raise SourceError(f"step 1/4 source: {folder} cannot be loaded by transformers ({reason_of(error)}).") from error
+    if not is_transformers(model):
+        raise SourceError(f"step 1/4 source: {folder} holds a {type(model).__name__}. Give a Sam3Model or a Sam3LiteTextModel.")
+    return model.eval()
+
+
+def _pad_id(folder: Path | None, config: Any) -> int:
+    """Token that fills texts up: the tokenizer's own, else the text encoder's.
+
+    Raises:
+        SourceError: the folder's tokenizer files are there and cannot be read.
+    """
+    found = None if folder is None else _tokenizer_pad_id(folder)
+    return int(found if found is not None else getattr(config, "pad_token_id", None) or 0)
+
+
+def _tokenizer_pad_id(folder: Path) -> int | None:
+    """Id of the token that ``tokenizer_config.json`` pads with; None where it names none, or a tokenizer file is absent."""
+    settings, vocabulary = folder / _TOKENIZER_CONFIG, folder / _TOKENIZER
+    if not (settings.is_file() and vocabulary.is_file()):
+        return None
+    try:
+        given = json.loads(settings.read_text(encoding="utf-8"))
+        if not isinstance(given, dict):
+            raise ValueError("it holds no object")
+        token = given.get("pad_token")
+        token = token.get("content") if isinstance(token, dict) else token  # with its options, or its text alone
+        if not isinstance(token, str | None):
+            raise ValueError(f"its pad_token is {token!r}")
+    except (OSError, ValueError, RecursionError) as error:  # unreadable, no JSON, not of this form, nested too deep
+        raise _unreadable(settings, error) from error
+    if token is None:
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(vocabulary)).token_to_id(token)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise _unreadable(vocabulary, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> SourceError:
+    return SourceError(
+        f"step 1/4 source: {path} cannot be read for the token that fills texts up ({reason_of(error)}). "
+        "Save the tokenizer there again with save_pretrained, or take its files out of the folder and give --tokenizer."
+    )

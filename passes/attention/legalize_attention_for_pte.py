@@ -1,0 +1,237 @@
+"""Attention in the form XNNPACK runs best: one head after another, its own slice of the weights, no view in between."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import sympy
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from sam3x.capture.program import erase_dead
+from sam3x.passes.base import Exactness, Missed, Pass, PassResult
+from sam3x.passes.graph.cond_graph import Builder, aten, expression, fake_mode_of
+from sam3x.passes.graph.constants import Constants
+from sam3x.passes.graph.view_layout import Digit, Layout, layout_of
+
+_SDPA = aten.scaled_dot_product_attention.default
+_CAT = 4
+LOWEST = torch.finfo(torch.float32).min
+LOWEST_HALF = torch.finfo(torch.float16).min / 2
+
+
+class NoHeadsError(Exception):
+    """An attention that cannot be written head by head; the reason is the message."""
+
+
+class LegalizeAttentionForPtePass(Pass):
+    """``scaled_dot_product_attention`` over projected heads → for each head ``linear``, ``bmm``, ``softmax``, ``bmm``.
+
+    A head's queries, keys and values are products with its rows of the projection, which become weights of their own, the scale
+    folded in. So no tensor is split or expanded at run time, the scores of one head stand in memory at a time, and XNNPACK
+    takes it whole. A row whose keys are all masked gets zeros, as from torch.
+    """
+
+    name = "legalize_attention_for_pte"
+    run_after = ("canonicalize_attention", "canonicalize_layouts", "fold_constants")
+    exactness = Exactness.ARITHMETIC
+
+    def __init__(self, lowest: float = LOWEST) -> None:
+        """``lowest`` is added to the scores of hidden keys: far below any score, and with one added still a finite number."""
+        self.lowest = lowest
+
+    def call(self, program: ExportedProgram) -> PassResult:
+        module = program.graph_module
+        constants = Constants(program, fake_mode_of(module))
+        missed: list[Missed] = []
+        rewrites = 0
+        for node in list(module.graph.nodes):
+            if node.op != "call_function" or node.target is not _SDPA:
+                continue
+            try:
+                _Attention(module, constants, node, self.lowest).rewrite()
+                rewrites += 1
+            except NoHeadsError as reason:
+                missed.append(Missed(node=node.name, reason=str(reason)))
+        erase_dead(module)
+        constants.drop_unused()
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+
+
+class _Attention:
+    """One attention: (batch, heads, queries, width) throughout."""
+
+    def __init__(self, module: GraphModule, constants: Constants, node: Node, lowest: float) -> None:
+        self.module, self.constants, self.node, self.lowest = module, constants, node, lowest
+        self.emit = Builder(module.graph, node, fake_mode_of(module))
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"):
+            raise NoHeadsError("dropout, a causal flag or grouped queries")
+        self.query, self.key, self.value, self.mask = (given.get(name) for name in names[:4])
+        if node.meta["val"].dim() != 4 or node.meta["val"].dtype is not torch.float32:
+            raise NoHeadsError("not float32 of rank 4")
+        if not isinstance(node.meta["val"].shape[1], int):  # one head, whose batch stands where heads do
+            raise NoHeadsError("the number of heads is no constant")
+        self.heads, self.width = node.meta["val"].shape[1], int(self.query.meta["val"].shape[-1])
+        scale = given.get("scale")
+        self.scale = 1.0 / math.sqrt(self.width) if scale is None else float(scale)
+
+    def rewrite(self) -> None:
+        sides = [
+            self._projection(side, scale) for side, scale in ((self.query, self.scale), (self.key, 1.0), (self.value, 1.0))
+        ]
+        masks, visible = self._masks()
+        outputs = []
+        for head in range(self.heads):
+            query, key, value = (side(head) for side in sides)
+            mask, seen = masks(head), visible(head)
+            by_row = seen is not None and seen.meta["val"].shape[1] != 1
+            if seen is not None and not by_row:
+                value = self.emit(aten.mul.Tensor, value, seen)  # the smallest tensor: what hidden keys weigh times zero
+            scores = self.emit(aten.bmm.default, query, self.emit(aten.permute.default, key, [0, 2, 1]))
+            if mask is not None:
+                scores = self.emit(aten.add.Tensor, scores, mask)
+            output = self.emit(aten.bmm.default, self.emit(aten._softmax.default, scores, -1, False), value)
+            outputs.append(self.emit(aten.mul.Tensor, output, seen) if by_row else output)
+        joined = self._join(outputs)
+        shape = joined.meta["val"].shape
+        split = self.emit(
+            aten.reshape.default,
+            joined,
+            [*_sizes(self.emit, joined, shape[:2]), self.heads, int(self.node.meta["val"].shape[-1])],
+        )
+        self.node.replace_all_uses_with(self.emit(aten.permute.default, split, [0, 2, 1, 3]))
+        self.module.graph.erase_node(self.node)
+
+    def _join(self, parts: list[Node]) -> Node:
+        """``cat`` of at most four at a time, as XNNPACK takes them."""
+        while len(parts) > 1:
+            groups = [parts[start : start + _CAT] for start in range(0, len(parts), _CAT)]
+            parts = [self.emit(aten.cat.default, group, 2) if len(group) > 1 else group[0] for group in groups]
+        return parts[0]
+
+    # --- projections
+
+    def _projection(self, side: Node, scale: float) -> Callable[[int], Node]:
+        """head → (batch, length, width) of one side, projected on its own."""
+        layout = layout_of(side)
+        linear = layout.source
+        if linear.target is not aten.linear.default:
+            return self._sliced(side, scale)
+        weight = self.constants.value(linear.args[1])
+        bias = self.constants.value(linear.args[2]) if len(linear.args) > 2 and linear.args[2] is not None else None
+        if weight is None or (len(linear.args) > 2 and linear.args[2] is not None and bias is None):
+            return self._sliced(side, scale)
+        rows = self._rows(layout, int(side.meta["val"].shape[-1]))
+        if rows is None:
+            return self._sliced(side, scale)
+        hint = linear.args[1].name.removeprefix("p_")  # type: ignore[union-attr]
+
+        def project(head: int) -> Node:
+            picked = torch.from_numpy(rows[head])
+            given = [self.constants.add(weight[picked] * scale, hint)]
+            if bias is not None:
+                given.append(self.constants.add(bias[picked] * scale, hint.replace("weight", "bias")))
+            return self.emit(aten.linear.default, linear.args[0], *given)
+
+        return project
+
+    def _rows(self, layout: Layout, width: int) -> np.ndarray | None:
+        """(heads, width) rows of the projection's weight, where the view takes whole batches and lengths; else None."""
+        source = layout.source.meta["val"]
+        if source.dim() != 3 or layout.dims[0] != layout.whole(0) or layout.dims[2] != layout.whole(1):
+            return None
+        if any(offset != 0 for dim, offset in layout.offsets.items() if dim != 2):
+            return None
+        start = layout.offsets.get(2, sympy.S.Zero)
+        head, inner = (_steps(layout.dims[dim]) for dim in (1, 3))
+        if head is None or inner is None or not start.is_Integer:
+            return None
+        rows = int(start) + head[:, None] + inner[None, :]
+        return rows if rows.shape == (self.heads, width) else None
+
+    def _sliced(self, side: Node, scale: float) -> Callable[[int], Node]:
+        def part(head: int) -> Node:
+            piece = self.emit(aten.select.int, side, 1, head)
+            return piece if scale == 1.0 else self.emit(aten.mul.Tensor, piece, scale)
+
+        return part
+
+    # --- masks
+
+    def _masks(self) -> tuple[Callable[[int], Node | None], Callable[[int], Node | None]]:
+        """head → what is added to its scores, and head → 1.0 where a row sees a key, 0.0 where it sees none."""
+        if self.mask is None:
+            return (lambda head: None), (lambda head: None)
+        rank = self.mask.meta["val"].dim()
+        mask = self.mask
+        if rank < 4:
+            mask = self.emit(aten.reshape.default, mask, [1] * (4 - rank) + _sizes(self.emit, mask, mask.meta["val"].shape))
+        shared = self._without_heads(mask)
+        additive: dict[int, Node] = {}
+        seen: dict[int, Node] = {}
+
+        def make(head: int) -> None:
+            key = 0 if shared is not None or mask.meta["val"].shape[1] == 1 else head
+            if key not in additive:
+                source = shared if shared is not None else self.emit(aten.select.int, mask, 1, key)
+                additive[key], seen[key] = self._additive(source)
+            additive[head], seen[head] = additive[key], seen[key]
+
+        return (lambda head: make(head) or additive[head]), (lambda head: seen[head])  # type: ignore[func-returns-value]
+
+    def _without_heads(self, mask: Node) -> Node | None:
+        """(batch, queries or 1, keys) when the mask is a view that repeats one for all heads."""
+        layout = layout_of(mask)
+        batch, heads, queries, keys = layout.dims
+        repeated = not heads or all(digit.dim < 0 for digit in heads)
+        plain = [digit for digits in (batch, queries, keys) for digit in digits]
+        if not repeated or any(digit.dim < 0 or (digit,) != layout.whole(digit.dim) for digit in plain):
+            return None
+        source, order = layout.source, [digit.dim for digit in plain]
+        ones = [dim for dim in range(source.meta["val"].dim()) if dim not in order]
+        if order != sorted(order) or any(layout.whole(dim) for dim in ones):
+            return None
+        shape = [source.meta["val"].shape[digits[0].dim] if digits else 1 for digits in (batch, queries, keys)]
+        return self.emit(aten.reshape.default, source, _sizes(self.emit, source, shape))
+
+    def _additive(self, mask: Node) -> tuple[Node, Node]:
+        """Nothing infinite reaches the softmax: −inf becomes the lowest number, which no other value is near."""
+        emit = self.emit
+        low, half, zero = (emit(aten.full.default, [], x, dtype=torch.float32) for x in (self.lowest, self.lowest / 2, 0.0))
+        if mask.meta["val"].dtype is torch.bool:
+            visible = mask
+            additive = emit(aten.where.self, mask, zero, low)
+        else:
+            visible = emit(aten.gt.Scalar, mask, float("-inf"))
+            number = emit(aten.where.self, emit(aten.lt.Scalar, mask, self.lowest / 2), half, mask)
+            additive = emit(aten.where.self, visible, number, low)
+        seen = emit(aten.any.dim, visible, -1, True)
+        return additive, emit(aten._to_copy.default, seen, dtype=torch.float32)
+
+
+def _steps(digits: tuple[Digit, ...]) -> np.ndarray | None:
+    """Every offset along dimension 2 that the digits count through."""
+    result = np.zeros(1, dtype=np.int64)
+    for digit in digits:
+        if digit.dim != 2 or not digit.size.is_Integer or not digit.stride.is_Integer:
+            return None
+        result = (result[:, None] + np.arange(int(digit.size))[None, :] * int(digit.stride)).reshape(-1)
+    return result
+
+
+def _sizes(emit: Builder, source: Node, shape: Any) -> list[Any]:
+    """A shape as arguments of a reshape of ``source``."""
+    unknown = [index for index, size in enumerate(shape) if not expression(size).is_Integer]
+    if len(unknown) == 1:
+        return [-1 if index in unknown else int(size) for index, size in enumerate(shape)]
+    dims = [expression(size) for size in source.meta["val"].shape]
+    return [
+        int(size) if index not in unknown else emit(aten.sym_size.int, source, dims.index(expression(size)))
+        for index, size in enumerate(shape)
+    ]

@@ -1,0 +1,69 @@
+"""Query and key whose channels are woven from several tensors, as after a rotary embedding: one tensor after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from sam3x.capture.program import erase_dead
+from sam3x.passes.base import Exactness, Missed, Pass, PassResult, graph_modules
+from sam3x.passes.graph.aten_nodes import SDPA, VIEWS, aten, same_shape, shape_of
+from sam3x.passes.graph.emitter import Emitter
+
+
+class UnweaveChannelsPass(Pass):
+    """``stack([a, b], -1).flatten(-2)`` as query and as key of one attention → ``cat([a, b], -1)`` as both.
+
+    Scores are sums over the channels, so both may be put in the same other order; woven, a runtime copies number by number.
+    """
+
+    name = "unweave_channels"
+    run_after = ("canonicalize_attention", "decompose_complex")
+    exactness = Exactness.ARITHMETIC  # the sums of the scores in another order
+
+    def call(self, program: ExportedProgram) -> PassResult:
+        rewrites, missed = 0, []
+        for prefix, module in graph_modules(program):
+            done = 0
+            for node in module.graph.find_nodes(op="call_function", target=SDPA):
+                query, key = (_woven(item) for item in node.args[:2])
+                if query is None and key is None:
+                    continue
+                reason = _refused(node, query, key)
+                if reason is not None:
+                    missed.append(Missed(node=f"{prefix}.{node.name}" if prefix else node.name, reason=reason))
+                    continue
+                emit = Emitter(module, node)
+                node.args = (*(emit(aten.cat.default, parts, -1) for parts in (query, key)), *node.args[2:])
+                done += 1
+            if done:
+                erase_dead(module)
+            rewrites += done
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+
+
+def _refused(node: Node, query: list[Node] | None, key: list[Node] | None) -> str | None:
+    if query is None or key is None:
+        return f"only the {'query' if key is None else 'key'} is woven"
+    if len(query) != len(key):
+        return "query and key are woven from different numbers of tensors"
+    if any(len(item.users) > 1 for item in node.args[:2]):  # type: ignore[union-attr]
+        return "query or key is read elsewhere too"
+    return None
+
+
+def _woven(node: Any) -> list[Node] | None:
+    """[a, b, …], each (…, D / n), of a tensor (…, D) that holds a[0], b[0], …, a[1], b[1], …; None of another."""
+    if node.target not in VIEWS | {aten.reshape.default}:
+        return None
+    joined = node.args[0]
+    if joined.target is not aten.cat.default:
+        return None
+    parts, *dim = joined.args
+    rank = len(shape_of(joined))
+    if (dim[0] if dim else 0) not in (-1, rank - 1) or not same_shape(shape_of(node)[:-1], shape_of(joined)[:-2]):
+        return None
+    singles = [part.args[0] for part in parts if part.target is aten.unsqueeze.default and part.args[1] in (-1, rank - 1)]
+    return singles if len(singles) == len(parts) > 1 else None

@@ -1,0 +1,120 @@
+"""Complex numbers as pairs of real ones, for back ends that have none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from sam3x.capture.program import erase_dead
+from sam3x.passes.base import Exactness, Missed, Pass, PassResult, graph_modules
+from sam3x.passes.graph.cond_graph import fake_mode_of
+from sam3x.passes.graph.constants import Constants
+from sam3x.passes.graph.emitter import Emitter
+
+_aten = torch.ops.aten
+_SHAPED = {_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.expand.default}
+_SAME = {_aten.clone.default, _aten.alias.default, _aten.detach.default}
+_ONE_DIM = {_aten.select.int, _aten.slice.Tensor, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.index_select.default}
+
+
+class DecomposeComplexPass(Pass):
+    """Rotary embeddings written with ``view_as_complex``, a product and ``view_as_real`` become four real products.
+
+    A complex tensor of shape (…) becomes a real one of shape (…, 2), weights included. A graph in which one complex operator is
+    not known is left as it is. The product is written as ATen computes it, (ac − bd, ad + bc).
+    """
+
+    name = "decompose_complex"
+    exactness = Exactness.ARITHMETIC
+
+    def call(self, program: ExportedProgram) -> PassResult:
+        rewrites, missed = 0, []
+        for prefix, module in graph_modules(program):
+            unknown = [node for node in module.graph.nodes if _is_complex(node) and not _known(node)]
+            unknown += [n for n in module.graph.nodes if not _is_complex(n) and _reads_complex(n) and n.target not in _EXITS]
+            if unknown:
+                missed += [Missed(node=f"{prefix}.{n.name}" if prefix else n.name, reason=f"{n.target}") for n in unknown]
+                continue
+            rewrites += _rewrite(program, module)
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+
+
+_EXITS = {_aten.view_as_real.default, _aten.real.default, _aten.imag.default}
+
+
+def _is_complex(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_complex()
+
+
+def _reads_complex(node: Node) -> bool:
+    return any(_is_complex(item) for item in node.all_input_nodes)
+
+
+def _known(node: Node) -> bool:
+    if node.op == "placeholder":
+        return True
+    if node.target is _aten.mul.Tensor:
+        return all(isinstance(arg, Node) and _is_complex(arg) for arg in node.args)
+    return node.target in {_aten.view_as_complex.default, _aten.permute.default, *_SHAPED, *_SAME, *_ONE_DIM}
+
+
+def _rewrite(program: ExportedProgram, module: GraphModule) -> int:
+    complexes = [node for node in module.graph.nodes if _is_complex(node)]
+    if not complexes:
+        return 0
+    constants = Constants(program, fake_mode_of(module))
+    real: dict[Node, Node] = {}
+    for node in complexes:
+        emit = Emitter(module, node)
+        if node.op == "placeholder":
+            value = constants.value(node)
+            if value is None:  # an input of the program stays what it is
+                return 0
+            real[node] = constants.add(torch.view_as_real(value.detach().resolve_conj()), node.name.removeprefix("b_"))
+        else:
+            real[node] = _pair(emit, node, real)
+    for node in complexes:
+        for user in list(node.users):
+            if user.target in _EXITS:
+                emit = Emitter(module, user)
+                pair = real[node]
+                new = (
+                    pair if user.target is _aten.view_as_real.default else _part(emit, pair, user.target is _aten.imag.default)
+                )
+                user.replace_all_uses_with(new)
+    erase_dead(module)
+    constants.drop_unused()
+    return len(complexes)
+
+
+def _part(emit: Emitter, pair: Node, index: int) -> Node:
+    return emit(_aten.select.int, pair, -1, int(index))
+
+
+def _pair(emit: Emitter, node: Node, real: dict[Node, Node]) -> Node:
+    first: Any = node.args[0]
+    if node.target is _aten.view_as_complex.default:
+        return first
+    rank = first.meta["val"].dim()
+    pair = real[first]
+    if node.target is _aten.mul.Tensor:
+        left, right = (tuple(_part(emit, real[arg], i) for i in (0, 1)) for arg in node.args)  # type: ignore[index]
+        parts = [
+            emit(_aten.sub.Tensor, emit(_aten.mul.Tensor, left[0], right[0]), emit(_aten.mul.Tensor, left[1], right[1])),
+            emit(_aten.add.Tensor, emit(_aten.mul.Tensor, left[0], right[1]), emit(_aten.mul.Tensor, left[1], right[0])),
+        ]
+        return emit(_aten.cat.default, [emit(_aten.unsqueeze.default, part, -1) for part in parts], -1)
+    if node.target in _SAME:
+        return pair
+    if node.target in _SHAPED:
+        target = _aten.expand.default if node.target is _aten.expand.default else _aten.reshape.default
+        return emit(target, pair, [*node.args[1], 2])  # type: ignore[misc]
+    if node.target is _aten.permute.default:
+        return emit(_aten.permute.default, pair, [*(dim % rank for dim in node.args[1]), rank])  # type: ignore[union-attr]
+    dim = node.args[1] if len(node.args) > 1 else 0
+    size = rank + 1 if node.target is _aten.unsqueeze.default else rank
+    return emit(node.target, pair, int(dim) % size, *node.args[2:])  # type: ignore[arg-type, call-overload]

@@ -1,0 +1,4 @@
+"""Linear layers and the permutations around them.
+
+May import the graph toolkit.
+"""

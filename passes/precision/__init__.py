@@ -1,0 +1,4 @@
+"""Operations and their operands in a lower precision.
+
+May import the graph toolkit.
+"""

@@ -1,0 +1,190 @@
+"""A graph in float32 to one that computes in float16 or bfloat16, less the islands that stay in float32."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from sam3x.errors import PreconditionError
+from sam3x.passes.base import Exactness, Pass, PassResult, graph_modules
+from sam3x.passes.graph.cond_graph import aten, is_cond, outputs, placeholders, read_cond
+from sam3x.passes.graph.op_paths import matching, op_paths
+
+MOVES = {
+    *(aten.permute.default, aten.reshape.default, aten.view.default, aten.select.int, aten.slice.Tensor, aten.expand.default),
+    *(aten.clone.default, aten.alias.default, aten.detach.default, aten.unsqueeze.default, aten.squeeze.dims),
+    *(aten.transpose.int, aten.split_with_sizes.default, aten.cat.default, aten.where.self, aten.relu.default),
+    *(aten.constant_pad_nd.default, aten.squeeze.dim, aten._unsafe_view.default, aten.unbind.int, aten.flatten.using_ints),
+    operator.getitem,
+}
+"""What only moves or picks numbers: done in the widest dtype of what it is given, so that it rounds nothing."""
+
+_FILLS = {aten.full.default, aten.full_like.default, aten.scalar_tensor.default}
+_RANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
+"""What counts: in float32, as float16 counts to 2,048."""
+
+
+class ConvertPrecisionPass(Pass):
+    """Every operation computes in ``dtype``; inputs and outputs of the graph stay as they are.
+
+    What only moves numbers rounds nothing. The result runs in eager as it is, which is how its drift is measured.
+
+    Args:
+        dtype: ``torch.float16`` or ``torch.bfloat16``.
+        fp32_ops: operations that stay in float32, by the names of ``op_paths.matching``.
+        stays: tells of a node whether the back end has it in float32 alone.
+    """
+
+    name = "convert_precision"
+    run_after = ("canonicalize_attention", "simplify_attention_masks")
+    exactness = Exactness.ARITHMETIC
+
+    def __init__(
+        self, dtype: torch.dtype, fp32_ops: Sequence[str] = (), stays: Callable[[Node], bool] = lambda _: False
+    ) -> None:
+        self.dtype, self.fp32_ops, self.stays = dtype, tuple(fp32_ops), stays
+
+    def requires(self, program: ExportedProgram) -> None:
+        paths = op_paths(program)
+        idle = matching(paths, self.fp32_ops)[1]
+        if idle:
+            known = sorted({path for path in paths.values() if "." in path})
+            shown = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
+            raise PreconditionError(
+                f"step 3/4 passes: --fp32-ops: '{idle[0]}' names no operation of this graph. "
+                f"Name one by its kind (layer_norm, attention), by its place ({shown}), or with *."
+            )
+
+    def call(self, program: ExportedProgram) -> PassResult:
+        if any(value.dtype is self.dtype for value in _float_values(program)):
+            return PassResult(program=program, modified=False)
+        islands, _ = matching(op_paths(program), self.fp32_ops)
+        islands = {*islands, *(node for _, module in graph_modules(program) for node in module.graph.nodes if self.stays(node))}
+        rewrites = _Converter(program.graph_module, self.dtype, islands).run()
+        _restore_outputs(program)
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites)
+
+
+def _float_values(program: ExportedProgram) -> list[torch.Tensor]:
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "call_function"]
+    return [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+
+
+def _restore_outputs(program: ExportedProgram) -> None:
+    """Outputs in the dtype that the signature had, under the names it knows."""
+    output = program.graph.output_node()
+    values = list(output.args[0])  # type: ignore[arg-type]
+    for index, value in enumerate(values):
+        if isinstance(value, Node) and value.meta["val"].dtype in (torch.float16, torch.bfloat16):
+            with program.graph.inserting_before(output):
+                new = program.graph.call_function(aten._to_copy.default, (value,), {"dtype": torch.float32})
+            new.meta["val"] = value.meta["val"].to(torch.float32)
+            program.graph_signature.replace_all_uses(value.name, new.name)
+            values[index] = new
+    output.args = (tuple(values),)
+
+
+class _Converter:
+    """One graph; branches of a conditional are graphs of their own."""
+
+    def __init__(self, module: GraphModule, dtype: torch.dtype, islands: set[Node]) -> None:
+        self.module, self.dtype, self.islands = module, dtype, islands
+        self.casts: dict[tuple[Node, torch.dtype], Node] = {}
+        self.rewrites = 0
+
+    def run(self) -> int:
+        for node in list(self.module.graph.nodes):
+            if node.op != "call_function":
+                continue
+            if is_cond(node):
+                self._branches(node)
+            elif _floats(node.meta.get("val")):
+                self._convert(node)
+        return self.rewrites
+
+    def _convert(self, node: Node) -> None:
+        given = [item for item in node.all_input_nodes if _floats(item.meta.get("val"))]
+        if node.target in _FILLS:
+            node.kwargs = {**node.kwargs, "dtype": self.dtype}
+            wanted = self.dtype
+        elif node.target in _RANGES:
+            wanted = node.meta["val"].dtype
+        elif node.target in MOVES:
+            wanted = _widest(given)
+        else:
+            wanted = torch.float32 if node in self.islands else self.dtype
+            self.rewrites += wanted is self.dtype
+        if node.target is aten._to_copy.default and node.kwargs.get("dtype") is not None:
+            node.kwargs = {**node.kwargs, "dtype": wanted}
+        for item in given:
+            if node.target is not operator.getitem and item.meta["val"].dtype is not wanted:
+                node.replace_input_with(item, self.cast(item, wanted, node))
+        node.meta["val"] = _in(node.meta["val"], wanted)
+
+    def cast(self, value: Node, dtype: torch.dtype, before: Node) -> Node:
+        """``value`` in ``dtype``, once for all that read it."""
+        known = self.casts.get((value, dtype))
+        if known is None:
+            later = value.next
+            while later.op == "placeholder":
+                later = later.next
+            with self.module.graph.inserting_before(later):
+                known = self.module.graph.call_function(aten._to_copy.default, (value,), {"dtype": dtype})
+            known.meta["val"] = value.meta["val"].to(dtype)
+            self.casts[value, dtype] = known
+        return known
+
+    def _branches(self, node: Node) -> None:
+        cond = read_cond(self.module, node)
+        for branch in cond.branches:
+            for inner, operand in zip(placeholders(branch), cond.operands, strict=True):
+                if isinstance(operand, Node) and _floats(operand.meta.get("val")):
+                    inner.meta["val"] = _in(inner.meta["val"], operand.meta["val"].dtype)
+            self.rewrites += _Converter(branch, self.dtype, self.islands).run()
+        kept = []
+        for index, pair in enumerate(zip(*(outputs(branch) for branch in cond.branches), strict=True)):
+            value = node.meta["val"][index]
+            if _floats(value):
+                wanted = _widest(list(pair))
+                for branch, item in zip(cond.branches, pair, strict=True):
+                    if item.meta["val"].dtype is not wanted:
+                        _return(branch, index, wanted)
+                value = value.to(wanted)
+            kept.append(value)
+        node.meta["val"] = tuple(kept)
+        for user in node.users:
+            user.meta["val"] = kept[user.args[1]]
+
+
+def _return(branch: GraphModule, index: int, dtype: torch.dtype) -> None:
+    end = branch.graph.output_node()
+    values = list(end.args[0])  # type: ignore[arg-type]
+    with branch.graph.inserting_before(end):
+        new = branch.graph.call_function(aten._to_copy.default, (values[index],), {"dtype": dtype})
+    new.meta["val"] = values[index].meta["val"].to(dtype)
+    values[index] = new
+    end.args = (tuple(values),)
+
+
+def _floats(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return bool(value) and _floats(value[0])
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _in(value: Any, dtype: torch.dtype) -> Any:
+    return type(value)(_in(item, dtype) for item in value) if isinstance(value, (tuple, list)) else value.to(dtype)
+
+
+def _widest(nodes: list[Node]) -> torch.dtype:
+    kinds = {_dtype(node.meta["val"]) for node in nodes}
+    return torch.float32 if not kinds or torch.float32 in kinds else kinds.pop()
+
+
+def _dtype(value: Any) -> torch.dtype:
+    return _dtype(value[0]) if isinstance(value, (tuple, list)) else value.dtype

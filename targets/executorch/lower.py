@@ -1,0 +1,151 @@
+"""Lowering to a .pte: sizes bounded, the graph delegated, memory planned."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import operator
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from sam3x.capture.program import CapturedProgram, erase_dead
+from sam3x.passes.base import Pass, PassResult
+from sam3x.passes.graph.cond_graph import aten, expression, fake_mode_of, slice_args
+from sam3x.passes.linear.canonicalize_layouts import unify_sizes
+from sam3x.passes.pipeline import PassPipeline
+from sam3x.targets.executorch.delegates import PlainProgram, is_plain, partitioners
+from sam3x.targets.executorch.facts import facts_of
+from sam3x.targets.quiet import hushed
+
+
+class UnifyDimensionsPass(Pass):
+    """One symbol for each dynamic dimension, whatever input it stands in; no slice of all of it, nothing computed twice.
+
+    That inputs agree on the batch is the contract of the artifact, which the graph alone does not say.
+    """
+
+    name = "unify_dimensions"
+
+    def __init__(self, captured: CapturedProgram) -> None:
+        self.meanings = dict(captured.dim_names)
+
+    def call(self, program: ExportedProgram) -> PassResult:
+        module = program.graph_module
+        symbols = {
+            str(symbol): symbol
+            for node in module.graph.nodes
+            if isinstance(node.meta.get("val"), torch.Tensor)
+            for size in node.meta["val"].shape
+            for symbol in expression(size).free_symbols
+        }
+        first: dict[str, Any] = {}
+        same = {}
+        for name, meaning in self.meanings.items():
+            if name in symbols and first.setdefault(meaning, symbols[name]) is not symbols[name]:
+                same[symbols[name]] = first[meaning]
+        rewrites = unify_sizes(module, same)
+        sizes = {
+            expression(size): (node, dim)
+            for node in reversed(module.graph.nodes)
+            if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
+            for dim, size in enumerate(node.meta["val"].shape)
+        }
+        for node in list(module.graph.nodes):
+            if node.target is aten.slice.Tensor:
+                source, dim, start, _, step = slice_args(node)
+                whole = expression(source.meta["val"].shape[dim]) == expression(node.meta["val"].shape[dim])
+                if whole and start in (0, None) and step == 1:
+                    node.replace_all_uses_with(source)
+                    rewrites += 1
+            elif node.target in (aten.clone.default, aten.alias.default, aten.detach.default):
+                node.replace_all_uses_with(node.args[0])
+                rewrites += 1
+            elif node.target is aten.sym_size.int and expression(node.meta["val"]) in sizes:
+                node.args = sizes[expression(node.meta["val"])]
+        erase_dead(module)
+        rewrites += _share(module)
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites)
+
+
+def _share(module: GraphModule) -> int:
+    """One node for what is computed twice, as every layer computes its masks; returns how many went."""
+    known: dict[Any, Node] = {}
+    gone = 0
+    for node in list(module.graph.nodes):
+        target: Any = node.target
+        sizes = target in (operator.floordiv, operator.mul)
+        pure = sizes or (isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable)
+        # a weight that two layers share: XNNPACK's partitioner joins what reads one node, and all that lies between
+        pure &= "dequantize_per_channel" not in str(target)
+        if node.op != "call_function" or not pure or torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
+            continue
+        key = (target, repr(node.args), repr(node.kwargs))
+        if known.setdefault(key, node) is not node:
+            node.replace_all_uses_with(known[key])
+            module.graph.erase_node(node)
+            gone += 1
+    return gone
+
+
+@contextlib.contextmanager
+def _bounded(captured: CapturedProgram) -> Iterator[None]:
+    """Upper ends of the dynamic sizes, from which ExecuTorch plans memory; taken back afterwards."""
+    env = fake_mode_of(captured.program.graph_module).shape_env
+    if env is None:
+        yield
+        return
+    before = dict(env.var_to_range)
+    constraints = dict(captured.program.range_constraints)
+    try:
+        for symbol, known in before.items():
+            meaning = captured.dim_names.get(str(symbol))
+            if meaning is not None:
+                low, high = captured.range_of(meaning)
+                bounds = ValueRanges(min(max(low, int(known.lower)), high), high)
+                env.var_to_range[symbol] = bounds
+                captured.program.range_constraints[symbol] = bounds
+        yield
+    finally:
+        env.var_to_range.clear()
+        env.var_to_range.update(before)
+        captured.program.range_constraints.clear()
+        captured.program.range_constraints.update(constraints)
+
+
+def write(captured: CapturedProgram, path: Path, delegate: str, precision: str, contract: str) -> dict[str, Any]:
+    """Lower ``captured`` and write ``path``; returns the facts of the lowered graph.
+
+    Args:
+        delegate, precision: see ``partitioners``. contract: the method that returns the names of inputs and outputs as JSON.
+    """
+    with hushed():
+        from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+        from executorch.exir.passes import MemoryPlanningPass
+
+    captured, _ = PassPipeline((UnifyDimensionsPass(captured),)).run(captured)
+    names = {"inputs": captured.input_names, "outputs": captured.output_names}
+    plain = delegate == "xnnpack" and is_plain(captured.program)
+    with torch.no_grad(), _bounded(captured), hushed():
+        edge = to_edge_transform_and_lower(
+            PlainProgram.of(captured.program) if plain else captured.program,
+            partitioner=partitioners(delegate, precision, plain=plain),
+            constant_methods={contract: json.dumps(names)},
+            # a plain graph names no memory format, so there is none to make explicit: two retraces less
+            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=plain),
+        )
+        facts = facts_of(edge.exported_program().graph_module)
+        # inputs are read where the caller has them, no copy and no room in the arena, unless one is an output too: ExecuTorch
+        # gives outputs memory of their own, and such an input would lose what it holds
+        through = any(node.op == "placeholder" for node in captured.program.graph.output_node().all_input_nodes)
+        config = ExecutorchBackendConfig(memory_planning_pass=MemoryPlanningPass(alloc_graph_input=through))
+        lowered = edge.to_executorch(config)
+    with path.open("wb") as stream:
+        lowered.write_to_file(stream)
+    plan = next(item for item in lowered.executorch_program.execution_plan if item.name == "forward")
+    return {**facts, "planned_bytes": sum(plan.non_const_buffer_sizes)}

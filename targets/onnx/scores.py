@@ -1,0 +1,174 @@
+"""Attention in ONNX's own operators: all scores at once, or in a ``Scan`` over heads, tiles of queries, or both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sam3x.targets.onnx.linear import opset
+from sam3x.targets.onnx.loop import TILE_BYTES, Tiles, for_each, ints, largest_divisor
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def _scalar(value: float, like: ir.Value) -> ir.Value:
+    import numpy as np
+    import onnx_ir as ir
+
+    op = opset()
+    assert like.dtype is not None
+    return op.Constant(value=ir.tensor(np.array(value, dtype=like.dtype.numpy())))
+
+
+def _is_bool(mask: ir.Value) -> bool:
+    import onnx_ir as ir
+
+    return mask.dtype == ir.DataType.BOOL
+
+
+def _scaled_and_swapped(query: ir.Value, key: ir.Value, scale: float) -> tuple[ir.Value, ir.Value]:
+    """Scaled query, transposed key."""
+    import onnx_ir as ir
+
+    op = opset()
+    rank = len(key.shape)  # type: ignore[arg-type]
+    order = [*range(rank - 2), rank - 1, rank - 2]
+    scaled, swapped = op.Mul(query, _scalar(scale, query)), op.Transpose(key, perm=order)
+    scaled.dtype, scaled.shape = query.dtype, query.shape
+    swapped.dtype, swapped.shape = key.dtype, ir.Shape([key.shape[axis] for axis in order])  # type: ignore[index]
+    return scaled, swapped
+
+
+def _additive(mask: ir.Value, like: ir.Value) -> ir.Value:
+    op = opset()
+    if not _is_bool(mask):
+        return mask
+    made = op.Where(mask, _scalar(0.0, like), _scalar(-math.inf, like))
+    made.dtype, made.shape = like.dtype, mask.shape
+    return made
+
+
+def plain(query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | None, scale: float) -> ir.Value:
+    """(…, N, D), (…, S, D), (…, S, E), a mask that broadcasts to (…, N, S) → (…, N, E), all scores at once."""
+    scaled, swapped = _scaled_and_swapped(query, key, scale)
+    return _whole(scaled, swapped, value, None if mask is None else _additive(mask, query))
+
+
+def _whole(scaled: ir.Value, swapped: ir.Value, value: ir.Value, mask: ir.Value | None) -> ir.Value:
+    """Scaled query (…, N, D), transposed key (…, D, S), value (…, S, E), float mask → (…, N, E)."""
+    op = opset()
+    scores = op.MatMul(scaled, swapped)
+    if mask is not None:
+        scores = op.Add(scores, mask)
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def scan(query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | None, scale: float, budget: int) -> ir.Value:
+    """As ``plain``, with at most ``budget`` bytes for scores and probabilities."""
+    scaled, swapped = _scaled_and_swapped(query, key, scale)
+    if mask is not None and not _varies(mask):
+        mask = _additive(mask, query)
+    if _head_by_head(query, key, value, mask):
+        return _heads(scaled, swapped, value, mask, budget)
+    return _tiled(scaled, swapped, value, mask, budget)
+
+
+def _tiled(scaled: ir.Value, swapped: ir.Value, value: ir.Value, mask: ir.Value | None, budget: int) -> ir.Value:
+    """Scaled query (…, N, D), transposed key (…, D, S), value (…, S, E) → (…, N, E), a tile of queries at a time."""
+    op = opset()
+    rank = len(scaled.shape)  # type: ignore[arg-type]
+    lead = op.ReduceProd(op.Shape(scaled, start=0, end=rank - 2), keepdims=1)
+    tiles = Tiles(scaled, rank - 2, op.Mul(lead, op.Shape(swapped, start=rank - 1, end=rank)), budget)
+    zero, hide = _scalar(0.0, scaled), _scalar(-math.inf, scaled)
+
+    def body(tile: Callable[[ir.Value, int], ir.Value]) -> ir.Value:
+        scores = op.MatMul(tile(scaled, rank - 2), swapped)
+        if mask is not None:
+            rows = tile(mask, len(mask.shape) - 2) if _varies(mask) else mask  # type: ignore[arg-type]
+            scores = op.Add(scores, op.Where(rows, zero, hide) if _is_bool(mask) else rows)
+        return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+    return tiles.run(body, op.Shape(value, start=-1))
+
+
+def _head_by_head(query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | None) -> bool:
+    """Whether heads can be taken one by one: all have the same sizes, and no mask of all pairs differs between them."""
+    leads = [[str(dim) for dim in x.shape[:-2]] for x in (query, key, value)]  # type: ignore[index]
+    if not leads[0] or any(lead != leads[0] for lead in leads):
+        return False
+    return mask is None or not _varies(mask) or all(dim == 1 for dim in mask.shape[:-2])  # type: ignore[index]
+
+
+def _heads(scaled: ir.Value, swapped: ir.Value, value: ir.Value, mask: ir.Value | None, budget: int) -> ir.Value:
+    """As ``_tiled``, head by head, so that a tile has many rows and little memory; all heads at once where that is small.
+
+    Where the sizes are numbers and a head's scores fit, as in a window of a ViT, a step takes whole heads and no tiles.
+    """
+    import onnx_ir as ir
+
+    op = opset()
+    rank = len(scaled.shape)  # type: ignore[arg-type]
+    lead, queries = op.Shape(scaled, start=0, end=rank - 2), op.Shape(scaled, start=rank - 2, end=rank - 1)
+    few = _heads_that_fit(scaled, swapped, min(TILE_BYTES, budget // 2))
+    if few:
+        shape = ints(-1, few)
+    else:
+        heads, keys = op.ReduceProd(lead, keepdims=1), op.Shape(swapped, start=rank - 1)
+        size = op.Mul(op.Mul(op.Mul(heads, queries), keys), ints(int(scaled.dtype.itemsize)))  # type: ignore[union-attr]
+        group = op.Where(op.LessOrEqual(size, ints(min(TILE_BYTES, budget // 2))), heads, ints(1))
+        shape = op.Concat(op.Div(heads, group), group, axis=0)
+
+    def grouped(x: ir.Value) -> ir.Value:
+        made = op.Reshape(x, op.Concat(shape, op.Shape(x, start=-2), axis=0))
+        made.dtype, made.shape = x.dtype, ir.Shape([None, few or None, *x.shape[-2:]])  # type: ignore[index]
+        return made
+
+    looped = [grouped(x) for x in (scaled, swapped, value)]
+    if mask is not None and all(dim == 1 for dim in mask.shape[:-2]):  # type: ignore[index]
+        mask = _of_all_heads(mask)
+        mask = _additive(mask, scaled) if few else mask
+    elif mask is not None:
+        of_all = op.Expand(mask, op.Concat(lead, ints(1, 1), axis=0))
+        of_all.dtype, of_all.shape = mask.dtype, ir.Shape([*scaled.shape[:-2], *mask.shape[-2:]])  # type: ignore[index]
+        looped.append(grouped(of_all))
+
+    def one(scaled: ir.Value, swapped: ir.Value, value: ir.Value, own: ir.Value | None = None) -> ir.Value:
+        hidden = mask if own is None else own
+        if not few:
+            return _tiled(scaled, swapped, value, hidden, budget)
+        result: Any = _whole(scaled, swapped, value, None if hidden is None else _additive(hidden, scaled))
+        result.dtype, result.shape = value.dtype, ir.Shape([few, *scaled.shape[-2:-1], *value.shape[-1:]])  # type: ignore[index]
+        return result
+
+    made = for_each(looped, one, "head")
+    return op.Reshape(made, op.Concat(lead, queries, op.Shape(value, start=-1), axis=0))
+
+
+def _heads_that_fit(scaled: ir.Value, swapped: ir.Value, limit: int) -> int:
+    """How many heads at a time keep their scores below ``limit`` bytes and divide all heads; 0 where sizes are not known."""
+    queries, keys = scaled.shape[-2], swapped.shape[-1]  # type: ignore[index]
+    if not isinstance(queries, int) or not isinstance(keys, int):
+        return 0
+    fit = limit // (queries * keys * int(scaled.dtype.itemsize))  # type: ignore[union-attr]
+    known: int = math.prod(dim for dim in scaled.shape[:-2] if isinstance(dim, int))  # type: ignore[index, misc]
+    return largest_divisor(known, fit)
+
+
+def _of_all_heads(mask: ir.Value) -> ir.Value:
+    """(1, …, 1, N or 1, S) → (N or 1, S)."""
+    import onnx_ir as ir
+
+    if len(mask.shape) == 2:  # type: ignore[arg-type]
+        return mask
+    op = opset()
+    made = op.Reshape(mask, op.Shape(mask, start=-2))
+    made.dtype, made.shape = mask.dtype, ir.Shape(mask.shape[-2:])  # type: ignore[index]
+    return made
+
+
+def _varies(mask: ir.Value) -> bool:
+    """Whether rows of the mask differ: it has a dimension of queries."""
+    rows = mask.shape[-2]  # type: ignore[index]
+    return not (isinstance(rows, int) and rows == 1)

@@ -1,0 +1,235 @@
+"""ONNX, opset 18, standard domain: torch.onnx's converter, readable names, ONNX Runtime to run it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import re
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from sam3x.errors import LoweringError, TargetUnavailableError
+from sam3x.spec import Branches
+from sam3x.targets.base import AttentionMemory, TargetStatus
+from sam3x.targets.quiet import errors_only
+from sam3x.targets.triton import DESCRIPTION, Layout, model_path, write_config
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+    from sam3x.capture.program import CapturedProgram
+    from sam3x.passes.base import Pass
+
+_EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
+_CHATTY = ("onnxscript", "torch.onnx._internal.exporter._core")  # a warning for each Split, each node without a stack trace
+
+
+class OnnxOptions(AttentionMemory):
+    """Options of an export to ONNX.
+
+    Attributes:
+        external_data: write weights beside the graph file; past 1 GB that happens anyway.
+        attention: ``portable`` (opset 18, a tile of queries at a time), ``ort`` (ONNX Runtime's own operator) or
+            ``decomposed`` (plain products, all scores in memory).
+        precision: of the weights in the file (``int8``: a scale an output channel); inputs, outputs, arithmetic stay float32.
+        attention_memory: a whole number and a unit, as in ``256MB``: what the scores of one attention may take. ``ort`` needs
+            it only for masked attention over many keys, ``decomposed`` not at all.
+        layout: ``triton``: the folder is a model repository for Triton Inference Server.
+    """
+
+    external_data: bool = Field(False, description="weights beside the graph file.")
+    attention: Literal["portable", "ort", "decomposed"] = Field(
+        "portable", description="opset 18 in tiles (portable, default), ONNX Runtime's operator, or plain."
+    )
+    precision: Literal["fp32", "fp16", "int8"] = Field("fp32", description="of the weights alone; default fp32.")
+    layout: Layout = Field("flat", description=DESCRIPTION)
+
+
+def _torchlib() -> Any:
+    """torch's converter functions. A registry to add to is a copy."""
+    return _read_torchlib("torchvision" in sys.modules)  # its operators have converters once it is imported
+
+
+@functools.cache
+def _read_torchlib(torchvision: bool) -> Any:
+    """Takes 0.3 s."""
+    from torch.onnx._internal.exporter import _registration
+
+    return _registration.ONNXRegistry.from_torchlib()
+
+
+class OnnxTarget:
+    """``fusion_encoder.onnx`` with ``If`` for the branches."""
+
+    name = "onnx"
+    suffix = ".onnx"
+    opset = 18
+    options_type = OnnxOptions
+    branches: Branches = "cond"
+    default_options: ClassVar[dict[str, Any]] = {}
+
+    def availability(self) -> TargetStatus:
+        missing = [name for name in _EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
+        detail = f"missing {', '.join(missing)}" if missing else "exports and runs"
+        if missing and "onnxruntime" not in missing:
+            detail = f"runs artifacts; to export, {detail}"
+        return TargetStatus(name=self.name, available=not missing, detail=detail, install='pip install "sam3x[onnx]"')
+
+    def legalization_passes(self, options: OnnxOptions) -> tuple[Pass, ...]:
+        from torch.onnx._internal.exporter import _decomp
+
+        from sam3x.passes.branches.fuse_alternatives import FuseAlternativesPass
+        from sam3x.passes.branches.unslice_rows import UnsliceRowsPass
+        from sam3x.passes.cleanup.legalize_operators import LegalizeOperatorsPass
+        from sam3x.passes.linear.tile_feed_forward import TILED_FEED_FORWARD, TileFeedForwardPass
+        from sam3x.targets.onnx import attention as onnx_attention
+        from sam3x.targets.onnx import loop as onnx_loop
+
+        words = set(_decomp.get_onnx_implemented_overloads(_torchlib()))
+        table = _decomp.create_onnx_friendly_decomposition_table(words)
+        own = {*onnx_attention.operators(), TILED_FEED_FORWARD}
+        tiled = options.attention != "decomposed"
+        return (
+            *onnx_attention.passes(options.attention, options.attention_bytes),
+            UnsliceRowsPass(),
+            FuseAlternativesPass(),
+            *([TileFeedForwardPass(onnx_loop.TILE_BYTES)] if tiled else []),
+            LegalizeOperatorsPass(
+                lambda op: op in words or op in own or "assert" in op.name() or "sym_constrain" in op.name(), table
+            ),
+        )
+
+    def weight_precision(self, options: OnnxOptions) -> str | None:
+        return None if options.precision == "fp32" else options.precision
+
+    def file_name(self, stem: str, options: OnnxOptions) -> str:
+        return model_path(stem, self.suffix) if options.layout == "triton" else f"{stem}{self.suffix}"
+
+    def lower(self, captured: CapturedProgram, path: Path, options: OnnxOptions) -> dict[str, Any]:
+        import torch
+        from torch.onnx._internal.exporter import _core, _fx_passes
+
+        from sam3x.targets.onnx import attention as onnx_attention
+        from sam3x.targets.onnx import feed_forward as onnx_feed_forward
+        from sam3x.targets.onnx import file as onnx_file
+        from sam3x.targets.onnx import gelu as onnx_gelu
+        from sam3x.targets.onnx import linear as onnx_linear
+        from sam3x.targets.onnx import norm as onnx_norm
+        from sam3x.targets.onnx import optimize as onnx_optimize
+        from sam3x.targets.onnx import weights as onnx_weights
+
+        try:
+            # the public torch.onnx.export decomposes, which traces every torch.cond again; this program is decomposed already
+            with torch.no_grad(), errors_only(*_CHATTY):
+                _fx_passes.remove_assertion_nodes(captured.program.graph_module)  # ONNX has no word for them
+                registry = copy.copy(_torchlib())
+                registry.functions = {name: list(found) for name, found in registry.functions.items()}
+                onnx_attention.register(registry, captured)
+                onnx_linear.register(registry)
+                onnx_norm.register(registry)
+                onnx_gelu.register(registry)
+                onnx_feed_forward.register(registry)  # takes the activations from the registry
+                model = _core._exported_program_to_onnx_program(
+                    captured.program, registry=registry, lower="at_conversion"
+                ).model
+                onnx_optimize.optimize(model, fold_norms=options.precision == "fp32")
+                _name(model, captured, path.stem)
+                facts = onnx_weights.store(model, options.precision)
+                _set_opset(model, self.opset, onnx_attention.domains(options.attention))
+        except Exception as error:
+            root: BaseException = error
+            while root.__cause__ is not None:
+                root = root.__cause__
+            raise LoweringError(
+                f"step 4/4 onnx: the graph cannot be converted: {type(root).__name__}: {str(root).partition(chr(10))[0]}. "
+                "Re-run with --dump-graphs DIR to see the graph."
+            ) from error
+        onnx_file.write(model, path, external_data=options.external_data)
+        return {**facts, **(write_config(captured, path, "onnxruntime") if options.layout == "triton" else {})}
+
+    def unverifiable(self, options: OnnxOptions) -> None:
+        return None
+
+    def load_runner(self, path: Path) -> OnnxRunner:
+        return OnnxRunner(path)
+
+    def versions(self) -> dict[str, Any]:
+        names = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
+        return {name: version(name) for name in names}
+
+
+class OnnxRunner:
+    """An ONNX Runtime CPU session."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import onnxruntime
+        except ImportError:
+            raise TargetUnavailableError(
+                'step load: running an ONNX artifact needs onnxruntime. Install it: pip install "sam3x[runtime]"'
+            ) from None
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.enable_mem_pattern = False  # it plans a second run's memory beside that of the first and keeps both
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._outputs = [item.name for item in self._session.get_outputs()]
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
+
+
+def _name(model: ir.Model, captured: CapturedProgram, graph_name: str) -> None:
+    """Public names for outputs and dimensions; what the exporter derives from symbols is spelt with the same names."""
+    import onnx_ir as ir
+
+    model.graph.name = graph_name
+    model.producer_name = "sam3x"
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.metadata_props.clear()  # stack traces and fx nodes: half a megabyte, with paths of the machine that exported
+    inputs = {value.name for value in model.graph.inputs}
+    for value, name in zip(model.graph.outputs, captured.output_names, strict=True):
+        for other in ir.traversal.RecursiveGraphIterator(model.graph):
+            for output in other.outputs:
+                if output.name == name and output is not value:
+                    output.name = f"{name}_inner"
+        if value.name not in inputs:
+            value.name = name
+    symbols = captured.dim_names
+
+    def renamed(value: ir.Value) -> None:
+        if value.shape is None:
+            return
+        for index, dim in enumerate(value.shape):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                text = re.sub(r"\bs\d+\b", lambda m: symbols.get(m.group(), m.group()), str(dim.value))
+                value.shape[index] = ir.SymbolicDim(text)
+
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None:
+            value.shape = value.shape.copy(frozen=False) if hasattr(value.shape, "copy") else ir.Shape(value.shape.dims)
+        renamed(value)
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        for output in node.outputs:
+            if output.shape is not None:
+                output.shape = ir.Shape(output.shape.dims)
+                renamed(output)
+
+
+def _set_opset(model: ir.Model, opset: int, others: Mapping[str, int]) -> None:
+    """Drop domains nothing uses; the converter writes opset 18 already. ``others``: domains that may stand beside it."""
+    import onnx_ir as ir
+
+    used = {node.domain for node in ir.traversal.RecursiveGraphIterator(model.graph)}
+    for domain in list(model.opset_imports):
+        if domain and domain not in used:
+            del model.opset_imports[domain]
+    expected = {"": opset, **{domain: others[domain] for domain in used & set(others)}}
+    if dict(model.opset_imports) != expected:
+        raise LoweringError(f"opset imports are {dict(model.opset_imports)}, expected {expected}")

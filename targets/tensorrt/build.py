@@ -1,0 +1,224 @@
+"""Network and engine: conversion of the whole graph, profiles, the builder, and what it says of the engine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sam3x.errors import BuilderError, LoweringError, TargetUnavailableError
+from sam3x.targets.tensorrt.apart import Crashed, apart
+from sam3x.targets.tensorrt.driver import import_torch_tensorrt, named_device
+from sam3x.targets.tensorrt.options import TrtOptions, capability_of, optima
+
+if TYPE_CHECKING:
+    from sam3x.capture.program import CapturedProgram
+
+_LOG = "torch_tensorrt [TensorRT Conversion Context]"
+_SIZES = "Data-dependent shapes"
+"""What the builder says of sizes it cannot follow into a conditional or a loop: dynamic tokens with dac and several masks."""
+_OWN = ("Internal Error", "MyelinCheckException")
+"""What the builder says where an assertion of its own is broken."""
+_FIGURES = {"activation_bytes": "Total Activation Memory", "weights_bytes": "Total Weights Memory"}
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A serialized engine and the facts of it."""
+
+    engine: bytes
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def build(captured: CapturedProgram, options: TrtOptions, capability: str) -> Built:
+    """One engine of the whole graph for ``capability``, a driver or none.
+
+    Raises:
+        LoweringError: operations that cannot be converted, by name and reason, or what the builder says.
+    """
+    with named_device(capability_of(capability)), builder_log() as log:
+        import_torch_tensorrt()
+        network, interpreter, profile = convert(captured, options, log)
+        started = time.perf_counter()
+        config = interpreter._populate_trt_builder_config()
+        engine = serialize(interpreter.builder, network, config, capability, options, log)
+        return Built(engine, {**facts_of(network), "profile": profile, **figures(log, engine, started)})
+
+
+def convert(captured: CapturedProgram, options: TrtOptions, log: list[str]) -> tuple[Any, Any, dict[str, str]]:
+    """The network, the interpreter that holds its weights, and the profile in words. Call inside ``named_device``.
+
+    Raises:
+        LoweringError: every operation that no converter takes, or the first that fails, with TensorRT's reason from ``log``.
+    """
+    from sam3x.targets.tensorrt.interpreter import described
+
+    module = captured.program.module(check_guards=False)
+    with described(module):
+        return _convert(module, captured, options, log)
+
+
+def _convert(module: Any, captured: CapturedProgram, options: TrtOptions, log: list[str]) -> tuple[Any, Any, dict[str, str]]:
+    from sam3x.targets.tensorrt.interpreter import Interpreter, unconverted
+
+    left = unconverted(module)
+    if left:
+        shown = "; ".join(f"{name} ({reason})" for name, reason in left[:8]) + ("; …" if len(left) > 8 else "")
+        raise LoweringError(
+            f"step 4/4 trt: {len(left)} operations have no form in TensorRT, and one engine is promised: {shown}. "
+            "Re-run with --dump-graphs DIR to see the graph, or export to ONNX: --target onnx."
+        )
+    ranges = _ranges(captured)
+    halved = ranges[("batch", "tokens")[captured.spec.dac_dim]][1]
+    bounds = defaultdict(lambda: halved, {name: ranges[meaning][1] for name, meaning in captured.dim_names.items()})
+    shapes = shapes_of(captured, options)
+    dtypes = {node.name: node.meta["val"].dtype for node in module.graph.nodes if node.op == "placeholder"}
+    inputs = [_input(shapes[name], dtypes[name]) for name in captured.input_names]
+    interpreter = Interpreter(module, inputs, (captured.input_names, captured.output_names), bounds)
+    try:
+        return interpreter.construct(), interpreter, in_words(shapes)
+    except Exception as error:
+        node = interpreter._cur_node
+        said = next((line for line in log if "Error" in line), f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        raise LoweringError(
+            f"step 4/4 trt: {getattr(node, 'name', 'a node')} ({getattr(node, 'target', '')}) cannot be converted: "
+            f"{said[:400]}. Re-run with --dump-graphs DIR to see the graph."
+        ) from error
+
+
+def shapes_of(captured: CapturedProgram, options: TrtOptions) -> dict[str, tuple[list[int], list[int], list[int]]]:
+    """Input → the least, the tuned-for and the largest shape, in graph order."""
+    best, ranges = {**_usual(captured), **optima(captured.spec, options)}, _ranges(captured)
+    found = {}
+    for node in captured.program.graph.nodes:
+        if node.op == "placeholder" and node.name in captured.input_names:
+            sizes = [size if isinstance(size, int) else captured.dim_names[str(size)] for size in node.meta["val"].shape]
+            low = [size if isinstance(size, int) else ranges[size][0] for size in sizes]
+            opt = [size if isinstance(size, int) else best[size] for size in sizes]
+            high = [size if isinstance(size, int) else ranges[size][1] for size in sizes]
+            found[node.name] = (low, opt, high)
+    return found
+
+
+def in_words(shapes: Mapping[str, tuple[list[int], list[int], list[int]]]) -> dict[str, str]:
+    """``1x36x32 / 1x36x32 / 4x36x32``, or one shape where nothing is dynamic."""
+    return {
+        name: " / ".join("x".join(map(str, shape)) or "scalar" for shape in (three if three[0] != three[2] else three[:1]))
+        for name, three in shapes.items()
+    }
+
+
+def _ranges(captured: CapturedProgram) -> dict[str, tuple[int, int]]:
+    spec = captured.spec
+    return {"batch": spec.batch, "tokens": spec.halved_range, "prompt_length": spec.prompt_length, **captured.ranges}
+
+
+def _usual(captured: CapturedProgram) -> dict[str, int]:
+    """Of a pipeline's component: one picture, one prompt, one box, otherwise the most."""
+    return {name: low if low == 1 else high for name, (low, high) in captured.ranges.items()}
+
+
+def _input(shapes: tuple[list[int], list[int], list[int]], dtype: Any) -> Any:
+    import torch_tensorrt
+
+    low, opt, high = shapes
+    if low == high:
+        return torch_tensorrt.Input(shape=low, dtype=dtype)
+    return torch_tensorrt.Input(min_shape=low, opt_shape=opt, max_shape=high, dtype=dtype)
+
+
+def serialize(builder: Any, network: Any, config: Any, capability: str, options: TrtOptions, log: list[str]) -> bytes:
+    """Build for ``capability``; TensorRT itself builds for the GPU that is there, TensorRT-RTX for any it knows."""
+    import tensorrt as trt
+    import torch
+
+    if options.precision != "tf32":
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and a thousand times further off than float32
+    if hasattr(config, "set_compute_capability"):
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, capability.upper(), trt.ComputeCapability.CURRENT), 0)
+    elif not torch.cuda.is_available() or torch.cuda.get_device_capability() != capability_of(capability):
+        raise TargetUnavailableError(
+            f"step 4/4 trt: TensorRT builds for the GPU of this machine only, which is not {capability}. "
+            'Build ahead of time with TensorRT-RTX: pip install "sam3x[trt-rtx]"'
+        )
+
+    def work() -> bytes | None:
+        plan = builder.build_serialized_network(network, config)
+        return None if plan is None else bytes(plan)
+
+    try:
+        plan = work() if torch.cuda.is_available() else apart(work, log)
+    except Crashed as crash:
+        raise BuilderError(
+            f"step 4/4 trt: TensorRT's builder crashed on the network ({crash}). It does on several attentions in loops: "
+            "allow them more memory (--attention-memory 2GB), or take --precision fp16."
+        ) from None
+    if plan is None:
+        said = ([line for line in log if "Error" in line] or log or ["no reason given"])[-1][:400]
+        if _SIZES in said:
+            out = " Fix the tokens (--tokens 5184), fix dac (--dac off), or leave a mask out (--inputs)."
+            raise LoweringError(f"step 4/4 trt: the builder refused the network: {said}{out}")
+        if any(word in said for word in _OWN):
+            other = "engine" if options.format != "engine" else "plan-onnx"
+            raise BuilderError(
+                f"step 4/4 trt: TensorRT's own optimizer failed on the network: {said} Other forms of it may build: "
+                f"--format {other}, --attention-memory 2GB, --precision fp16, or --dac off."
+            )
+        raise LoweringError(f"step 4/4 trt: the builder refused the network: {said}")
+    return plan
+
+
+def facts_of(network: Any) -> dict[str, Any]:
+    """What the network is made of."""
+    kinds = Counter(str(network.get_layer(i).type).rpartition(".")[2].lower() for i in range(network.num_layers))
+    ends = [network.get_input(i) for i in range(network.num_inputs)] + [
+        network.get_output(i) for i in range(network.num_outputs)
+    ]
+    return {
+        "engines": 1,
+        "left_to_torch": 0,
+        "attentions": kinds["attention_input"] + kinds["softmax"],
+        "attention_layers": kinds["attention_input"],
+        "tiled_attention_loops": kinds["loop_output"],
+        "conditionals": kinds["condition"],
+        "layers": dict(kinds.most_common()),
+        "dtypes": {end.name: str(end.dtype).rpartition(".")[2].lower() for end in ends},
+    }
+
+
+def figures(log: list[str], engine: bytes, started: float) -> dict[str, Any]:
+    """Bytes of the engine, of its activations and weights as the builder tells them, and the seconds it took."""
+    found: dict[str, Any] = {"engine_bytes": len(engine)}
+    for name, words in _FIGURES.items():
+        sizes = [int(size) for line in log for size in re.findall(rf"{words}: (\d+) bytes", line)]
+        if sizes:
+            found[name] = sizes[-1]
+    return {**found, "build_seconds": round(time.perf_counter() - started, 2)}
+
+
+@contextlib.contextmanager
+def builder_log() -> Iterator[list[str]]:
+    """What TensorRT says while it builds, kept from the user's terminal; the logger comes back as it was."""
+    lines: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger, handler = logging.getLogger(_LOG), Keep()
+    before = (logger.level, logger.propagate)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]

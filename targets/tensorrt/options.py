@@ -1,0 +1,99 @@
+"""Options of an export to TensorRT, and the GPUs an engine can be built for ahead of time."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from sam3x.errors import SpecError
+from sam3x.spec import ExportSpec
+from sam3x.targets.base import AttentionMemory
+from sam3x.targets.triton import DESCRIPTION, Layout
+
+CAPABILITIES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+"""What TensorRT-RTX builds for without the GPU: Turing, A100, Ampere, Ada, and two of Blackwell (``ComputeCapability``)."""
+
+DIMENSIONS = {"batch": "opt_batch", "tokens": "opt_tokens", "prompt_length": "opt_prompt_length"}
+"""Dynamic dimension → the option that names the size its profile is tuned for."""
+
+_USUAL = {"batch": 1, "tokens": 5184, "prompt_length": 32}
+
+
+class TrtOptions(AttentionMemory):
+    """Options of an export to TensorRT.
+
+    Attributes:
+        compute_capability: the GPU an engine is for, as ``sm89``; None: the one of this machine.
+        format: ``engine`` (serialized engine), ``ep`` (a ``torch.export`` program that holds the engine), ``plan-onnx`` (ONNX
+            for ``trtexec``, proven to build).
+        precision: of weights, products and attention. Inputs and outputs stay float32. ``tf32``: everything is float32, but the
+            GPU may round the factors of products to 11 bits (``BuilderFlag.TF32``), which TensorRT by itself does.
+        fp32_ops: operations that stay in float32, separated by commas: a kind (``layer_norm``), a place
+            (``layers.3.linear2``), or a pattern with ``*``.
+        attention_memory: what the scores of one attention in float32 may take, in which TensorRT-RTX fuses none; not
+            ``plan-onnx``.
+        layout: ``triton``: the folder is a model repository for Triton Inference Server.
+        opt_batch, opt_tokens, opt_prompt_length: the sizes the profile is tuned for.
+    """
+
+    compute_capability: str | None = Field(
+        None, description="the GPU the engine is for, as sm89; default: this machine's.", json_schema_extra={"metavar": "SM"}
+    )
+    format: Literal["engine", "ep", "plan-onnx"] = Field(
+        "engine", description="a serialized engine (default), a torch program with the engine, or ONNX for trtexec."
+    )
+    precision: Literal["fp32", "tf32", "fp16", "bf16"] = Field(
+        "fp32", description="of weights, products and attention; default fp32."
+    )
+    fp32_ops: str = Field(
+        "",
+        description="operations that stay in float32: kinds, places, patterns; see sam3x doctor.",
+        json_schema_extra={"metavar": "A,B,C"},
+    )
+    layout: Layout = Field("flat", description=DESCRIPTION)
+    opt_batch: int | None = Field(None, description="batch the profile is tuned for; default 1.")
+    opt_tokens: int | None = Field(None, description="image tokens the profile is tuned for; default 5184.")
+    opt_prompt_length: int | None = Field(None, description="prompt tokens the profile is tuned for; default 32.")
+
+    @field_validator("compute_capability")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        name = "sm" + re.sub(r"^(sm|compute)?_?", "", value.strip().lower()).replace(".", "")
+        if name not in CAPABILITIES:
+            raise ValueError(f"no GPU '{value}'; TensorRT-RTX builds for {', '.join(CAPABILITIES)}")
+        return name
+
+    @property
+    def fp32_names(self) -> tuple[str, ...]:
+        """``fp32_ops``, apart."""
+        return tuple(name.strip() for name in self.fp32_ops.split(",") if name.strip())
+
+
+def capability_of(name: str) -> tuple[int, int]:
+    """``sm89`` → (8, 9)."""
+    digits = name.removeprefix("sm")
+    return int(digits[:-1]), int(digits[-1])
+
+
+def optima(spec: ExportSpec, options: TrtOptions) -> dict[str, int]:
+    """Dynamic dimension → the size its profile is tuned for.
+
+    Raises:
+        SpecError: a size outside its range.
+    """
+    ranges = {"batch": spec.batch, "tokens": spec.halved_range, "prompt_length": spec.prompt_length}
+    found = {}
+    for dimension, option in DIMENSIONS.items():
+        low, high = ranges[dimension]
+        wanted: Any = getattr(options, option)
+        if wanted is not None and not low <= wanted <= high:
+            raise SpecError(
+                f"step 1/4 spec: --{option.replace('_', '-')} {wanted} is outside {dimension} {low}:{high}. "
+                f"Choose a size in the range, or widen it with --{dimension.replace('_', '-')}."
+            )
+        found[dimension] = min(max(_USUAL[dimension], low), high) if wanted is None else wanted
+    return found

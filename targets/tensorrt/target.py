@@ -1,0 +1,207 @@
+"""TensorRT: one engine of the whole graph through Torch-TensorRT, ahead of time for a named GPU, or ONNX for ``trtexec``."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sam3x.errors import SpecError, TargetUnavailableError
+from sam3x.spec import Branches, ExportSpec
+from sam3x.targets.base import TargetOptions, TargetStatus
+from sam3x.targets.tensorrt.options import TrtOptions, optima
+from sam3x.targets.triton import model_path, write_config
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from sam3x.capture.program import CapturedProgram
+    from sam3x.passes.base import Pass
+    from sam3x.targets.base import Runner
+
+DISTRIBUTIONS = {"torch-tensorrt-rtx": "TensorRT-RTX", "torch-tensorrt": "TensorRT"}
+"""Both install ``torch_tensorrt``; what each builds with."""
+
+_INSTALL = 'pip install "sam3x[trt-rtx]", or "sam3x[trt]" for TensorRT itself'
+_SUFFIX = {"engine": ".engine", "ep": ".pt2", "plan-onnx": ".onnx"}
+
+
+class TrtTarget:
+    """``fusion_encoder.engine``, ``.pt2`` or ``.onnx``."""
+
+    name = "trt"
+    suffix = ".engine"
+    opset = None
+    options_type: type[TargetOptions] = TrtOptions
+    branches: Branches = "select"
+    default_options: ClassVar[dict[str, Any]] = {"batch": (1, 4), "tokens": 5184, "prompt_length": (1, 77)}
+
+    def availability(self) -> TargetStatus:
+        from sam3x.targets.tensorrt.driver import gpu_count
+
+        name = distribution()
+        if importlib.util.find_spec("torch") is None or name is None:
+            missing = "torch" if importlib.util.find_spec("torch") is None else "torch_tensorrt"
+            return TargetStatus(name=self.name, available=False, detail=f"missing {missing}", install=_INSTALL)
+        ahead = DISTRIBUTIONS[name] == "TensorRT-RTX"
+        runs = gpu_count() > 0
+        can = (
+            "builds and runs"
+            if runs
+            else "builds for a named GPU; running needs one"
+            if ahead
+            else "neither builds nor runs: no GPU"
+        )
+        detail = f"{name} {version(name)} ({DISTRIBUTIONS[name]}): {can}"
+        return TargetStatus(name=self.name, available=runs or ahead, detail=detail, install=_INSTALL)
+
+    def check(self, spec: ExportSpec, options: TrtOptions) -> None:
+        """Refuse what can be refused before anything heavy is imported.
+
+        Raises:
+            SpecError: a profile outside its range, no GPU and none named, precision islands in float32.
+            TargetUnavailableError: TensorRT itself, which builds on the GPU only.
+        """
+        from sam3x.targets.tensorrt.driver import gpu_count
+
+        optima(spec, options)
+        if options.fp32_names and options.precision in ("fp32", "tf32"):
+            raise SpecError("step 1/4 spec: --fp32-ops: everything is float32 already. Choose --precision fp16 or bf16.")
+        if options.layout == "triton" and options.format == "ep":
+            raise SpecError("step 1/4 spec: --layout triton: Triton serves an engine or ONNX. Choose another --format.")
+        if gpu_count() == 0 and distribution() is not None:
+            if options.format == "ep":
+                raise SpecError(
+                    "step 1/4 spec: --format ep loads the engine while it is exported, and there is no GPU here. "
+                    "Export it on the GPU machine, or choose --format engine."
+                )
+            if options.compute_capability is None:
+                raise SpecError(
+                    "step 1/4 spec: there is no GPU here. Name the one the engine is for: --compute-capability sm89 "
+                    "(RTX 40; sm80 A100, sm86 RTX 30, sm120 RTX 50)."
+                )
+            if DISTRIBUTIONS[str(distribution())] != "TensorRT-RTX":
+                raise TargetUnavailableError(
+                    "step 1/4 spec: TensorRT builds for the GPU it runs on, and there is none here. "
+                    'Build ahead of time with TensorRT-RTX: pip install "sam3x[trt-rtx]"'
+                )
+
+    def file_name(self, stem: str, options: TrtOptions) -> str:
+        if options.layout == "triton":
+            return model_path(stem, ".onnx" if options.format == "plan-onnx" else ".plan")
+        return f"{stem}{_SUFFIX[options.format]}"
+
+    def legalization_passes(self, options: TrtOptions) -> tuple[Pass, ...]:
+        from sam3x.passes.attention.decompose_attention import DecomposeAttentionPass
+        from sam3x.passes.attention.legalize_attention_for_trt import LegalizeAttentionForTrtPass
+        from sam3x.passes.attention.simplify_attention_masks import SimplifyAttentionMasksPass
+        from sam3x.passes.branches.if_convert import IfConvertPass
+        from sam3x.passes.cleanup.fold_constants import FoldConstantsPass
+        from sam3x.passes.cleanup.fold_static_sizes import FoldStaticSizesPass
+        from sam3x.passes.decompose.decompose_roi_align import DecomposeRoiAlignPass
+        from sam3x.passes.decompose.decompose_slice_scatter import DecomposeSliceScatterPass
+        from sam3x.passes.decompose.expand_repeats import ExpandRepeatsPass
+
+        lower = (
+            IfConvertPass(rows_only=True),
+            FoldStaticSizesPass(),
+            ExpandRepeatsPass(),
+            SimplifyAttentionMasksPass(),
+            *precision_passes(options),
+            DecomposeSliceScatterPass(),
+            DecomposeRoiAlignPass(),  # after what would round the places of its samples
+        )
+        if options.format == "plan-onnx":
+            from sam3x.targets.tensorrt.onnx import onnx_passes
+
+            return (*lower, *onnx_passes())
+        return (*lower, FoldConstantsPass(), LegalizeAttentionForTrtPass(options.attention_bytes), DecomposeAttentionPass())
+
+    def lower(self, captured: CapturedProgram, path: Path, options: TrtOptions) -> dict[str, Any]:
+        """Check the graph's numbers, then write ``path``.
+
+        Raises:
+            LoweringError: what cannot be converted, by name and reason. VerificationError: the graph is off in some branch.
+        """
+        from sam3x.targets.tensorrt import build as trt_build
+        from sam3x.targets.tensorrt import check as trt_check
+
+        facts: dict[str, Any] = {"distribution": f"{distribution()} {version(str(distribution()))}", "format": options.format}
+        if captured.spec.verify != "off":
+            facts["drift"] = {
+                branch: ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
+                for branch, figures in trt_check.drift(captured, options.precision).items()
+            }
+        if options.layout == "triton":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            facts |= write_config(captured, path, "onnxruntime" if options.format == "plan-onnx" else "tensorrt")
+        from sam3x.targets.tensorrt.driver import this_gpu
+
+        capability = options.compute_capability or this_gpu()
+        facts["compute_capability"] = capability
+        if options.format == "plan-onnx":
+            from sam3x.targets.tensorrt.onnx import write_plan_onnx
+
+            return {**facts, **write_plan_onnx(captured, path, options, capability)}
+        if options.format == "ep":
+            from sam3x.targets.tensorrt.program import write_program
+
+            return {**facts, **write_program(captured, path, options)}
+        built = trt_build.build(captured, options, capability)
+        path.write_bytes(built.engine)
+        return {**facts, **built.facts}
+
+    def unverifiable(self, options: TrtOptions) -> str | None:
+        from sam3x.targets.tensorrt.driver import gpu_count, this_gpu
+
+        if options.format == "plan-onnx" or (gpu_count() and options.compute_capability in (None, this_gpu())):
+            return None
+        where = f"a {options.compute_capability} GPU" if gpu_count() else "a GPU, and there is none here"
+        return f"the engine runs on {where}; its graph was run in torch instead. Complete it there: sam3x verify FOLDER"
+
+    def load_runner(self, path: Path) -> Runner:
+        if path.suffix == ".onnx":
+            from sam3x.targets.onnx.target import OnnxTarget
+
+            return OnnxTarget().load_runner(path)
+        if path.suffix == ".pt2":
+            from sam3x.targets.tensorrt.program import ProgramRunner
+
+            return ProgramRunner(path)
+        from sam3x.targets.tensorrt.runner import EngineRunner
+
+        return EngineRunner(path)
+
+    def versions(self) -> dict[str, Any]:
+        names = ["torch", *(name for name in (distribution(),) if name)]
+        return {name: version(name) for name in names}
+
+
+def precision_passes(options: TrtOptions) -> tuple[Pass, ...]:
+    """What makes a graph in float32 one in ``options.precision``."""
+    if options.precision in ("fp32", "tf32"):
+        return ()
+    import torch
+
+    from sam3x.passes.precision.convert_precision import ConvertPrecisionPass
+
+    if options.precision == "fp16":
+        return (ConvertPrecisionPass(torch.float16, options.fp32_names),)
+    return (ConvertPrecisionPass(torch.bfloat16, options.fp32_names, stays=_is_transposed_convolution),)
+
+
+def _is_transposed_convolution(node: Node) -> bool:
+    """TensorRT-RTX 1.6 has none in bfloat16."""
+    return str(node.target) == "aten.convolution.default" and bool(node.args[6])
+
+
+def distribution() -> str | None:
+    """The installed distribution of ``torch_tensorrt``; None where there is none."""
+    for name in DISTRIBUTIONS:
+        try:
+            version(name)
+        except PackageNotFoundError:
+            continue
+        return name if importlib.util.find_spec("torch_tensorrt") is not None else None
+    return None

@@ -1,0 +1,96 @@
+"""Complex rotary embeddings as real products, and what the mask pass must leave alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from sam3x.capture.program import CapturedProgram, run_program
+from sam3x.passes.attention.canonicalize_attention import CanonicalizeAttentionPass
+from sam3x.passes.attention.simplify_attention_masks import SimplifyAttentionMasksPass
+from sam3x.passes.base import count_ops
+from sam3x.passes.decompose.decompose_complex import DecomposeComplexPass
+from sam3x.passes.pipeline import PassPipeline
+from sam3x.spec import ExportSpec
+
+
+class Rotary(nn.Module):
+    """As ``apply_rotary_enc`` in upstream's vitdet.py."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        angles = torch.rand(10, 4)
+        self.register_buffer("freqs_cis", torch.polar(torch.ones_like(angles), angles))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        table = self.freqs_cis.view(1, 1, *self.freqs_cis.shape)
+        return torch.view_as_real(pairs * table).flatten(3).type_as(x)
+
+
+class Magnitude(Rotary):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)).abs()
+
+
+def captured(module: nn.Module, *inputs: Tensor, names: tuple[str, ...] = ("x",), batch: int = 0) -> CapturedProgram:
+    shapes = tuple({batch: Dim.DYNAMIC} for _ in inputs)
+    table = torch.export.default_decompositions()
+    for op in ("linear", "scaled_dot_product_attention"):
+        table.pop(getattr(torch.ops.aten, op).default, None)
+    with torch.no_grad():
+        program = torch.export.export(module, inputs, dynamic_shapes=shapes).run_decompositions(table)
+    return CapturedProgram(
+        program=program,
+        spec=ExportSpec(),
+        input_names=names,
+        output_names=("out",),
+        dim_names={},
+        samples=(),
+        eager=lambda given: {"out": module(*given.values())},
+    )
+
+
+def test_a_rotary_embedding_becomes_real_to_the_bit() -> None:
+    module = Rotary()
+    before = captured(module, torch.rand(3, 2, 10, 8))
+    after, (record,) = PassPipeline((DecomposeComplexPass(),)).run(before)
+    assert record.modified and record.rewrites >= 3 and not record.missed
+    values = [node.meta["val"] for node in after.program.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+    assert not any(value.is_complex() for value in values)
+    assert not any(value.is_complex() for value in after.program.state_dict.values())
+    assert before.program.state_dict["freqs_cis"].is_complex()  # the program it came from is as it was
+    x = torch.rand(5, 2, 10, 8)
+    assert torch.equal(run_program(after.program, {"x": x}, ("out",))["out"], module(x))
+    _, (again,) = PassPipeline((DecomposeComplexPass(),)).run(after)
+    assert not again.modified
+
+
+def test_a_complex_operator_that_is_not_known_leaves_the_graph_as_it_is() -> None:
+    before = captured(Magnitude(), torch.rand(3, 2, 10, 8))
+    after, (record,) = PassPipeline((DecomposeComplexPass(),)).run(before)
+    assert not record.modified and "abs" in record.missed[0].reason
+    assert count_ops(after.program) == count_ops(before.program)
+
+
+class SequenceFirst(nn.Module):
+    """Attention whose batch and heads are one dimension, (1, B·H, N, D), with a padding mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        return self.attention(x, x, x, key_padding_mask=padding)[0]
+
+
+def test_a_mask_of_batch_and_heads_together_keeps_its_copies() -> None:
+    module = SequenceFirst().eval()
+    before = captured(module, torch.rand(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool), names=("x", "padding"))
+    after, _ = PassPipeline((CanonicalizeAttentionPass(), SimplifyAttentionMasksPass())).run(before)
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    given = {"x": torch.rand(2, 5, 16), "padding": padding}
+    torch.testing.assert_close(run_program(after.program, given, ("out",))["out"], module(*given.values()), atol=1e-6, rtol=0)
