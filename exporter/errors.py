@@ -1,32 +1,82 @@
 """The typed errors of sam3x.
 
-Every message carries four things, in this order: the step, the subject, the fact, the next step.
-``Sam3xError.exit_code`` is what the command line returns: 2 for input the user can mend.
+An error holds four fields: the step, the subject, the fact, the remedy. ``Sam3xError.__str__`` is the one place that puts them into
+words. ``Sam3xError.exit_code`` is what the command line returns: 2 for input the user can mend.
 """
 
 from __future__ import annotations
 
+from enum import Enum
+
+
+class Step(str, Enum):
+    """Where an error arose: a step of an export, or what else sam3x was doing. The value is how a message begins."""
+
+    SPEC = "step 1/4 spec"
+    SOURCE = "step 1/4 source"
+    CAPTURE = "step 2/4 capture"
+    PASSES = "step 3/4 passes"
+    LOWER = "step 4/4 lower"
+    VERIFY = "step 4/4 verify"
+    WRITE = "step 4/4 write"
+    LOAD = "load"
+    RUN = "run"
+    INSPECT = "inspect"
+    BENCH = "bench"
+    DOCTOR = "doctor"
+    LINT = "lint"
+
 
 class Sam3xError(Exception):
-    """Base of every error that sam3x raises on purpose."""
+    """Base of every error that sam3x raises on purpose.
+
+    Args:
+        fact: what is wrong, without a full stop: ``"dac halves the batch, and the batch is fixed at 3"``.
+        subject: whom it is about: a file, an option, a layer, a pass. Left out where the fact names it.
+        remedy: what to do next, as one or more sentences that follow from the cause. Left out where none does.
+        step: where it arose; each class has its own default.
+    """
 
     exit_code = 2
+    step: Step | None = None
+
+    def __init__(self, fact: str, *, subject: str = "", remedy: str = "", step: Step | None = None) -> None:
+        super().__init__(fact)
+        self.fact, self.subject, self.remedy = fact, subject, remedy
+        if step is not None:
+            self.step = step
+
+    def __str__(self) -> str:
+        """``step: subject: fact. remedy``."""
+        if self.fact.startswith("step "):
+            return self.fact
+        parts = [self.step.value if self.step is not None else "", self.subject, self.fact]
+        words = ": ".join(part for part in parts if part)
+        return f"{words}. {self.remedy}" if self.remedy else words
 
 
 class SpecError(Sam3xError):
     """The request contradicts itself or the module (ranges upside down, dac over an odd batch, ...)."""
 
+    step = Step.SPEC
+
 
 class SourceError(Sam3xError):
     """A checkpoint, factory or module cannot be read as a fusion encoder."""
+
+    step = Step.SOURCE
 
 
 class CaptureError(Sam3xError):
     """``torch.export`` could not capture the module, or specialized a dimension that must stay dynamic."""
 
+    step = Step.CAPTURE
+
 
 class PassError(Sam3xError):
     """A graph pass failed; subclasses say whether before it, after it, or in the numbers."""
+
+    step = Step.PASSES
 
 
 class PreconditionError(PassError):
@@ -39,6 +89,8 @@ class PostconditionError(PassError):
 
 class VerificationError(Sam3xError):
     """Outputs are further from the eager module than the tolerance allows."""
+
+    step = Step.VERIFY
 
 
 class TargetError(Sam3xError):
@@ -55,6 +107,8 @@ class TargetUnavailableError(TargetError):
 
 class LoweringError(TargetError):
     """The back end refused the canonical graph."""
+
+    step = Step.LOWER
 
 
 class BuilderError(LoweringError):

@@ -54,7 +54,7 @@ def job_of(folder: Path, **others: Any) -> dict[str, Any]:
 def test_an_artifact_runs_without_torch_and_with_the_threads_asked_for(default_artifact: Path) -> None:
     code = """
 import io, json, sys
-from sam3x import bench_worker
+from sam3x.bench import worker as bench_worker
 
 made = []
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner, Result
 
-from sam3x.cli.app import app as cli
+from sam3x.cli import app as cli
 
 
 def run(*arguments: str | Path) -> Result:
