@@ -1,7 +1,7 @@
 """The typed errors of sam3x.
 
-An error holds four fields: the step, the subject, the fact, the remedy. ``Sam3xError.__str__`` is the one place that puts them into
-words. ``Sam3xError.exit_code`` is what the command line returns: 2 for input the user can mend.
+An error holds four fields: the step, the subject, the fact, the remedy. ``Sam3xError.__str__`` is the one place that puts them
+into words. ``Sam3xError.exit_code`` is what the command line returns: 2 for input the user can mend.
 """
 
 from __future__ import annotations
