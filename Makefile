@@ -1,4 +1,4 @@
-# `make export` and `make test` need Python 3.10+ and make, nothing else.
+# Every target needs Python 3.10+ and make, nothing else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 OUT ?= out
 MINUTES ?= 20
 
-.PHONY: install export test fuzz lint clean
+.PHONY: install export test test-long fuzz lint docs typing clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -18,17 +18,26 @@ export: $(STAMP)
 	$(BIN)/sam3x export --target onnx -o $(OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not long" $(PYTEST_ARGS)
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m long $(PYTEST_ARGS)
 
 fuzz: $(STAMP)
 	$(BIN)/python -W ignore tests/fuzz.py --minutes $(MINUTES) $(FUZZ_ARGS)
 
-lint: $(STAMP)
+lint: $(STAMP) typing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p sam3x
+
+docs: $(STAMP) typing
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# the folders as the package they are, for tools that read sources and know nothing of setuptools' package-dir
+typing:
 	rm -rf build/typing && mkdir -p build/typing/sam3x
 	ln -s $(CURDIR)/exporter/* $(CURDIR)/passes $(CURDIR)/targets build/typing/sam3x/
-	$(BIN)/mypy -p sam3x
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -53,8 +53,11 @@ def register_attention_op(
     """Say that the operator ``name`` ("mylib::attention") computes attention, so that it becomes SDPA.
 
     Args:
-        query, key, value, mask: position or name of the argument; ``mask`` broadcasts to (B, H, N, S), without the B or H
-            that the layout lacks.
+        name: of the operator, with its namespace.
+        query: position or name of the argument. So are ``key``, ``value`` and ``mask``.
+        key: see ``query``.
+        value: see ``query``.
+        mask: see ``query``; it broadcasts to (B, H, N, S), without the B or H that the layout lacks.
         mask_kind: "bool_keep" (True = may attend), "bool_hide" (True = may not) or "float" (added to the scores).
         scale: a float is the scale itself; an int or a str is the position or name of the argument that gives it; None is
             1/sqrt(D).

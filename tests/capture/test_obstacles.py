@@ -171,7 +171,7 @@ class TestDac:
 class TestOptionalParameters:
     """Obstacle: 简单参数, seven optional tensors, any subset of them."""
 
-    @pytest.mark.slow
+    @pytest.mark.long
     @pytest.mark.parametrize("size", range(len(OPTIONAL) + 1))
     def test_every_subset(self, size: int) -> None:
         encoder = encoder_of(1, pos_enc_at_cross_attn_queries=True, pos_enc_at_cross_attn_keys=True)

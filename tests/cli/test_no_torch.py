@@ -61,13 +61,13 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_artifact_runs_without_torch(bare_python: Path, default_artifact: Path, tmp_path: Path) -> None:
     results = json.loads(checked(bare_python, "-c", RUN, default_artifact, cwd=tmp_path))
     assert results == {f"{dac} {pre}": [4, 37, 32] for dac in (False, True) for pre in (False, True)}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_line_without_torch(bare_python: Path, default_artifact: Path, tmp_path: Path) -> None:
     assert "fusion_encoder.onnx" in checked(bare_python, "-m", "sam3x", "inspect", default_artifact, cwd=tmp_path)
     targets = json.loads(checked(bare_python, "-m", "sam3x", "targets", "--json", cwd=tmp_path))
@@ -79,7 +79,7 @@ def test_the_command_line_without_torch(bare_python: Path, default_artifact: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_pipeline_runs_with_the_runtime_extra_alone(bare_python: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
     from support.image_model import photograph
 
@@ -91,7 +91,7 @@ def test_a_pipeline_runs_with_the_runtime_extra_alone(bare_python: Path, tiny_pi
     assert "mask_head.onnx" in checked(bare_python, "-m", "sam3x", "inspect", tiny_pipeline, cwd=tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_small_pipeline_starts_in_under_two_seconds(bare_python: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
     """Of processor time, from the start of the process to its exit: wall time is that of the machine's other work too."""
     from support.image_model import photograph

@@ -65,7 +65,7 @@ def test_every_branch_at_other_sizes(artifact: sam3x.Artifact, sam3_encoder: nn.
     check(artifact, sam3_encoder, sizes)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("branch", BRANCHES, ids=lambda b: f"dac={b[0]} pre_norm={b[1]}")
 def test_72x72_tokens(artifact: sam3x.Artifact, sam3_encoder: nn.Module, branch: tuple[bool, bool]) -> None:
     check(artifact, sam3_encoder, Sizes(batch=2, tokens=5184, prompt_length=32), [branch])

@@ -236,7 +236,7 @@ def test_encoder(mode: str, inputs: str, tmp_path: Path) -> None:
         assert found["Transpose"] <= {"portable": 2 * 12, "ort": 2 * 6, "decomposed": 2 * 20}[mode]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("mode", ("portable", "ort"))
 def test_memory_is_linear_and_weights_stand_once(mode: str, tmp_path: Path) -> None:

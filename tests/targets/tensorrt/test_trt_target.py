@@ -256,7 +256,7 @@ def test_onnx_for_trtexec_is_verified_and_builds(encoder: nn.Module, tmp_path: P
 # ---- the default encoder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_default_encoder_in_half_precision_for_one_image(tmp_path: Path) -> None:
     spec = sam3x.spec.make_spec(branches="select", tokens=5184, batch=1, prompt_length=(1, 77), verify="off")
     facts = lower(capture(default_source(0).module, spec), tmp_path / "x.engine", precision="fp16")
