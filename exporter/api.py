@@ -27,7 +27,7 @@ from sam3x.artifact.publish import publishing, replace_manifest
 from sam3x.capture.capture import capture
 from sam3x.capture.program import CapturedProgram
 from sam3x.capture.samples import Sizes, samples_for, thinned, verification_sizes
-from sam3x.errors import ArtifactError, TargetUnavailableError
+from sam3x.errors import ArtifactError, Step, TargetUnavailableError
 from sam3x.fusion.dimensions import dims_of
 from sam3x.fusion.encoder import FusionEncoder
 from sam3x.passes.default_pipeline import default_pipeline
@@ -37,7 +37,7 @@ from sam3x.sources.encoder import Source, source_for
 from sam3x.spec import ExportSpec, make_spec
 from sam3x.targets.base import Runner, Target, TargetOptions, file_name, half_sums, resolve, weight_precision
 from sam3x.targets.registry import get_target
-from sam3x.verify.compare import check_pass, compare, require
+from sam3x.verify.compare import FIND_PASS, check_pass, compare, require
 
 Progress = Callable[[str], None]
 
@@ -77,7 +77,7 @@ def export(
     status = back_end.availability()
     if not status.available:
         raise TargetUnavailableError(
-            f"step 1/4 spec: target '{target}' cannot export here: {status.detail}. Install it: {status.install}"
+            f"target '{target}' cannot export here: {status.detail}", remedy=f"Install it: {status.install}"
         )
     pipeline = default_pipeline(str(spec.branches)).then(*back_end.legalization_passes(target_options)).without(*disable_pass)
     with publishing(output) as publication:
@@ -105,7 +105,7 @@ def export(
             verification = _timed(
                 figures, "verify_seconds", lambda: _verify(source, rounded, spec, back_end, runner, target_options)
             )
-            require(verification, f"step 4/4 verify {target}")
+            require(verification, Step.VERIFY, target, "" if spec.verify == "each" else FIND_PASS)
         figures["total_seconds"] = time.perf_counter() - started
         figures["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         inputs, outputs = _tensor_specs(captured)
@@ -154,13 +154,14 @@ def verify(folder: str | Path, source: nn.Module | Source | None = None, *, full
     given = source_for(source, spec.seed)
     if given.weights_sha256 != artifact.manifest.weights_sha256:
         raise ArtifactError(
-            f"verify: {folder} was exported from other weights ({artifact.manifest.origin}). "
-            "Name the source it came from: --checkpoint or --module."
+            f"{folder} was exported from other weights ({artifact.manifest.origin})",
+            remedy="Name the source it came from: --checkpoint or --module.",
+            step=Step.REVERIFY,
         )
     target = get_target(artifact.manifest.target)
     options = target.options_type(**artifact.manifest.target_options)
     records = _verify(given, _rounded(given, spec, target, options), spec, target, artifact._runner, options)
-    require(records, f"verify {artifact.manifest.target}")
+    require(records, Step.REVERIFY, artifact.manifest.target)
     if not artifact.manifest.verified:
         known = {"verified": True, "verified_reason": None, "verification": records}
         replace_manifest(artifact.folder, artifact.manifest.model_copy(update=known))

@@ -6,6 +6,7 @@ into words. ``Sam3xError.exit_code`` is what the command line returns: 2 for inp
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 
 
@@ -19,12 +20,14 @@ class Step(str, Enum):
     LOWER = "step 4/4 lower"
     VERIFY = "step 4/4 verify"
     WRITE = "step 4/4 write"
+    REVERIFY = "verify"
     LOAD = "load"
     RUN = "run"
     INSPECT = "inspect"
     BENCH = "bench"
     DOCTOR = "doctor"
     LINT = "lint"
+    COMPATIBILITY = "compatibility"
 
 
 class Sam3xError(Exception):
@@ -48,11 +51,10 @@ class Sam3xError(Exception):
 
     def __str__(self) -> str:
         """``step: subject: fact. remedy``."""
-        if self.fact.startswith("step "):
-            return self.fact
         parts = [self.step.value if self.step is not None else "", self.subject, self.fact]
         words = ": ".join(part for part in parts if part)
-        return f"{words}. {self.remedy}" if self.remedy else words
+        stop = "" if words.endswith((".", "!", "?", "…")) else "."
+        return f"{words}{stop} {self.remedy}".rstrip()
 
 
 class SpecError(Sam3xError):
@@ -100,9 +102,13 @@ class TargetError(Sam3xError):
 class UnknownTargetError(TargetError):
     """No target of that name is registered."""
 
+    step = Step.SPEC
+
 
 class TargetUnavailableError(TargetError):
     """The target exists, the packages it needs do not."""
+
+    step = Step.SPEC
 
 
 class LoweringError(TargetError):
@@ -117,3 +123,13 @@ class BuilderError(LoweringError):
 
 class ArtifactError(Sam3xError):
     """An exported folder is missing, damaged, edited after export, or fed wrong inputs."""
+
+    step = Step.LOAD
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The remedy for a misspelt ``name``: the nearest of those that exist; empty where none is near."""
+    import difflib
+
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"Did you mean '{close[0]}'?" if close else ""

@@ -152,7 +152,9 @@ class ExportSpec(BaseModel):
         if self.dac is not False:
             axis, (low, high) = ("batch", self.batch) if self.dac_dim == 0 else ("tokens", self.halved_range)
             if low == high and low % 2 and (self.dac is True or low > 1 or axis == "tokens"):
-                raise ValueError(f"dac halves the {axis}, and the {axis} is fixed at the odd size {low}")
+                raise ValueError(
+                    f"dac halves the {axis}, and the {axis} is fixed at the odd size {low}; give an even size or dac=False"
+                )
             if self.dac is True and high < 2:
                 raise ValueError(f"dac halves the {axis}, and the {axis} is at most {high}")
         if self.dac is True and self.pre_norm is False:
@@ -185,10 +187,12 @@ def checked(model: type[Model], options: Mapping[str, Any]) -> Model:
     try:
         return model(**options)
     except ValidationError as error:
-        facts = []
+        facts, remedy = [], ""
         for item in error.errors():
             where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("literal"))
+            if item["type"] != "value_error":  # pydantic's own, which tells no remedy
+                remedy = "See sam3x export --help."
             message = item["msg"].removeprefix("Value error, ")
             given = f" (got {item['input']!r})" if where and item["type"] != "value_error" else ""
             facts.append(f"{where}: {message}{given}" if where else message)
-        raise SpecError("step 1/4 spec: " + "; ".join(dict.fromkeys(facts)) + ". See sam3x export --help.") from None
+        raise SpecError("; ".join(dict.fromkeys(facts)), remedy=remedy) from None

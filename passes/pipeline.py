@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from sam3x.capture.program import CapturedProgram, sync_outputs
-from sam3x.errors import PassError, PostconditionError, PreconditionError, SpecError
+from sam3x.errors import PassError, PostconditionError, PreconditionError, SpecError, Step
 from sam3x.passes.base import Missed, Pass, count_ops, graph_modules
 
 
@@ -30,6 +30,11 @@ class PassRecord:
     seconds: float
     missed: tuple[Missed, ...] = ()
     max_change: float | None = None
+
+
+def leave_out(name: str) -> str:
+    """The remedy where the pass ``name`` itself is at fault."""
+    return f"Leave the pass out: --disable-pass {name}."
 
 
 Check = Callable[[CapturedProgram, CapturedProgram, Pass, tuple[str, ...]], float | None]
@@ -56,7 +61,9 @@ class PassPipeline:
         ]
         breaches += [f"'{name}' stands {names.count(name)} times" for name in dict.fromkeys(names) if names.count(name) > 1]
         if breaches:
-            raise SpecError(f"step 3/4 passes: the pipeline {list(names)} is out of order: {'; '.join(breaches)}. Reorder it.")
+            raise SpecError(
+                f"the pipeline {list(names)} is out of order: {'; '.join(breaches)}", remedy="Reorder it.", step=Step.PASSES
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,7 +72,7 @@ class PassPipeline:
 
     def _index(self, name: str) -> int:
         if name not in self.names:
-            raise SpecError(f"step 3/4 passes: no pass '{name}' in the pipeline; it has {', '.join(self.names) or 'none'}.")
+            raise SpecError(f"no pass '{name}' in the pipeline; it has {', '.join(self.names) or 'none'}", step=Step.PASSES)
         return self.names.index(name)
 
     def without(self, *names: str) -> PassPipeline:
@@ -120,6 +127,7 @@ def _run_one(
 ) -> tuple[CapturedProgram, PassRecord]:
     nodes_before = sum(count_ops(current.program).values())
     started = time.perf_counter()
+    subject = f"'{item.name}' after {list(earlier)}"
     try:
         item.requires(current.program)
         dynamic = _dynamic_sizes(current.program)
@@ -137,14 +145,14 @@ def _run_one(
         if fixed:
             raise PostconditionError(f"it fixed a size of an input that was dynamic: {min(fixed)}")
         item.ensures(result)
+    except PreconditionError as error:
+        raise PreconditionError(error.fact, subject=subject, remedy=error.remedy) from error
     except PassError as error:
-        kind = type(error) if isinstance(error, (PreconditionError, PostconditionError)) else PassError
-        raise kind(f"step 3/4 passes: '{item.name}' after {list(earlier)}: {error}. Try --disable-pass {item.name}.") from error
+        kind = PostconditionError if isinstance(error, PostconditionError) else PassError
+        raise kind(error.fact, subject=subject, remedy=error.remedy or leave_out(item.name)) from error
     except Exception as error:
-        raise PassError(
-            f"step 3/4 passes: '{item.name}' failed after {list(earlier)}: {type(error).__name__}: {error}. "
-            f"Re-run with --dump-graphs DIR, or --disable-pass {item.name}."
-        ) from error
+        fact = f"{type(error).__name__}: {error}"
+        raise PassError(fact, subject=f"'{item.name}' failed after {list(earlier)}", remedy=leave_out(item.name)) from error
     seconds = time.perf_counter() - started
     after = current.with_program(result.program)
     change = check(before, after, item, earlier) if check is not None and result.modified else None

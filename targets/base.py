@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from sam3x.errors import SpecError
+from sam3x.errors import SpecError, did_you_mean
 from sam3x.spec import Branches, ExportSpec, checked, make_spec
 from sam3x.verify.record import Runner
 
@@ -76,11 +75,10 @@ def resolve(target: Target, options: Mapping[str, Any]) -> tuple[ExportSpec, Tar
     own = target.options_type.model_fields
     unknown = [name for name in options if name not in own and name not in ExportSpec.model_fields]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], [*ExportSpec.model_fields, *own], n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
+        near = did_you_mean(unknown[0], [*ExportSpec.model_fields, *own])
+        known = f"Options of {target.name} alone: {', '.join(sorted(own)) or 'none'}. See sam3x export --help."
         raise SpecError(
-            f"step 1/4 spec: {', '.join(unknown)}: no option of an export to {target.name}.{hint} "
-            f"Options of {target.name} alone: {', '.join(sorted(own)) or 'none'}. See sam3x export --help."
+            f"no option of an export to {target.name}", subject=", ".join(unknown), remedy=f"{near} {known}".lstrip()
         )
     defaults = dict(target.default_options)
     if options.get("interface") == "feature_maps":

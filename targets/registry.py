@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from importlib.metadata import entry_points
 
-from sam3x.errors import UnknownTargetError
+from sam3x.errors import UnknownTargetError, did_you_mean
 from sam3x.targets.base import Target, TargetStatus
 
 _TARGETS = {
@@ -39,11 +38,8 @@ def get_target(name: str) -> Target:
     for item in entry_points(group=GROUP):
         if item.name == name:
             return item.load()()
-    close = difflib.get_close_matches(name, target_names(), n=1)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
-    raise UnknownTargetError(
-        f"step 1/4 spec: no target '{name}'; there are {', '.join(target_names())}.{hint} List them with: sam3x targets"
-    )
+    remedy = f"{did_you_mean(name, target_names())} List them with: sam3x targets".lstrip()
+    raise UnknownTargetError(f"no target '{name}'; there are {', '.join(target_names())}", remedy=remedy)
 
 
 def describe_targets() -> list[TargetStatus]:

@@ -177,6 +177,26 @@ def test_loading_and_describing_targets_imports_no_torch() -> None:
     assert done.stdout.strip() == "False", done.stderr
 
 
+# ---- errors
+
+
+def typed_steps(path: Path) -> list[str]:
+    """Where a file types what ``sam3x.errors`` alone puts into words."""
+    strings = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+    return [f"{path.name}:{node.lineno}" for node in strings if re.match(r"\s*step \d/\d", str(node.value))]
+
+
+def test_the_words_of_a_step_are_typed_in_one_place() -> None:
+    assert [name for name, path in SOURCES.items() if typed_steps(path)] == ["sam3x.errors"]
+
+
+@pytest.mark.parametrize("line", ['raise SpecError("step 1/4 spec: no")', 'raise PassError(f"step 3/4 passes: {name}")'])
+def test_a_typed_step_is_found(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.py"
+    path.write_text(line)
+    assert typed_steps(path) == ["wrong.py:1"]
+
+
 # ---- text
 
 FORBIDDEN = {

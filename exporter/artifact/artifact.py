@@ -13,7 +13,7 @@ from sam3x.artifact.files import is_inside, link_in, sha256_of
 from sam3x.artifact.inputs import checked_inputs
 from sam3x.artifact.journal import recover
 from sam3x.artifact.manifest import MANIFEST, ExportManifest, read_manifest
-from sam3x.errors import ArtifactError, Sam3xError, SpecError
+from sam3x.errors import ArtifactError, Sam3xError, SpecError, Step
 from sam3x.spec import checked
 from sam3x.targets.base import file_name
 from sam3x.targets.registry import get_target
@@ -45,7 +45,7 @@ class Artifact:
         except Sam3xError:
             raise
         except Exception as error:  # every runtime has exceptions of its own
-            raise ArtifactError(f"load: {self.path} cannot be opened: {_first_line(error)}. Export again.") from error
+            raise ArtifactError(f"{self.path} cannot be opened: {_first_line(error)}", remedy="Export again.") from error
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Run once.
@@ -68,7 +68,7 @@ class Artifact:
         except Exception as error:  # every runtime has exceptions of its own
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
             fact = f"{self.manifest.target} failed on {shapes}: {_first_line(error)}"
-            raise ArtifactError(f"run: {fact}. Check the artifact: sam3x verify {self.folder}") from error
+            raise ArtifactError(fact, remedy=f"Check the artifact: sam3x verify {self.folder}", step=Step.RUN) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -120,7 +120,7 @@ def _graph_file(manifest: ExportManifest) -> str:
 def _check_graph(root: Path, manifest: ExportManifest) -> None:
     graph = _graph_file(manifest)
     if graph not in manifest.files:
-        raise ArtifactError(f"load: the manifest in {root} does not name {graph}. Export again.")
+        raise ArtifactError(f"the manifest in {root} does not name {graph}", remedy="Export again.")
 
 
 def check_files(root: Path, files: Mapping[str, str], *, hashes: bool = True) -> None:
@@ -135,16 +135,17 @@ def check_files(root: Path, files: Mapping[str, str], *, hashes: bool = True) ->
     for name, expected in files.items():
         path = root / name
         if not is_inside(name):
-            raise ArtifactError(f"load: the manifest names '{name}', which is outside {root}. Export again.")
+            raise ArtifactError(f"the manifest names '{name}', which is outside {root}", remedy="Export again.")
         if (link := link_in(root, name)) is not None:
-            raise ArtifactError(f"load: {link} is a symbolic link, which may lead outside {root}. Export again.")
+            raise ArtifactError(f"{link} is a symbolic link, which may lead outside {root}", remedy="Export again.")
         if not path.is_file():
-            raise ArtifactError(f"load: {path} is missing. Export again.")
+            raise ArtifactError(f"{path} is missing", remedy="Export again.")
         if not hashes:
             continue
         try:
             found = sha256_of(path)
         except OSError as error:
-            raise ArtifactError(f"load: {path} cannot be read ({error.strerror}). Check its permissions.") from error
+            remedy = "Check its permissions." if isinstance(error, PermissionError) else ""
+            raise ArtifactError(f"{path} cannot be read ({error.strerror})", remedy=remedy) from error
         if found != expected:
-            raise ArtifactError(f"load: {path} was changed after the export (sha256 differs). Export again.")
+            raise ArtifactError(f"{path} was changed after the export (sha256 differs)", remedy="Export again.")

@@ -62,13 +62,16 @@ def recover(folder: Path) -> None:
         except BlockingIOError as error:  # another process is moving the files, or an export has begun that does so first
             if time.monotonic() >= deadline:
                 raise ArtifactError(
-                    f"load: another process has been writing into {folder} for {_WAIT:.0f} s. Try again."
+                    f"another process has been writing into {folder} for {_WAIT:.0f} s", remedy="Try again."
                 ) from error
             time.sleep(0.02)
         except OSError as error:
             raise ArtifactError(
-                f"load: an export into {folder} was interrupted after it was complete, and its files cannot be moved into "
-                f"place ({error.strerror}). Load it once where {folder} can be written."
+                (
+                    f"an export into {folder} was interrupted after it was complete, and its files cannot be moved into "
+                    f"place ({error.strerror})"
+                ),
+                remedy=f"Load it once where {folder} can be written.",
             ) from error
 
 
@@ -127,7 +130,7 @@ def _read_plan(journal: Path) -> dict[str, list[str]]:
 
 
 def _odd_journal(journal: Path, fact: str) -> ArtifactError:
-    return ArtifactError(f"load: {journal} is no record of an interrupted export: it {fact}. Remove it, then export again.")
+    return ArtifactError(f"{journal} is no record of an interrupted export: it {fact}", remedy="Remove it, then export again.")
 
 
 def _keep(folder: Path, name: str) -> None:

@@ -98,24 +98,23 @@ def read_values(folder: Path) -> dict[str, Any]:
     again = f"Export again: sam3x export -o {folder}"
     try:
         if path.exists() and not path.is_file():
-            raise ArtifactError(f"load: {path} is no regular file. {again}")
+            raise ArtifactError(f"{path} is no regular file", remedy=again)
         if path.stat().st_size > _LARGEST:
-            raise ArtifactError(f"load: {path} is too large for a manifest. {again}")
+            raise ArtifactError(f"{path} is too large for a manifest", remedy=again)
         values = json.loads(path.read_bytes())
         seal = _seal_of(values) if isinstance(values, dict) else None
     except OSError as error:
-        raise ArtifactError(
-            f"load: {path} cannot be read ({error.strerror}). Export first: sam3x export -o {folder}"
-        ) from error
+        remedy = "Check its permissions." if isinstance(error, PermissionError) else f"Export first: sam3x export -o {folder}"
+        raise ArtifactError(f"{path} cannot be read ({error.strerror})", remedy=remedy) from error
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"load: {path} is no sam3x manifest ({error}). {again}") from error
+        raise ArtifactError(f"{path} is no sam3x manifest ({error})", remedy=again) from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if not isinstance(version, int):
-        raise ArtifactError(f"load: {path} is no sam3x manifest (it tells no schema_version). {again}")
+        raise ArtifactError(f"{path} is no sam3x manifest (it tells no schema_version)", remedy=again)
     if version != SCHEMA_VERSION:
-        raise ArtifactError(f"load: {path} has manifest schema {version}, this sam3x reads {SCHEMA_VERSION}. {again}")
+        raise ArtifactError(f"{path} has manifest schema {version}, this sam3x reads {SCHEMA_VERSION}", remedy=again)
     if values.get("manifest_sha256") != seal:
-        raise ArtifactError(f"load: {path} was changed after the export (its own sha256 differs). {again}")
+        raise ArtifactError(f"{path} was changed after the export (its own sha256 differs)", remedy=again)
     return values
 
 
@@ -127,7 +126,7 @@ def read_manifest(folder: Path) -> ExportManifest:
     """
     values = read_values(folder)
     if values.get("kind") == "pipeline":
-        raise ArtifactError(f"load: {folder} holds a whole image model. Run it with sam3x run, or sam3x.runtime.Segmenter.")
+        raise ArtifactError(f"{folder} holds a whole image model", remedy="Run it with sam3x run, or sam3x.runtime.Segmenter.")
     return validated(ExportManifest, values, folder)
 
 
@@ -145,4 +144,4 @@ def validated(model: type[Manifest], values: dict[str, Any], folder: Path) -> Ma
     except ValidationError as error:
         fact = str(error).splitlines()[0]
         again = f"Export again: sam3x export -o {folder}"
-        raise ArtifactError(f"load: {folder / MANIFEST} is no sam3x manifest ({fact}). {again}") from error
+        raise ArtifactError(f"{folder / MANIFEST} is no sam3x manifest ({fact})", remedy=again) from error

@@ -23,7 +23,7 @@ from sam3x.artifact.files import is_inside, link_in, names_in, sha256_of
 from sam3x.artifact.journal import DISK_ERRORS, NEW, STAGING, commit, finish
 from sam3x.artifact.lock import locked
 from sam3x.artifact.manifest import MANIFEST, read_values, sealed
-from sam3x.errors import ArtifactError
+from sam3x.errors import ArtifactError, Step
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Publication:
             commit(self.path.parent, self.folder, obsolete)
         except OSError as error:
             fact = f"{self.folder} cannot be written ({error.strerror}); what was there is as it was"
-            raise ArtifactError(f"step 4/4 write: {fact}. Free space, or choose another --output.") from error
+            raise ArtifactError(fact, remedy="Free space, or choose another --output.", step=Step.WRITE) from error
 
 
 @contextlib.contextmanager
@@ -71,12 +71,12 @@ def publishing(folder: str | Path) -> Iterator[Publication]:
             (staging / NEW).mkdir()
         except BlockingIOError as error:
             raise ArtifactError(
-                f"step 1/4 spec: another export is writing into {shown}. Wait for it, or choose another --output."
+                f"another export is writing into {shown}", remedy="Wait for it, or choose another --output.", step=Step.SPEC
             ) from error
         except OSError as error:
             _remove_empty(made)
             raise ArtifactError(
-                f"step 1/4 spec: {shown} cannot be written ({error.strerror}). Choose another --output."
+                f"{shown} cannot be written ({error.strerror})", remedy="Choose another --output.", step=Step.SPEC
             ) from error
         try:
             yield Publication(folder=root, path=staging / NEW)
@@ -86,7 +86,7 @@ def publishing(folder: str | Path) -> Iterator[Publication]:
             disk = _disk_error(error)
             if disk is not None:
                 fact = f"{shown} cannot be written ({disk.strerror}); what was there is as it was"
-                raise ArtifactError(f"step 4/4 write: {fact}. Free space, or choose another --output.") from error
+                raise ArtifactError(fact, remedy="Free space, or choose another --output.", step=Step.WRITE) from error
             raise
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -107,14 +107,18 @@ def replace_manifest(folder: Path, manifest: BaseModel) -> None:
                 whole.unlink(missing_ok=True)
     except OSError as error:
         fact = "an export is writing into it" if isinstance(error, BlockingIOError) else error.strerror
-        raise ArtifactError(f"verify: {folder / MANIFEST} cannot be written ({fact}); it is as it was. Try again.") from error
+        raise ArtifactError(
+            f"{folder / MANIFEST} cannot be written ({fact}); it is as it was", remedy="Try again.", step=Step.REVERIFY
+        ) from error
 
 
 def _check_free(folder: Path, name: str) -> None:
     """Refuse to write over a folder, or through a link to somewhere else."""
     link = link_in(folder, str(Path(name).parent)) if "/" in name else None
     if link is not None:
-        raise ArtifactError(f"step 4/4 write: {link} is a symbolic link, and '{name}' would be written through it. Remove it.")
+        raise ArtifactError(
+            f"{link} is a symbolic link, and '{name}' would be written through it", remedy="Remove it.", step=Step.WRITE
+        )
     for path in (folder / name, *(folder / name).parents):
         if path == folder:
             return
@@ -122,7 +126,7 @@ def _check_free(folder: Path, name: str) -> None:
         if in_the_way:
             kind = "folder" if path.is_dir() else "file"
             raise ArtifactError(
-                f"step 4/4 write: {path} is a {kind}, where '{name}' has to go. Move it, or choose another --output."
+                f"{path} is a {kind}, where '{name}' has to go", remedy="Move it, or choose another --output.", step=Step.WRITE
             )
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from sam3x.bench.process import ContenderError, Worker, workers_closed
 from sam3x.bench.report import Machine
 from sam3x.bench.run import machine_of
-from sam3x.errors import Sam3xError
+from sam3x.errors import ArtifactError, Sam3xError, Step
 from sam3x.runtime.manifest import ComponentSpec, load_manifest
 
 KINDS = {"pipeline": "pipeline", "eager": "pipeline-eager"}
@@ -125,14 +125,19 @@ def bench_pipeline(
                 facts = made.until("ready")
                 starts[name] = (loaded - made.started, time.perf_counter() - loaded)
                 if facts["weights_sha256"] != manifest.weights_sha256:
-                    raise ContenderError("its weights are not those of the pipeline. Name the source: --checkpoint or --module")
+                    raise ArtifactError(
+                        "its weights are not those of the pipeline",
+                        subject=name,
+                        remedy="Name the source: --checkpoint or --module.",
+                        step=Step.BENCH,
+                    )
             for turn in range(repeat):
                 for name in names:
                     tell(f"{name}: run {turn + 1} of {repeat}")
                     seconds.setdefault(name, []).append(workers[name].run()[0])
             peaks = {name: workers[name].finish()["memory"]["peak"] for name in names}
         except ContenderError as error:
-            raise Sam3xError(f"bench: {name}: {error}.") from error
+            raise Sam3xError(str(error), subject=name, step=Step.BENCH) from error
         scores = {name: _scores(outputs[name]) for name in names}
     found = {
         name: PipelineFigures(
@@ -148,7 +153,7 @@ def bench_pipeline(
     if eager:
         ratio = statistics.median(ours / theirs for ours, theirs in zip(seconds["pipeline"], seconds["eager"], strict=True))
         if len(scores["pipeline"]) != len(scores["eager"]):
-            raise Sam3xError(f"bench: the pipeline found {len(scores['pipeline'])}, eager {len(scores['eager'])}.")
+            raise Sam3xError(f"the pipeline found {len(scores['pipeline'])}, eager {len(scores['eager'])}", step=Step.BENCH)
         gap = float(abs(scores["pipeline"] - scores["eager"]).max()) if len(scores["eager"]) else 0.0
     return PipelineReport(
         folder=str(folder),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from sam3x.errors import SpecError
+from sam3x.errors import SpecError, Step, did_you_mean
 
 SCHEMA_VERSION = 1
 BASELINES = {
@@ -214,11 +213,14 @@ def make_request(
     """
     for name in baselines:
         if name not in BASELINES:
-            close = difflib.get_close_matches(name, BASELINES, n=1)
-            hint = f" Did you mean '{close[0]}'?" if close else ""
-            raise SpecError(f"bench: --baseline: no baseline '{name}'; there are {', '.join(BASELINES)}.{hint}")
+            raise SpecError(
+                f"no baseline '{name}'; there are {', '.join(BASELINES)}",
+                subject="--baseline",
+                remedy=did_you_mean(name, BASELINES),
+                step=Step.BENCH,
+            )
     if not folders and not baselines:
-        raise SpecError("bench: nothing to run. Name an exported folder, or a --baseline.")
+        raise SpecError("nothing to run", remedy="Name an exported folder, or a --baseline.", step=Step.BENCH)
     request = BenchRequest(
         folders=tuple(dict.fromkeys(str(folder) for folder in folders)),
         baselines=tuple(dict.fromkeys(baselines)),
@@ -228,23 +230,31 @@ def make_request(
     )
     for name, low in (("batch", 1), ("prompt_length", 1), ("threads", 1), ("repeat", 1), ("warmup", 0)):
         if getattr(request, name) < low:
-            raise SpecError(f"bench: --{name.replace('_', '-')}: at least {low}, got {getattr(request, name)}.")
+            raise SpecError(
+                f"at least {low}, got {getattr(request, name)}", subject=f"--{name.replace('_', '-')}", step=Step.BENCH
+            )
     if not request.timeout > 0:
-        raise SpecError(f"bench: --timeout: more than 0 seconds, got {request.timeout:g}.")
+        raise SpecError(f"more than 0 seconds, got {request.timeout:g}", subject="--timeout", step=Step.BENCH)
     if request.checkpoint is not None and request.module is not None:
-        raise SpecError("bench: --checkpoint and --module both name the encoder of the baselines. Give one of them.")
+        raise SpecError(
+            "--checkpoint and --module both name the encoder of the baselines", remedy="Give one of them.", step=Step.BENCH
+        )
     names = contender_names(request)
     if request.reference is not None and request.reference not in names:
-        raise SpecError(f"bench: --reference: no contender '{request.reference}'; there are {', '.join(names)}.")
+        raise SpecError(
+            f"no contender '{request.reference}'; there are {', '.join(names)}", subject="--reference", step=Step.BENCH
+        )
     if request.baselines and request.batch % 2 and any(branch["dac"] and branch["pre_norm"] for branch in request.branches):
-        raise SpecError(f"bench: --branch dac=on halves the batch, and --batch is {request.batch}. Give an even --batch.")
+        raise SpecError(
+            f"--branch dac=on halves the batch, and --batch is {request.batch}", remedy="Give an even --batch.", step=Step.BENCH
+        )
     return request
 
 
 def _counts(tokens: str | Iterable[int]) -> tuple[int, ...]:
     parts = tokens.split(",") if isinstance(tokens, str) else [str(item) for item in tokens]
     if not all(part.strip().isascii() and part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise SpecError(f"bench: --tokens: expected counts as in 256,1024,5184, got '{','.join(parts)}'.")
+        raise SpecError(f"expected counts as in 256,1024,5184, got '{','.join(parts)}'", subject="--tokens", step=Step.BENCH)
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
@@ -258,7 +268,7 @@ def parse_branch(text: str) -> dict[str, bool]:
     for part in text.split(","):
         name, _, value = (piece.strip().lower() for piece in part.partition("="))
         if name.replace("-", "_") not in branch or value not in ("on", "off"):
-            raise SpecError(f"bench: --branch: expected flags as in dac=off,pre_norm=on, got '{text}'.")
+            raise SpecError(f"expected flags as in dac=off,pre_norm=on, got '{text}'", subject="--branch", step=Step.BENCH)
         branch[name.replace("-", "_")] = value == "on"
     return branch
 

@@ -28,7 +28,7 @@ from sam3x.bench.report import (
     timing_of,
     with_ratios,
 )
-from sam3x.errors import ArtifactError
+from sam3x.errors import ArtifactError, Step
 
 Tell = Callable[[str], None]
 PACKAGES = ("sam3x", "torch", "onnxruntime", "onnx", "onnxscript", "openvino", "executorch", "sam3", "numpy")
@@ -50,7 +50,9 @@ def bench(request: BenchRequest, *, command: str | None = None, tell: Tell | Non
     tell = tell or (lambda _: None)
     for folder in request.folders:
         if not (Path(folder) / "manifest.json").is_file():
-            raise ArtifactError(f"bench: {folder} holds no manifest.json. Export first: sam3x export -o {folder}")
+            raise ArtifactError(
+                f"{folder} holds no manifest.json", remedy=f"Export first: sam3x export -o {folder}", step=Step.BENCH
+            )
     machine = machine_of()
     started, clock = datetime.datetime.now(datetime.timezone.utc), time.perf_counter()
     cases = tuple(

@@ -10,6 +10,7 @@ from torch.export import Dim, ExportedProgram
 
 from sam3x.capture.inline import inline_layers
 from sam3x.capture.program import CapturedProgram
+from sam3x.capture.refusal import refusal
 from sam3x.capture.samples import branch_values, make_inputs, samples_for, trace_sizes
 from sam3x.errors import CaptureError, Sam3xError
 from sam3x.fusion.dimensions import dims_of
@@ -59,11 +60,10 @@ def capture(source: nn.Module | Sequence[nn.Module], spec: ExportSpec) -> Captur
     except Sam3xError:
         raise
     except Exception as error:
-        fact = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CaptureError(
-            f"step 2/4 capture: torch.export refused the encoder at {sizes} ({label}): {type(error).__name__}: {fact}. "
-            "Fix that dimension (for instance --tokens 5184), fix the flag (--dac off), or leave the input out (--inputs)."
-        ) from error
+        sizes_remedy = (
+            "Fix that size (for instance --tokens 5184), fix the flag (--dac off), or leave the input out (--inputs)."
+        )
+        raise refusal(f"the encoder at {sizes} ({label})", error, sizes_remedy) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
     placeholders = user_placeholders(program)
@@ -157,9 +157,11 @@ def _dim_names(placeholders: list, names: tuple[str, ...], dynamic: list) -> dic
             size = node.meta["val"].shape[index]
             if isinstance(size, int):
                 raise CaptureError(
-                    f"step 2/4 capture: '{name}' dimension {index} ({meaning}) came out fixed at {size}: the module "
-                    f"bakes it in. Fix it with --{str(meaning).replace('_', '-')} {size}, or make "
-                    "the module read it from the tensor's shape."
+                    f"'{name}' dimension {index} ({meaning}) came out fixed at {size}: the module bakes it in",
+                    remedy=(
+                        f"Fix it with --{str(meaning).replace('_', '-')} {size}, or make the module read it from the tensor's "
+                        "shape."
+                    ),
                 )
             found[str(size)] = str(meaning)
     return found

@@ -10,6 +10,7 @@ from torch.export import Dim
 
 from sam3x.capture.capture import capture, core_decompositions, free_layouts, rename_input, user_placeholders
 from sam3x.capture.program import CapturedProgram, Sample
+from sam3x.capture.refusal import refusal
 from sam3x.errors import CaptureError
 from sam3x.sources.contract import Component, Port
 from sam3x.spec import ExportSpec
@@ -38,11 +39,7 @@ def capture_component(component: Component, example: Mapping[str, Tensor], sampl
             program = program.run_decompositions(core_decompositions())
             free_layouts(program.graph_module)
     except Exception as error:
-        fact = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CaptureError(
-            f"step 2/4 capture: torch.export refused the {component.name}: {type(error).__name__}: {fact}. "
-            "Run again with -v for the traceback."
-        ) from error
+        raise refusal(f"the {component.name}", error, "Its code must read sizes from its tensors' shapes.") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
     dims: dict[str, str] = {}
@@ -52,8 +49,8 @@ def capture_component(component: Component, example: Mapping[str, Tensor], sampl
             size = node.meta["val"].shape[index]
             if meaning in free and isinstance(size, int):
                 raise CaptureError(
-                    f"step 2/4 capture: the {component.name} bakes in '{meaning}' at {size} (dimension {index} of "
-                    f"'{port.name}'). Its code must read that size from the tensor's shape."
+                    f"the {component.name} bakes in '{meaning}' at {size} (dimension {index} of '{port.name}')",
+                    remedy="Its code must read that size from the tensor's shape.",
                 )
             if meaning in free:
                 dims[str(size)] = str(meaning)

@@ -19,8 +19,6 @@ from sam3x.errors import CaptureError
 from sam3x.fusion.layer_op import LAYER_OP
 from sam3x.fusion.layer_template import LayerTemplate
 
-_STEP = "step 2/4 capture:"
-
 
 def inline_layers(shell: ExportedProgram, templates: Mapping[int, LayerTemplate]) -> None:
     """Replace every layer operator of ``shell``, in place.
@@ -74,9 +72,9 @@ class _Inliner:
         before, after = self.node.meta["val"], output.meta["val"]
         if tuple(before.shape) != tuple(after.shape) or before.dtype != after.dtype:
             raise CaptureError(
-                f"{_STEP} layer {self.index} maps tgt {tuple(before.shape)} {before.dtype} to "
-                f"{tuple(after.shape)} {after.dtype}. "
-                "A fusion layer must keep tgt's shape and dtype."
+                f"it maps tgt {tuple(before.shape)} {before.dtype} to {tuple(after.shape)} {after.dtype}",
+                subject=f"layer {self.index}",
+                remedy="A fusion layer must keep tgt's shape and dtype.",
             )
         self.node.replace_all_uses_with(output)
         self.module.graph.erase_node(self.node)
@@ -91,8 +89,9 @@ class _Inliner:
                 )
             elif isinstance(inner, int) and not isinstance(size, int):
                 raise CaptureError(
-                    f"{_STEP} layer {self.index} bakes in size {inner} of dimension {dim} of '{self.nodes[placeholder].name}'. "
-                    "Make the module read it from the tensor's shape, or fix that dimension (for instance --tokens 5184)."
+                    f"it bakes in size {inner} of dimension {dim} of '{self.nodes[placeholder].name}'",
+                    subject=f"layer {self.index}",
+                    remedy="Make the module read it from the tensor's shape, or fix that size (for instance --tokens 5184).",
                 )
 
     def _constant(self, spec: InputSpec, placeholder: Node) -> Node:

@@ -9,7 +9,7 @@ import typer
 
 from sam3x.cli.console import reporting, shown_steps
 from sam3x.cli.options import Checkpoint, Json, Module, Quiet, Verbose
-from sam3x.errors import SpecError
+from sam3x.errors import SpecError, Step
 
 
 def bench(
@@ -69,7 +69,9 @@ def bench(
         files = {"--html": html, "--markdown": markdown}
         for option, path in files.items():
             if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-                raise SpecError(f"bench: {option}: {path} cannot be written. Name a file in a folder that exists.")
+                raise SpecError(
+                    f"{path} cannot be written", subject=option, remedy="Name a file in a folder that exists.", step=Step.BENCH
+                )
         from sam3x.bench import run as benchmark
 
         with shown_steps(quiet) as steps:

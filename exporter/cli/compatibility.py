@@ -17,11 +17,13 @@ def compatibility(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceback of an error.")] = False,
 ) -> None:
     """Try every component of a small image model on every target: what is taken, and why the rest is not. Takes minutes."""
-    from sam3x.errors import SpecError
+    from sam3x.errors import SpecError, Step
 
     with reporting(verbose):
         if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-            raise SpecError(f"compatibility: {output} cannot be written. Name a file in a folder that exists.")
+            raise SpecError(
+                f"{output} cannot be written", remedy="Name a file in a folder that exists.", step=Step.COMPATIBILITY
+            )
         with shown_steps(quiet) as steps:
             steps.begin("import torch")
             with hushed(verbose):

@@ -12,7 +12,7 @@ import typer
 from sam3x.cli.console import hushed, reporting, shown_steps
 from sam3x.cli.options import Checkpoint, Folder, Json, Module, Quiet, Verbose
 from sam3x.cli.source_options import exclusive, named_source
-from sam3x.errors import SpecError
+from sam3x.errors import SpecError, Step
 
 
 class Low(str, Enum):
@@ -82,4 +82,6 @@ def _examine(
 def _check_page(html: Path | None) -> None:
     """Refuse a page that cannot be written before the work is done."""
     if html is not None and (html.is_dir() or not html.absolute().parent.is_dir()):
-        raise SpecError(f"doctor: --html: {html} cannot be written. Name a file in a folder that exists.")
+        raise SpecError(
+            f"{html} cannot be written", subject="--html", remedy="Name a file in a folder that exists.", step=Step.DOCTOR
+        )

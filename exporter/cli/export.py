@@ -131,7 +131,10 @@ def export(
         options.update(target_options_of(context))
         _check_early(target, options, checkpoint, module)
         if not pipeline and (tokenizer is not None or source is not None or components is not None or fuse):
-            raise SpecError("step 1/4 spec: --tokenizer, --source, --components and --fuse belong to --pipeline.")
+            raise SpecError(
+                "--tokenizer, --source, --components and --fuse belong to --pipeline",
+                remedy="Add --pipeline, or leave them out.",
+            )
         if pipeline:
             check_pipeline_options(
                 target, options, fuse=fuse, components=components, disable_pass=disable_pass, dump_graphs=dump_graphs
@@ -190,7 +193,7 @@ def _feature_sizes(text: str) -> tuple[tuple[int, int], ...]:
     for part in text.split(","):
         height, _, width = part.strip().lower().partition("x")
         if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-            raise SpecError(f"step 1/4 spec: --feature-sizes: expected HxW for each level, as in 72x72,36x36, got {text!r}.")
+            raise SpecError(f"expected HxW for each level, as in 72x72,36x36, got {text!r}", subject="--feature-sizes")
         sizes.append((int(height), int(width)))
     return tuple(sizes)
 
@@ -206,5 +209,5 @@ def _check_early(target: str, options: dict[str, Any], checkpoint: Path | None, 
     status = back_end.availability()
     if not status.available:
         raise TargetUnavailableError(
-            f"step 1/4 spec: target '{target}' cannot export here: {status.detail}. Install it: {status.install}"
+            f"target '{target}' cannot export here: {status.detail}", remedy=f"Install it: {status.install}"
         )

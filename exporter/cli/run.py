@@ -52,13 +52,11 @@ def check_pipeline_options(
 
         check_fuse(target, None if components is None else components.split(","))
     if options.get("layout", "flat") != "flat":
-        raise SpecError(
-            f"step 1/4 spec: --layout {options['layout']} is for one model; a pipeline has six. Leave --layout out."
-        )
+        raise SpecError(f"--layout {options['layout']} is for one model; a pipeline has six", remedy="Leave --layout out.")
     given = [name for name in _ENCODER_ALONE if name in options] + [name for name, value in others.items() if value]
     if given:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise SpecError(f"step 1/4 spec: {named} belong to a fusion encoder alone. Leave them out with --pipeline.")
+        raise SpecError(f"{named} belong to a fusion encoder alone", remedy="Leave them out with --pipeline.")
 
 
 def show_pipeline(manifest: PipelineManifest, folder: Path, *, as_json: bool, quiet: bool, verbose: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sam3x.cli.console import reporting
-from sam3x.errors import SpecError
+from sam3x.errors import SpecError, Step
 
 Boxes = Annotated[
     list[str] | None,
@@ -32,10 +32,10 @@ def run(
     with reporting(verbose):
         boxes, labels = parse_boxes(box or ())
         if not text and not boxes:
-            raise SpecError("run: nothing to look for. Give --text or --box.")
+            raise SpecError("nothing to look for", remedy="Give --text or --box.", step=Step.RUN)
         for path in (output, json_file):
             if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-                raise SpecError(f"run: {path} cannot be written. Name a file in a folder that exists.")
+                raise SpecError(f"{path} cannot be written", remedy="Name a file in a folder that exists.", step=Step.RUN)
         from sam3x.runtime import Segmenter
 
         segmenter = Segmenter(folder, check=check)
@@ -65,7 +65,9 @@ def parse_boxes(given: list[str] | tuple[str, ...]) -> tuple[list[list[float]], 
         except ValueError:
             numbers = []
         if len(numbers) != 4:
-            raise SpecError(f"run: --box: expected X0,Y0,X1,Y1 in pixels, as in 10,20,200,180, got {text!r}.")
+            raise SpecError(
+                f"expected X0,Y0,X1,Y1 in pixels, as in 10,20,200,180, got {text!r}", subject="--box", step=Step.RUN
+            )
         boxes.append(numbers)
         labels.append(wanted)
     return boxes, labels

@@ -19,7 +19,7 @@ def exclusive(checkpoint: Path | None, module: str | None) -> None:
         SpecError: both are given.
     """
     if checkpoint is not None and module is not None:
-        raise SpecError("step 1/4 spec: --checkpoint and --module both name the encoder. Give one of them.")
+        raise SpecError("--checkpoint and --module both name the encoder", remedy="Give one of them.")
 
 
 def named_source(checkpoint: Path | None, module: str | None, steps: Steps) -> Source | None:

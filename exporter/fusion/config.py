@@ -49,6 +49,4 @@ def make_config(subject: str = "hyper-parameters", **options: Any) -> FusionConf
             given = f" (got {item['input']!r})" if where else ""
             facts.append(f"{where}: {item['msg']}{given}" if where else item["msg"].removeprefix("Value error, "))
         known = ", ".join(FusionConfig.model_fields)
-        raise SourceError(
-            f"step 1/4 source: {subject}: {'; '.join(facts)}. Correct the value; the names are {known}."
-        ) from None
+        raise SourceError("; ".join(facts), subject=subject, remedy=f"Correct the value; the names are {known}.") from None

@@ -76,14 +76,16 @@ def layers_of(module: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
     else:
         layers = [module]  # type: ignore[list-item]
     if not layers:
-        raise SourceError("step 1/4 source: the encoder has no layers. Give at least one TransformerEncoderLayer.")
+        raise SourceError("the encoder has no layers", remedy="Give at least one TransformerEncoderLayer.")
     for index, layer in enumerate(layers):
         names = inspect.signature(layer.forward).parameters if isinstance(layer, nn.Module) else {}
         if not {"tgt", "memory"} <= set(names):
             raise SourceError(
-                f"step 1/4 source: {type(module).__name__} is no fusion encoder: layer {index} ({type(layer).__name__}) "
-                "does not take 'tgt' and 'memory'. Pass a TransformerEncoderFusion, TransformerEncoder, "
-                "TransformerEncoderLayer, or a list of layers."
+                (
+                    f"{type(module).__name__} is no fusion encoder: layer {index} ({type(layer).__name__}) does not take "
+                    "'tgt' and 'memory'"
+                ),
+                remedy="Pass a TransformerEncoderFusion, TransformerEncoder, TransformerEncoderLayer, or a list of layers.",
             )
     return layers
 
@@ -96,18 +98,16 @@ def d_model_of(layers: Sequence[nn.Module]) -> int:
         for child in layer.modules():
             if isinstance(child, nn.LayerNorm):
                 return child.normalized_shape[-1]
-    raise SourceError("step 1/4 source: the layers tell no d_model. Set an int attribute 'd_model' on the layer.")
+    raise SourceError("the layers tell no d_model", remedy="Set an int attribute 'd_model' on the layer.")
 
 
 def _check_weights(module: nn.Module) -> None:
     """Inputs are float32 on the CPU, so the weights must be too: converting them would change or copy the module."""
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         if value.device.type != "cpu":
-            raise SourceError(f"step 1/4 source: '{name}' is on {value.device}, export needs the CPU. Call module.cpu() first.")
+            raise SourceError(f"'{name}' is on {value.device}, export needs the CPU", remedy="Call module.cpu() first.")
         if value.is_floating_point() and value.dtype != torch.float32:
-            raise SourceError(
-                f"step 1/4 source: '{name}' is {value.dtype}, export takes torch.float32. Call module.float() first."
-            )
+            raise SourceError(f"'{name}' is {value.dtype}, export takes torch.float32", remedy="Call module.float() first.")
 
 
 class FusionEncoder(nn.Module):
@@ -131,7 +131,7 @@ class FusionEncoder(nn.Module):
         if spec.dac_dim == 1 and spec.dac is not False and not all(self.stock):
             odd = type(self.layers[self.stock.index(False)]).__name__
             raise SpecError(
-                f"step 1/4 spec: dac_dim=1 is not defined for {odd}, which has its own forward. Use --dac-dim 0 or --dac off."
+                f"dac_dim=1 is not defined for {odd}, which has its own forward", remedy="Use --dac-dim 0 or --dac off."
             )
         if spec.interface == "feature_maps":
             self._check_maps()
@@ -140,14 +140,14 @@ class FusionEncoder(nn.Module):
         names = inspect.signature(self.encoder.forward).parameters
         if not {"src", "prompt"} <= set(names):
             raise SpecError(
-                f"step 1/4 spec: {type(self.encoder).__name__} takes no feature maps. "
-                "Use --interface tokens, or a TransformerEncoderFusion."
+                f"{type(self.encoder).__name__} takes no feature maps",
+                remedy="Use --interface tokens, or a TransformerEncoderFusion.",
             )
         levels = int(getattr(self.encoder, "num_feature_levels", 1))
         if levels != len(self.spec.feature_sizes):
             raise SpecError(
-                f"step 1/4 spec: the encoder has {levels} feature levels, feature_sizes names "
-                f"{len(self.spec.feature_sizes)}. Give one HxW a level."
+                f"the encoder has {levels} feature levels, feature_sizes names {len(self.spec.feature_sizes)}",
+                remedy="Give one HxW a level.",
             )
 
     @property

@@ -74,7 +74,7 @@ def _row(name: str, options: Mapping[str, Any], tell: Callable[[str], None]) -> 
             try:
                 made = job.export(component, cases[component.name])
             except Sam3xError as error:
-                found[component.name] = Cell(False, str(error).partition(". Re-run")[0])
+                found[component.name] = Cell(False, f"{error.subject}: {error.fact}" if error.subject else error.fact)
                 continue
         worst = max((record.max_rel for record in made.verification), default=None)
         text = f"built, not run: {job.unverified}" if worst is None else f"verified, {worst:.0e} from eager"

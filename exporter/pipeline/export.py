@@ -69,15 +69,15 @@ def export_pipeline(
     spec, target_options = resolve(back_end, {**DEFAULTS, **back_end.default_options, **options})
     unknown = [name for name in components if name not in COMPONENTS]
     if unknown or not components:
-        raise SpecError(f"step 1/4 spec: no component {', '.join(unknown) or 'named'}; there are {', '.join(COMPONENTS)}.")
+        raise SpecError(f"no component {', '.join(unknown) or 'named'}; there are {', '.join(COMPONENTS)}")
     if fuse:
         check_fuse(target, None if tuple(components) == COMPONENTS else components)
     if getattr(target_options, "layout", "flat") != "flat":
-        raise SpecError("step 1/4 spec: a layout of folders is for one model; a pipeline has six. Leave layout out.")
+        raise SpecError("a layout of folders is for one model; a pipeline has six", remedy="Leave layout out.")
     status = back_end.availability()
     if not status.available:
         raise TargetUnavailableError(
-            f"step 1/4 spec: target '{target}' cannot export here: {status.detail}. Install it: {status.install}"
+            f"target '{target}' cannot export here: {status.detail}", remedy=f"Install it: {status.install}"
         )
     with publishing(output) as publication:
         staging = publication.path

@@ -20,8 +20,6 @@ def check_fuse(target: str, components: Sequence[str] | None) -> None:
         SpecError: another target than ONNX, or only some components.
     """
     if target != "onnx":
-        raise SpecError(
-            f"step 1/4 spec: --fuse joins ONNX files, the target is {target}. Leave --fuse out, or take --target onnx."
-        )
+        raise SpecError(f"--fuse joins ONNX files, the target is {target}", remedy="Leave --fuse out, or take --target onnx.")
     if components is not None:
-        raise SpecError("step 1/4 spec: --fuse joins the components of a whole model. Leave --components out, or --fuse.")
+        raise SpecError("--fuse joins the components of a whole model", remedy="Leave --components out, or --fuse.")

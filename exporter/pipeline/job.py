@@ -13,7 +13,7 @@ from torch import Tensor
 from sam3x.artifact.manifest import PassRecordModel, VerificationRecord
 from sam3x.capture.component import capture_component
 from sam3x.capture.program import Sample
-from sam3x.errors import VerificationError
+from sam3x.errors import Step, VerificationError
 from sam3x.passes.decompose.decompose_complex import DecomposeComplexPass
 from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.passes.pipeline import PassPipeline
@@ -120,7 +120,7 @@ class ComponentJob:
             records = verify_component(component, partial(self.target.load_runner, path), cases, unrounded, rounding)
         except RuntimeError as error:  # a runtime's own
             raise VerificationError(
-                f"step 4/4 verify {self.target.name} {component.name}: the file was written and does not run: {error}. {remedy}"
+                f"the file was written and does not run: {error}", subject=f"{self.target.name} {component.name}", remedy=remedy
             ) from error
-        require(records, f"step 4/4 verify {self.target.name} {component.name}")
+        require(records, Step.VERIFY, f"{self.target.name} {component.name}")
         return records

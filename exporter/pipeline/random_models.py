@@ -106,4 +106,4 @@ def _needed(package: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         extra = {"timm": "sam3", "transformers": "transformers"}[package]
-        raise SourceError(f'step 1/4 source: it needs {package}. Install it: pip install "sam3x[{extra}]".') from error
+        raise SourceError(f"it needs {package}", remedy=f'Install it: pip install "sam3x[{extra}]".') from error

@@ -8,7 +8,7 @@ from typing import Any
 
 from sam3x.artifact.manifest import VerificationRecord
 from sam3x.artifact.publish import replace_manifest
-from sam3x.errors import ArtifactError
+from sam3x.errors import ArtifactError, Step
 from sam3x.pipeline.export import cases_of
 from sam3x.pipeline.fuse import fused
 from sam3x.pipeline.quality import eager_answers, quality_of
@@ -40,8 +40,9 @@ def verify_pipeline(folder: str | Path, cut: Cut, *, full: bool = False) -> list
     model = cut(spec)
     if model.weights_sha256 != manifest.weights_sha256:
         raise ArtifactError(
-            f"verify: {folder} was exported from other weights ({manifest.origin}). "
-            "Name the source it came from: --checkpoint or --module."
+            f"{folder} was exported from other weights ({manifest.origin})",
+            remedy="Name the source it came from: --checkpoint or --module.",
+            step=Step.REVERIFY,
         )
     cases, target = cases_of(model, spec), get_target(manifest.target)
     options = target.options_type(**manifest.target_options)
@@ -60,7 +61,7 @@ def verify_pipeline(folder: str | Path, cut: Cut, *, full: bool = False) -> list
             before = None if precision is None else [outputs for _, _, outputs in given]
             rounding = reduced(component, target, options)
             found[component.name] = verify_component(component, partial(target.load_runner, path), expected, before, rounding)
-        require(found[component.name], f"verify {manifest.target} {component.name}")
+        require(found[component.name], Step.REVERIFY, f"{manifest.target} {component.name}")
     if not manifest.verified:
         complete = tuple(item.model_copy(update={"verification": found[item.name]}) for item in manifest.components)
         known: dict[str, Any] = {"components": complete, "verified": True, "verified_reason": None}

@@ -39,11 +39,11 @@ def write_tokenizer(source: str | Path | None, folder: Path, model: ImageModel) 
             shutil.copyfile(path, folder / TOKENIZER)
         size = _load(folder / TOKENIZER).get_vocab_size()
     except OSError as error:
-        raise SourceError(f"step 1/4 source: --tokenizer {path} cannot be read ({error.strerror or error}).") from error
+        raise SourceError(f"--tokenizer {path} cannot be read ({error.strerror or error})") from error
     if size > model.vocab_size:
         raise SourceError(
-            f"step 1/4 source: --tokenizer {path} has {size} tokens, the text encoder takes {model.vocab_size}. "
-            "Give the vocabulary that the model was trained with."
+            f"--tokenizer {path} has {size} tokens, the text encoder takes {model.vocab_size}",
+            remedy="Give the vocabulary that the model was trained with.",
         )
     return TOKENIZER
 
@@ -54,7 +54,7 @@ def _load(path: Path) -> Any:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
-        raise SourceError(f"step 1/4 source: the tokenizer is no file of Hugging Face's tokenizers ({error}).") from error
+        raise SourceError(f"the tokenizer is no file of Hugging Face's tokenizers ({error})") from error
 
 
 def _from_merges(path: Path, model: ImageModel) -> Any:
@@ -64,7 +64,7 @@ def _from_merges(path: Path, model: ImageModel) -> Any:
     try:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise SourceError(f"step 1/4 source: --tokenizer {path} is damaged ({error}). Download it again.") from error
+        raise SourceError(f"--tokenizer {path} is damaged ({error})", remedy="Download it again.") from error
     pairs = [line.split() for line in lines[1 : 49152 - 256 - 2 + 1]]
     merges = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
     letters = _bytes_to_unicode()

@@ -19,7 +19,7 @@ from sam3x.artifact.artifact import load
 from sam3x.capture.capture import capture
 from sam3x.capture.program import CapturedProgram, Sample
 from sam3x.capture.samples import Sizes, samples_for
-from sam3x.errors import ArtifactError, SpecError, VerificationError
+from sam3x.errors import ArtifactError, SpecError, Step, VerificationError
 from sam3x.fusion.encoder import FusionEncoder
 from sam3x.passes.attention.simplify_attention_masks import SimplifyAttentionMasksPass
 from sam3x.passes.default_pipeline import default_pipeline
@@ -59,14 +59,15 @@ def doctor(
     manifest = load(folder).manifest
     allowed = BOUNDS[precision] if bound is None else bound
     if not allowed > 0:
-        raise SpecError(f"doctor: --bound {allowed} is no error anything can hold. Give a number above 0.")
+        raise SpecError(f"--bound {allowed} is no error anything can hold", remedy="Give a number above 0.", step=Step.DOCTOR)
     say("source")
     spec = _examined(ExportSpec(**manifest.spec), tokens)
     given = source_for(source, spec.seed)
     if given.weights_sha256 != manifest.weights_sha256:
         raise ArtifactError(
-            f"doctor: {folder} was exported from other weights ({manifest.origin}). "
-            "Name the source it came from: --checkpoint or --module."
+            f"{folder} was exported from other weights ({manifest.origin})",
+            remedy="Name the source it came from: --checkpoint or --module.",
+            step=Step.DOCTOR,
         )
     say("capture")
     program, _ = default_pipeline("select").then(SimplifyAttentionMasksPass()).run(capture(given.module, spec))
@@ -81,7 +82,9 @@ def examine(patient: Patient, *, precision: Precision, bound: float, origin: str
     plain = patient.error(frozenset())
     if plain["max_abs"] > bound:
         raise VerificationError(
-            f"doctor: float32 itself is {plain['max_abs']:.1e} from eager, more than --bound {bound:g}. Choose a larger bound."
+            f"float32 itself is {plain['max_abs']:.1e} from eager, more than --bound {bound:g}",
+            remedy="Choose a larger bound.",
+            step=Step.DOCTOR,
         )
     whole = patient.error(everything)
     alone = {path: patient.error(frozenset({path})) for path in patient.paths}

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from sam3x.artifact.artifact import check_files
 from sam3x.artifact.journal import recover
 from sam3x.artifact.manifest import SCHEMA_VERSION, PassRecordModel, TensorSpec, VerificationRecord, read_values, validated
-from sam3x.errors import ArtifactError
+from sam3x.errors import ArtifactError, Step
 
 SEGMENTER = "segmenter"
 """The component that ``--fuse`` joins from those that run for every prompt."""
@@ -129,7 +129,9 @@ class PipelineManifest(_Record):
         for item in self.components:
             if item.name == name:
                 return item
-        raise ArtifactError(f"run: the pipeline was exported without its {name}. Export it whole: leave --components out.")
+        raise ArtifactError(
+            f"the pipeline was exported without its {name}", remedy="Export it whole: leave --components out.", step=Step.RUN
+        )
 
 
 def is_pipeline(folder: str | Path) -> bool:
@@ -154,11 +156,13 @@ def load_manifest(folder: str | Path, *, check: bool = True) -> PipelineManifest
     values = read_values(root)
     if values.get("kind") != "pipeline":
         raise ArtifactError(
-            f"load: {root} holds no pipeline, but a single encoder. Export one: sam3x export --pipeline -o {root}"
+            f"{root} holds no pipeline, but a single encoder", remedy=f"Export one: sam3x export --pipeline -o {root}"
         )
     manifest = validated(PipelineManifest, values, root)
     named = {item.file for item in manifest.components} | ({manifest.tokenizer} if manifest.tokenizer else set())
     if not named <= set(manifest.files):
-        raise ArtifactError(f"load: {root} names files without a sha256: {sorted(named - set(manifest.files))}. Export again.")
+        raise ArtifactError(
+            f"{root} names files without a sha256: {sorted(named - set(manifest.files))}", remedy="Export again."
+        )
     check_files(root, manifest.files, hashes=check)
     return manifest

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sam3x.errors import SpecError, TargetUnavailableError
+from sam3x.errors import SpecError, Step, TargetUnavailableError
 from sam3x.runtime.resize import resize_picture
 
 if TYPE_CHECKING:
@@ -29,12 +29,12 @@ def open_picture(source: Any) -> Image.Image:
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise TargetUnavailableError(f"run: reading pictures needs Pillow. {INSTALL}") from None
+        raise TargetUnavailableError("reading pictures needs Pillow", remedy=INSTALL, step=Step.RUN) from None
     if isinstance(source, Image.Image):
         return source.convert("RGB")
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
-            raise SpecError(f"run: expected a uint8 array (H, W, 3), got {source.dtype} {list(source.shape)}.")
+            raise SpecError(f"expected a uint8 array (H, W, 3), got {source.dtype} {list(source.shape)}", step=Step.RUN)
         return Image.fromarray(source)
     path = Path(source)
     try:
@@ -42,7 +42,9 @@ def open_picture(source: Any) -> Image.Image:
             return ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError, SyntaxError) as error:
         fact = getattr(error, "strerror", None) or str(error).replace(str(path), "the file").rstrip(".")
-        raise SpecError(f"run: {path} cannot be read as a picture ({fact}). Give a JPEG, PNG or WebP file.") from error
+        raise SpecError(
+            f"{path} cannot be read as a picture ({fact})", remedy="Give a JPEG, PNG or WebP file.", step=Step.RUN
+        ) from error
 
 
 def to_tensor(picture: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -73,9 +75,9 @@ def boxes_to_fractions(boxes: Any, height: int, width: int) -> np.ndarray:
     try:
         given = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
     except (TypeError, ValueError):
-        raise SpecError(f"run: expected boxes of four numbers x0, y0, x1, y1 in pixels, got {boxes!r}.") from None
+        raise SpecError(f"expected boxes of four numbers x0, y0, x1, y1 in pixels, got {boxes!r}", step=Step.RUN) from None
     if not np.isfinite(given).all() or (given[:, 2:] <= given[:, :2]).any():
-        raise SpecError(f"run: a box is x0, y0, x1, y1 in pixels with x0 < x1 and y0 < y1, got {given.tolist()}.")
+        raise SpecError(f"a box is x0, y0, x1, y1 in pixels with x0 < x1 and y0 < y1, got {given.tolist()}", step=Step.RUN)
     scale = np.array([width, height, width, height], dtype=np.float32)
     low, high = given[:, :2], given[:, 2:]
     return np.concatenate([(low + high) / 2, high - low], axis=1) / scale

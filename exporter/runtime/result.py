@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sam3x.errors import ArtifactError
+from sam3x.errors import ArtifactError, Step
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -81,7 +81,9 @@ def _written(path: str | Path, write: Any) -> None:
         write(file)
     except (OSError, ValueError) as error:  # Pillow: unknown extension
         fact = getattr(error, "strerror", None) or str(error)
-        raise ArtifactError(f"run: {file} cannot be written ({fact}). Name a file in a folder that exists.") from error
+        raise ArtifactError(
+            f"{file} cannot be written ({fact})", remedy="Name a file in a folder that exists.", step=Step.RUN
+        ) from error
 
 
 def _overlaid(result: Result) -> Image.Image:

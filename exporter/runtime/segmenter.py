@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sam3x.errors import ArtifactError, SpecError
+from sam3x.errors import ArtifactError, SpecError, Step
 from sam3x.runtime.components import Components
 from sam3x.runtime.manifest import SEGMENTER, load_manifest
 from sam3x.runtime.pictures import boxes_to_fractions, boxes_to_pixels, open_picture, sigmoid, to_tensor
@@ -69,8 +69,11 @@ class Segmenter:
         name = self.manifest.tokenizer
         if name is None:
             raise ArtifactError(
-                f"run: {self.folder} was exported without a tokenizer, so words cannot be read. Export again with --tokenizer "
-                "FILE (bpe_simple_vocab_16e6.txt.gz or a tokenizer.json), or give token ids."
+                f"{self.folder} was exported without a tokenizer, so words cannot be read",
+                remedy=(
+                    "Export again with --tokenizer FILE (bpe_simple_vocab_16e6.txt.gz or a tokenizer.json), or give token ids."
+                ),
+                step=Step.RUN,
             )
         return Tokenizer(self.folder / name, self.manifest.context_length, unescape_html=self.manifest.unescape_html)
 
@@ -130,23 +133,25 @@ class Segmenter:
     def _prompts(self, text: Any, boxes: Any, labels: Any, height: int, width: int) -> list[_Prompt]:
         texts = [text] if isinstance(text, str) else list(text) if text is not None else []
         if text is not None and not texts:
-            raise SpecError("run: the list of texts is empty. Give at least one, or None with boxes.")
+            raise SpecError("the list of texts is empty", remedy="Give at least one, or None with boxes.", step=Step.RUN)
         given = [] if boxes is None else list(boxes)
         if not texts and not given:
-            raise SpecError("run: nothing to look for. Give text, boxes or both.")
+            raise SpecError("nothing to look for", remedy="Give text, boxes or both.", step=Step.RUN)
         nested = any(np.ndim(item) != 1 or len(item) == 0 for item in given)
         count = len(texts) or (len(given) if nested else 1)
         if nested and len(given) != count:
-            raise SpecError(f"run: {len(given)} lists of boxes for {count} texts. Give a list for each, or one for all.")
+            raise SpecError(
+                f"{len(given)} lists of boxes for {count} texts", remedy="Give a list for each, or one for all.", step=Step.RUN
+            )
         limit = self.manifest.component(SEGMENTER if self.manifest.fused else "prompt_encoder").ranges["boxes"][1]
         prompts = []
         for index in range(count):
             fractions = boxes_to_fractions(given[index] if nested else given, height, width)
             own = [True] * len(fractions) if labels is None else labels[index] if nested else labels
             if len(own) != len(fractions):
-                raise SpecError(f"run: {len(own)} labels for {len(fractions)} boxes. Give one for each.")
+                raise SpecError(f"{len(own)} labels for {len(fractions)} boxes", remedy="Give one for each.", step=Step.RUN)
             if len(fractions) > limit:
-                raise SpecError(f"run: {len(fractions)} boxes in one prompt, the model takes at most {limit}.")
+                raise SpecError(f"{len(fractions)} boxes in one prompt, the model takes at most {limit}", step=Step.RUN)
             words = texts[index] if texts else self.manifest.box_text
             ids = self._ids(words)
             name = words if isinstance(words, str) and texts else "boxes" if not texts else f"ids {ids}"
@@ -158,7 +163,7 @@ class Segmenter:
             return self.tokenizer(words)
         ids, limit = [int(value) for value in words], self.manifest.context_length
         if not 0 < len(ids) <= limit or not all(0 <= value < self.manifest.vocab_size for value in ids):
-            raise SpecError(f"run: expected 1 to {limit} token ids below {self.manifest.vocab_size}, got {ids}.")
+            raise SpecError(f"expected 1 to {limit} token ids below {self.manifest.vocab_size}, got {ids}", step=Step.RUN)
         return ids
 
     def _valid(self, prompts: Sequence[_Prompt]) -> np.ndarray:

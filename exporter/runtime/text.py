@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sam3x.errors import ArtifactError, TargetUnavailableError
+from sam3x.errors import ArtifactError, Step, TargetUnavailableError
 from sam3x.runtime.pictures import INSTALL
 
 
@@ -26,11 +26,11 @@ class Tokenizer:
         try:
             from tokenizers import Tokenizer as Loader
         except ImportError:
-            raise TargetUnavailableError(f"run: reading words needs the tokenizers package. {INSTALL}") from None
+            raise TargetUnavailableError("reading words needs the tokenizers package", remedy=INSTALL, step=Step.RUN) from None
         try:
             self._tokenizer: Any = Loader.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception
-            raise ArtifactError(f"load: {path} is no tokenizer file ({error}). Export again.") from error
+            raise ArtifactError(f"{path} is no tokenizer file ({error})", remedy="Export again.") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.context_length, self.unescape_html = context_length, unescape_html

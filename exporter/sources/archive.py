@@ -14,8 +14,8 @@ _LARGEST_RATIO = 64
 """Weights may be tied between layers or stored as float16; none needs more than this many times the file as float32."""
 
 
-def archive_fault(path: Path) -> str | None:
-    """Why a zip archive is not what ``torch.save`` writes, or None.
+def archive_fault(path: Path) -> tuple[str, str] | None:
+    """Why a zip archive is not what ``torch.save`` writes, and a remedy, or None.
 
     torch stores its records plain, one after another. A compressed record can be a thousand times the file, and records that
     overlap any number of times: both are zip bombs to whoever loads them.
@@ -24,18 +24,19 @@ def archive_fault(path: Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
-        return f"is damaged or cut short ({error}). Download or save it again."
+        return f"is damaged or cut short ({error})", "Download or save it again."
     if any("/code/" in record.filename for record in records):
         return None  # TorchScript, which torch.load refuses before it unpacks anything
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        return "holds compressed records, which torch.save never writes: refused. Save it again with torch.save."
+        return "holds compressed records, which torch.save never writes: refused", "Save it again with torch.save."
     if sum(record.file_size for record in records) > path.stat().st_size:
-        return "holds records that overlap, a zip bomb: refused. Download or save it again."
+        return "holds records that overlap, a zip bomb: refused", "Download or save it again."
     return None
 
 
-def weights_fault(path: Path, weights: Mapping[str, Tensor]) -> str | None:
-    """Why the weights read from ``path`` are not those that were saved, or None: too large for the file, or bits that flipped.
+def weights_fault(path: Path, weights: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """Why the weights read from ``path`` are not those that were saved, and a remedy, or None:
+    they are too large for the file, or bits flipped.
 
     torch.load compares no checksums. A record without one (``torch.serialization.set_crc32_options(False)``) cannot be checked,
     nor can safetensors, which have none.
@@ -45,10 +46,10 @@ def weights_fault(path: Path, weights: Mapping[str, Tensor]) -> str | None:
         if value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized:
             stored = value.untyped_storage().nbytes()
             if value.numel() * value.element_size() > stored:
-                return f"says {name} has {value.numel()} values and stores {stored} bytes for them. Save it again contiguous."
+                return f"says {name} has {value.numel()} values and stores {stored} bytes for them", "Save it again contiguous."
     total = sum(4 * value.numel() for value in weights.values())
     if total > _LARGEST_RATIO * size:
-        return f"describes weights of {total} bytes in a file of {size}. Download or save it again."
+        return f"describes weights of {total} bytes in a file of {size}", "Download or save it again."
     checksums = _checksums(path)
     seen: set[int] = set()
     for name, value in weights.items():
@@ -58,7 +59,7 @@ def weights_fault(path: Path, weights: Mapping[str, Tensor]) -> str | None:
             data = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
             known = checksums.get(data.numel())
             if known and 0 not in known and zlib.crc32(data.numpy().data) not in known:
-                return f"is damaged: the bytes of {name} do not give the checksum they were saved with. Download it again."
+                return f"is damaged: the bytes of {name} do not give the checksum they were saved with", "Download it again."
     return None
 
 

@@ -25,7 +25,7 @@ _TRANSFORMERS_KEY = re.compile(r"(?:^|\.)detr_encoder\.layers\.\d+\.(?:self_attn
 _SHOWN = 8
 _TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began files before it wrote zip archives
 _SAVE_AGAIN = "Save the weights alone: torch.save(model.state_dict(), path)."
-_TEXT = "is a text file, not a checkpoint (a login page instead of the download?). Download it again."
+_TEXT = ("is a text file, not a checkpoint (a login page instead of the download?)", "Download it again.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +46,10 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     head = _head(path)
     state = _load_safetensors(path, head) if path.suffix.lower() == ".safetensors" else _load_torch(path, head)
     if not isinstance(state, Mapping):
-        raise _error(path, f"holds a {type(state).__name__}, not named weights. {_SAVE_AGAIN}")
+        raise _error(path, f"holds a {type(state).__name__}, not named weights", _SAVE_AGAIN)
     tensors = _unwrap(state)
     if not tensors:
-        raise _error(path, f"holds no tensors ({some_of(map(str, state))}). {_SAVE_AGAIN}")
+        raise _error(path, f"holds no tensors ({some_of(map(str, state))})", _SAVE_AGAIN)
     return tensors
 
 
@@ -63,8 +63,8 @@ def _unwrap(state: Mapping[Any, Any], depth: int = 0) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
-def _error(path: Path, fact: str) -> SourceError:
-    return SourceError(f"step 1/4 source: {path} {fact}")
+def _error(path: Path, fact: str, remedy: str) -> SourceError:
+    return SourceError(f"{path} {fact}", remedy=remedy)
 
 
 def some_of(names: Iterable[str], total: int | None = None) -> str:
@@ -83,23 +83,24 @@ def _head(path: Path) -> bytes:
         if path.is_dir():
             inside = sorted(item.name for item in path.iterdir() if item.suffix.lower() in SUFFIXES)
             raise _error(
-                path, f"is a folder. Name the file in it: {some_of(inside) if inside else 'a .pt, .pth or .safetensors'}."
+                path, "is a folder", f"Name the file in it: {some_of(inside) if inside else 'a .pt, .pth or .safetensors'}."
             )
         if not path.exists():
-            raise _error(path, "does not exist. Check the path given as --checkpoint.")
+            raise _error(path, "does not exist", "Check the path given as --checkpoint.")
         if not path.is_file():
-            raise _error(path, "is not a regular file. Give a .pt, .pth or .safetensors file.")
+            raise _error(path, "is not a regular file", "Give a .pt, .pth or .safetensors file.")
         if path.suffix.lower() not in SUFFIXES:
             ending = f"ends in {path.suffix!r}" if path.suffix else "has no file name ending"
-            raise _error(path, f"{ending}, which says no known format. Give a .pt, .pth or .safetensors file.")
+            raise _error(path, f"{ending}, which says no known format", "Give a .pt, .pth or .safetensors file.")
         with path.open("rb") as file:
             head = file.read(256)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise _error(path, f"cannot be read ({getattr(error, 'strerror', None) or error}). Check its permissions.") from error
+        remedy = "Check its permissions." if isinstance(error, PermissionError) else ""
+        raise _error(path, f"cannot be read ({getattr(error, 'strerror', None) or error})", remedy) from error
     if not head:
-        raise _error(path, "is an empty file. Download or save it again.")
+        raise _error(path, "is an empty file", "Download or save it again.")
     if head.startswith(b"version https://git-lfs"):
-        raise _error(path, "is a git-lfs pointer, not the weights themselves. Fetch them with git lfs pull.")
+        raise _error(path, "is a git-lfs pointer, not the weights themselves", "Fetch them with git lfs pull.")
     return head
 
 
@@ -113,15 +114,15 @@ def _is_safetensors(head: bytes) -> bool:
 
 def _load_torch(path: Path, head: bytes) -> Any:
     if _is_safetensors(head):
-        raise _error(path, f"is a safetensors file named {path.suffix}. Rename it to end in .safetensors.")
+        raise _error(path, f"is a safetensors file named {path.suffix}", "Rename it to end in .safetensors.")
     if _is_text(head):
-        raise _error(path, _TEXT)
+        raise _error(path, *_TEXT)
     if head.startswith(b"\x80") and not head.startswith(_TORCH_MAGIC):
-        raise _error(path, f"is a plain pickle, which may hold code: refused, nothing in it was executed. {_SAVE_AGAIN}")
+        raise _error(path, "is a plain pickle, which may hold code: refused, nothing in it was executed", _SAVE_AGAIN)
     zipped = head.startswith(b"PK")
     fault = archive_fault(path) if zipped else None
     if fault:
-        raise _error(path, fault)
+        raise _error(path, *fault)
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -130,40 +131,40 @@ def _load_torch(path: Path, head: bytes) -> Any:
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises almost anything: EOFError, KeyError, IndexError, struct.error, …
-        raise _error(path, _load_failure(error)) from error
+        raise _error(path, *_load_failure(error)) from error
 
 
-def _load_failure(error: Exception) -> str:
-    """What torch's exception says, in a sentence."""
+def _load_failure(error: Exception) -> tuple[str, str]:
+    """What torch's exception says, and a remedy."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
-        return f"cannot be read ({error.strerror}). Check the file and its permissions."
+        return f"cannot be read ({error.strerror})", "Check its permissions." if isinstance(error, PermissionError) else ""
     if "TorchScript" in text:
-        return f"is a TorchScript archive, which holds code: refused, nothing in it was executed. {_SAVE_AGAIN}"
+        return "is a TorchScript archive, which holds code: refused, nothing in it was executed", _SAVE_AGAIN
     if not isinstance(error, pickle.UnpicklingError):
         reason = re.split(r"\n|\. ", text, maxsplit=1)[0][:160] or type(error).__name__
-        return f"is damaged, cut short, or no PyTorch file ({reason}). Download or save it again."
+        return f"is damaged, cut short, or no PyTorch file ({reason})", "Download or save it again."
     named = re.search(r"GLOBAL ([\w.]+)", text)
     if named or re.search(r"[Uu]nsupported (global|class)|[Bb]locked", text):
         what = f"{named[1]} is no tensor" if named else "not only tensors"
-        return f"is a pickle with code or objects in it ({what}): refused, nothing in it was executed. {_SAVE_AGAIN}"
-    return "is damaged or no PyTorch file. Download or save it again."
+        return f"is a pickle with code or objects in it ({what}): refused, nothing in it was executed", _SAVE_AGAIN
+    return "is damaged or no PyTorch file", "Download or save it again."
 
 
 def _load_safetensors(path: Path, head: bytes) -> Any:
     if head.startswith(b"PK") or head.startswith(b"\x80"):
-        raise _error(path, "is a PyTorch file named .safetensors. Rename it to end in .pt.")
+        raise _error(path, "is a PyTorch file named .safetensors", "Rename it to end in .pt.")
     if _is_text(head):
-        raise _error(path, _TEXT)
+        raise _error(path, *_TEXT)
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
-        raise _error(path, 'needs the safetensors package. Install it: pip install "sam3x[onnx]".') from error
+        raise _error(path, "needs the safetensors package", 'Install it: pip install "sam3x[onnx]".') from error
     try:
         return load_file(path, device="cpu")
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
-        raise _error(path, f"is damaged, cut short, or no safetensors file ({error}). Download or save it again.") from error
+        raise _error(path, f"is damaged, cut short, or no safetensors file ({error})", "Download or save it again.") from error
 
 
 def find_encoder(state: Mapping[str, Tensor], subject: str = "the checkpoint") -> FoundEncoder:
@@ -194,20 +195,22 @@ def find_encoder(state: Mapping[str, Tensor], subject: str = "the checkpoint") -
         )
     if usable:
         named = ", ".join(f"'{prefix}'" for prefix in usable)
-        raise _misfit(subject, f"has {len(usable)} fusion encoders, under {named}. Save the one you mean in a file of its own.")
+        raise _misfit(
+            subject, f"has {len(usable)} fusion encoders, under {named}", "Save the one you mean in a file of its own."
+        )
     apart = [key for key in state if _TRANSFORMERS_KEY.search(key)]
     if apart:
         fact = f"is in the layout of transformers, with q, k and v apart ({apart[0]}), where Meta's has one in_proj_weight"
-        raise _misfit(subject, f"{fact}. Give Meta's sam3.pt, or pass the live module to sam3x.export.")
+        raise _misfit(subject, fact, "Give Meta's sam3.pt, or pass the live module to sam3x.export.")
     if encoders:
         fact = f"keeps q, k and v apart under '{encoders[0]}', as the tracker's memory encoder does, not the fusion encoder"
-        raise _misfit(subject, f"{fact}. Give the checkpoint of the whole SAM3 image model.")
+        raise _misfit(subject, fact, "Give the checkpoint of the whole SAM3 image model.")
     fact = "has no fusion encoder: no keys <prefix>layers.0.self_attn.in_proj_weight and <prefix>layers.0.cross_attn_image.…"
-    raise _misfit(subject, f"{fact}. It has: {some_of(state)}. Give a SAM3 or EfficientSAM3 checkpoint.")
+    raise _misfit(subject, fact, f"It has: {some_of(state)}. Give a SAM3 or EfficientSAM3 checkpoint.")
 
 
-def _misfit(subject: str, fact: str) -> SourceError:
-    return SourceError(f"step 1/4 source: {subject} {fact}")
+def _misfit(subject: str, fact: str, remedy: str) -> SourceError:
+    return SourceError(f"{subject} {fact}", remedy=remedy)
 
 
 def hyper_parameters(found: FoundEncoder, subject: str = "the checkpoint") -> dict[str, Any]:
@@ -221,13 +224,13 @@ def hyper_parameters(found: FoundEncoder, subject: str = "the checkpoint") -> di
     missing = (max(indices) + 1) - len(indices)
     if missing:
         absent = [f"{found.prefix}layers.{i}" for i in islice((i for i in count() if i not in indices), min(missing, _SHOWN))]
-        raise _misfit(subject, f"lacks layers in between: {some_of(absent, missing)}. Give a complete checkpoint.")
+        raise _misfit(subject, f"lacks layers in between: {some_of(absent, missing)}", "Give a complete checkpoint.")
     order = sorted(indices)
     width = _size(state, [f"layers.{i}.norm1.weight" for i in order], 1, 0)
     width = width or _size(state, [f"layers.{i}.self_attn.in_proj_weight" for i in order], 2, 1)
     if not width:
         fact = f"does not tell d_model: {found.prefix}layers.0.norm1.weight is missing or no vector"
-        raise _misfit(subject, f"{fact}. Give a complete checkpoint.")
+        raise _misfit(subject, fact, "Give a complete checkpoint.")
     sizes: dict[str, Any] = {"d_model": width, "num_layers": len(order)}
     hidden = _size(state, [f"layers.{i}.linear1.weight" for i in order], 2, 0)
     levels = _size(state, ["level_embed"], 2, 0)
@@ -256,7 +259,7 @@ def load_weights(encoder: nn.Module, found: FoundEncoder, subject: str = "the ch
     facts = [f"{kind}: {full(keys)}" for kind, keys in reports.items() if keys]
     if facts:
         what = f"does not fit the fusion encoder that its shapes describe. {'; '.join(facts)}"
-        raise _misfit(subject, f"{what}. Give a complete checkpoint, or the hyper-parameters it was trained with.")
+        raise _misfit(subject, f"{what}", "Give a complete checkpoint, or the hyper-parameters it was trained with.")
     weights = {key: _plain(found.prefix + key, found.state[key], subject) for key in expected}
     encoder.load_state_dict(weights, strict=True, assign=True)
     converted = sorted({str(found.state[key].dtype).removeprefix("torch.") for key in expected} - {"float32"})
@@ -268,10 +271,12 @@ def _plain(key: str, value: Tensor, subject: str) -> Tensor:
     plain = value.layout == torch.strided and value.device.type != "meta"
     if not plain or value.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         kind = str(value.dtype).removeprefix("torch.") + ("" if plain else " without stored values or sparse")
-        raise _misfit(subject, f"holds {key} as {kind}, not plain floating point. Give the checkpoint before it was quantized.")
+        raise _misfit(
+            subject, f"holds {key} as {kind}, not plain floating point", "Give the checkpoint before it was quantized."
+        )
     copied = value.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if not bool(torch.isfinite(copied).all()):
         bad = int((~torch.isfinite(copied)).sum())
         fact = f"has {bad} NaN or infinite values among the {copied.numel()} of {key}"
-        raise _misfit(subject, f"{fact}. Give an undamaged checkpoint.")
+        raise _misfit(subject, fact, "Give an undamaged checkpoint.")
     return copied

@@ -71,7 +71,7 @@ def checkpoint_source(path: str | Path, **overrides: Any) -> Source:
     found = find_encoder(load_state(path), subject)
     fault = weights_fault(Path(path), found.state)
     if fault:
-        raise SourceError(f"step 1/4 source: {path} {fault}")
+        raise SourceError(f"{path} {fault[0]}", remedy=fault[1])
     given = {name: value for name, value in overrides.items() if value is not None}
     config = make_config(subject, **{**hyper_parameters(found, subject), **given})
     encoder = build_encoder(config, device="meta")
@@ -95,7 +95,7 @@ def source_for(encoder: Any, seed: int) -> Source:
         return module_source(nn.ModuleList(encoder), f"list of {len(encoder)} layers")
     if isinstance(encoder, nn.Module):
         return module_source(encoder, f"{type(encoder).__module__}.{type(encoder).__qualname__}")
-    raise SourceError(f"step 1/4 source: expected an nn.Module, a list of layers or a Source, got {type(encoder).__name__}.")
+    raise SourceError(f"expected an nn.Module, a list of layers or a Source, got {type(encoder).__name__}")
 
 
 def module_source(module: nn.Module | Sequence[nn.Module], origin: str) -> Source:
@@ -108,7 +108,7 @@ def module_source(module: nn.Module | Sequence[nn.Module], origin: str) -> Sourc
         layers = layers_of(module)
     except (TypeError, ValueError) as error:  # inspect.signature on a compiled or scripted forward
         fact = f"{type(module).__name__} does not tell what its forward takes ({reason_of(error)})"
-        raise SourceError(f"step 1/4 source: {fact}. Pass the module before it was scripted.") from error
+        raise SourceError(fact, remedy="Pass the module before it was scripted.") from error
     whole = module if isinstance(module, nn.Module) else nn.ModuleList(layers)
     return Source(module=whole, origin=origin, config=None, weights_sha256=weights_hash(whole))
 
@@ -132,7 +132,7 @@ def call_factory(name: str) -> nn.Module:
     """
     module_name, colon, attribute = name.partition(":")
     if not colon or not attribute or not all(part.isidentifier() for part in f"{module_name}.{attribute}".split(".")):
-        raise _factory_error(name, "is not of the form package.module:factory. Give e.g. my_model:build_encoder.")
+        raise _factory_error(name, "is not of the form package.module:factory", "Give e.g. my_model:build_encoder.")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     importlib.invalidate_caches()
@@ -142,12 +142,12 @@ def call_factory(name: str) -> nn.Module:
     if isinstance(result, (list, tuple)) and all(isinstance(layer, nn.Module) for layer in result):
         result = nn.ModuleList(result)
     if not isinstance(result, nn.Module):
-        raise _factory_error(name, f"returned {type(result).__name__}. Return an nn.Module or a list of layers.")
+        raise _factory_error(name, f"returned {type(result).__name__}", "Return an nn.Module or a list of layers.")
     return result
 
 
-def _factory_error(name: str, fact: str) -> SourceError:
-    return SourceError(f"step 1/4 source: --module {name} {fact}")
+def _factory_error(name: str, fact: str, remedy: str) -> SourceError:
+    return SourceError(f"--module {name} {fact}", remedy=remedy)
 
 
 def reason_of(error: BaseException) -> str:
@@ -163,21 +163,23 @@ def _import(name: str, module_name: str, attribute: str) -> Any:
         # only a prefix of what was asked for says that the module itself is missing
         if error.name and f"{module_name}.".startswith(f"{error.name}."):
             raise _factory_error(
-                name, f"names no module: {error}. Run from the folder that holds it, or install it."
+                name, f"names no module: {error}", "Run from the folder that holds it, or install it."
             ) from error
-        raise _factory_error(name, f"was found, but {module_name} imports something missing: {error}. Install that.") from error
+        raise _factory_error(
+            name, f"was found, but {module_name} imports something missing: {error}", "Install that."
+        ) from error
     except Sam3xError:
         raise
     except (Exception, SystemExit) as error:  # user code may raise anything
         raise _factory_error(
-            name, f"was found, but importing {module_name} raised {reason_of(error)}. Mend that module."
+            name, f"was found, but importing {module_name} raised {reason_of(error)}", "Mend that module."
         ) from error
     try:
         return functools.reduce(getattr, attribute.split("."), module)
     except AttributeError as error:
         public = [item for item in vars(module) if callable(vars(module)[item]) and not item.startswith("_")]
         raise _factory_error(
-            name, f"was found, but {module_name} has no '{attribute}'. It has: {', '.join(public[:8]) or 'no functions'}."
+            name, f"was found, but {module_name} has no '{attribute}'", f"It has: {', '.join(public[:8]) or 'no functions'}."
         ) from error
 
 
@@ -186,14 +188,14 @@ def _call(name: str, factory: Any) -> Any:
         return factory
     if not callable(factory):
         raise _factory_error(
-            name, f"is of type {type(factory).__name__}, not a function. Name a function that returns the encoder."
+            name, f"is of type {type(factory).__name__}, not a function", "Name a function that returns the encoder."
         )
     try:
         return factory()
     except Sam3xError:
         raise
     except (Exception, SystemExit) as error:  # user code may raise anything
-        raise _factory_error(name, f"raised {reason_of(error)} when called with no arguments. Mend the factory.") from error
+        raise _factory_error(name, f"raised {reason_of(error)} when called with no arguments", "Mend the factory.") from error
 
 
 @contextlib.contextmanager
@@ -220,7 +222,7 @@ def build_encoder(config: FusionConfig, device: str = "cpu") -> nn.Module:
             from sam3.model.model_misc import MultiheadAttentionWrapper
         except Exception as error:  # forks of the package raise RuntimeError for a missing video reader
             fact = f"Meta's sam3 package cannot be imported ({reason_of(error)})"
-            raise SourceError(f'step 1/4 source: {fact}. Install it: pip install "sam3x[sam3]".') from error
+            raise SourceError(fact, remedy='Install it: pip install "sam3x[sam3]".') from error
         with torch.device(device):
             attention = [
                 MultiheadAttentionWrapper(
@@ -287,7 +289,7 @@ def weights_hash(module: nn.Module) -> str:
                 digest.update(chunk)
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             fact = f"the values of {name} cannot be read ({value.dtype}, {value.layout}, on {value.device})"
-            raise SourceError(f"step 1/4 source: {fact}. Load the weights as plain tensors first.") from error
+            raise SourceError(fact, remedy="Load the weights as plain tensors first.") from error
     return digest.hexdigest()
 
 

@@ -36,8 +36,8 @@ def module_image_source(model: nn.Module, origin: str | None = None, image_size:
         return lambda spec: transformers_model(model, name, spec)
     if not is_meta(model):
         raise SourceError(
-            f"step 1/4 source: {type(model).__name__} is no image model sam3x knows: it has "
-            f"{some_of(n for n, _ in model.named_children())}. Give Meta's Sam3Image or transformers' Sam3Model."
+            f"{type(model).__name__} is no image model sam3x knows: it has {some_of(n for n, _ in model.named_children())}",
+            remedy="Give Meta's Sam3Image or transformers' Sam3Model.",
         )
     size = image_size or _image_size(model)
     return lambda spec: meta_model(model, name, size, spec)
@@ -104,7 +104,7 @@ def load_image_weights(model: nn.Module, state: Mapping[str, Tensor], subject: s
     """
     findings = compare_state(model.state_dict(), state)
     if findings.errors:
-        raise SourceError(f"step 1/4 source: {subject} does not fit its own shapes. {'; '.join(findings.errors)}.")
+        raise SourceError(f"{subject} does not fit its own shapes: {'; '.join(findings.errors)}")
     wanted = {name: _plain(state[name], value) for name, value in model.state_dict().items()}
     model.load_state_dict(wanted, strict=True, assign=True)
     for module in model.modules():
@@ -121,7 +121,7 @@ def _rebuilt(module: nn.Module, name: str) -> Tensor:
     if name == "attn_mask" and hasattr(module, "build_causal_mask"):
         with torch.device("cpu"):
             return module.build_causal_mask()  # type: ignore[operator]
-    raise SourceError(f"step 1/4 source: the buffer '{name}' of {type(module).__name__} is neither stored nor rebuilt.")
+    raise SourceError(f"the buffer '{name}' of {type(module).__name__} is neither stored nor rebuilt")
 
 
 def draw_image_weights(model: nn.Module, seed: int) -> None:

@@ -31,7 +31,7 @@ def build_image_model(config: ImageModelConfig, tokenizer: Callable[..., Any] | 
             from sam3.model.sam3_image import Sam3Image
         except Exception as error:  # forks of the package raise RuntimeError for a missing video reader
             fact = f"Meta's sam3 package cannot be imported ({reason_of(error)})"
-            raise SourceError(f'step 1/4 source: {fact}. Install it: pip install "sam3x[sam3]".') from error
+            raise SourceError(fact, remedy='Install it: pip install "sam3x[sam3]".') from error
         with torch.device(device), adaptations.numbers_on_cpu():
             model = Sam3Image(
                 backbone=_backbone(config, tokenizer),

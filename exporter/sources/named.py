@@ -28,11 +28,9 @@ def image_source(source: ImageSource | None, checkpoint: Path | None, module: st
     from sam3x.sources import image as sources
 
     if source is ImageSource.TRANSFORMERS and (checkpoint is None or not checkpoint.is_dir()):
-        raise SpecError("step 1/4 spec: --source transformers takes --checkpoint FOLDER, as save_pretrained wrote it.")
+        raise SpecError("--source transformers takes --checkpoint FOLDER, as save_pretrained wrote it")
     if source is ImageSource.SAM3 and checkpoint is not None and checkpoint.is_dir():
-        raise SpecError(
-            f"step 1/4 spec: --source sam3 takes a file, and {checkpoint} is a folder. Name the .pt or .safetensors."
-        )
+        raise SpecError(f"--source sam3 takes a file, and {checkpoint} is a folder", remedy="Name the .pt or .safetensors.")
     if checkpoint is not None and checkpoint.is_dir():
         return sources.transformers_image_source(checkpoint)
     if checkpoint is not None:

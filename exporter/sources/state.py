@@ -41,9 +41,11 @@ def config_of(state: Mapping[str, Tensor], subject: str) -> ImageModelConfig:
     """
     if not is_vit(state) or f"{TEXT}token_embedding.weight" not in state:
         raise SourceError(
-            f"step 1/4 source: {subject} is no checkpoint of Meta's SAM3 image model: there is no "
-            f"{TRUNK}patch_embed.proj.weight or no {TEXT}token_embedding.weight. "
-            "A model with another trunk can be exported with --module."
+            (
+                f"{subject} is no checkpoint of Meta's SAM3 image model: there is no {TRUNK}patch_embed.proj.weight "
+                f"or no {TEXT}token_embedding.weight"
+            ),
+            remedy="Export a model with another trunk with --module.",
         )
     patch = state[f"{TRUNK}patch_embed.proj.weight"]
     tables = {key: len(value) for key, value in state.items() if key.startswith(TRUNK) and key.endswith("freqs_cis")}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sam3x.capture.program import CapturedProgram, Sample, run_program
-from sam3x.errors import VerificationError
+from sam3x.errors import Step, VerificationError
+from sam3x.passes.pipeline import leave_out
 from sam3x.verify.record import VerificationRecord
 
 ABSOLUTE = 2e-5
@@ -158,14 +159,28 @@ def _rms(value: Tensor, expected: Tensor, defined: Tensor) -> float:
     return float((gap / size).sqrt()) if size else float(gap.sqrt())
 
 
-def require(records: Iterable[VerificationRecord], step: str) -> None:
-    """Raise ``VerificationError`` for the worst failed record: branch, output, how far off."""
+FIND_PASS = "Re-run with --verify each to find the pass."
+"""The remedy where a pass may be to blame."""
+
+
+def require(records: Iterable[VerificationRecord], step: Step, subject: str, remedy: str = "") -> None:
+    """Raise for the worst failed record: branch, output, how far off.
+
+    Args:
+        step: where the records come from. subject: which artifact or pass. remedy: what to do next.
+
+    Raises:
+        VerificationError: a record failed.
+    """
     failed = [record for record in records if not record.passed]
     if failed:
         worst = max(failed, key=lambda record: record.max_abs)
         raise VerificationError(
-            f"{step}: branch {worst.branch} at {worst.case}: output '{worst.output}' is {worst.max_abs:.1e} from eager, "
-            f"allowed {worst.allowed:.0e} ({len(failed)} comparisons failed). Re-run with --verify each to find the pass."
+            f"branch {worst.branch} at {worst.case}: output '{worst.output}' is {worst.max_abs:.1e} from eager, "
+            f"allowed {worst.allowed:.0e} ({len(failed)} comparisons failed)",
+            subject=subject,
+            remedy=remedy,
+            step=step,
         )
 
 
@@ -178,5 +193,5 @@ def check_pass(before: CapturedProgram, after: CapturedProgram, pass_: object, e
         largest = max([largest, *(distance(new[name], old[name]) for name in old)])
     name = getattr(pass_, "name", str(pass_))
     records = compare(after.samples, lambda x: run_program(after.program, x, after.output_names), after.eager)
-    require(records, f"step 3/4 passes: '{name}' after {list(earlier)}")
+    require(records, Step.PASSES, f"'{name}' after {list(earlier)}", leave_out(name))
     return largest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import erase_dead
-from sam3x.errors import SpecError
+from sam3x.errors import SpecError, Step
 from sam3x.passes.attention.pattern import ASSERTIONS, PRODUCTS, SOFTMAXES, match
 from sam3x.passes.attention.rewrite import attend, explicit_causal, release_shapes, repeat_heads, rewrite
 from sam3x.passes.base import Exactness, Missed, Pass, PassResult, graph_modules
@@ -67,11 +68,11 @@ def register_attention_op(
     Raises:
         SpecError: no such operator is loaded, or an argument does not fit it.
     """
-    step = f"step 3/4 passes: register_attention_op('{name}')"
+    refused = partial(SpecError, subject=f"register_attention_op('{name}')", step=Step.PASSES)
     namespace, _, operator_name = name.partition("::")
     packet = getattr(getattr(torch.ops, namespace, None), operator_name, None) if namespace and operator_name else None
     if packet is None or not hasattr(packet, "overloads"):
-        raise SpecError(f"{step}: no such operator is loaded. Import the library that defines 'namespace::name' first.")
+        raise refused("no such operator is loaded", remedy="Import the library that defines 'namespace::name' first.")
     schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
     arguments = {"query": query, "key": key, "value": value, "mask": mask}
     if isinstance(scale, (int, str)):
@@ -81,19 +82,19 @@ def register_attention_op(
             continue
         wrong = not isinstance(where, (int, str)) or isinstance(where, bool)
         if wrong or all(_position(schema, where) is None for schema in schemas):  # type: ignore[arg-type]
-            raise SpecError(f"{step}: {role}={where!r} is no argument of {schemas[0]}. Give its position or its name.")
+            raise refused(f"{role}={where!r} is no argument of {schemas[0]}", remedy="Give its position or its name.")
     places = [_position(schemas[0], where) for role, where in arguments.items() if role != "scale" and where is not None]
     if len(set(places)) != len(places):
-        raise SpecError(f"{step}: two of query, key, value and mask are the same argument. Give each its own.")
+        raise refused("two of query, key, value and mask are the same argument", remedy="Give each its own.")
     if isinstance(scale, float) and not math.isfinite(scale):
-        raise SpecError(f"{step}: scale={scale} is not finite. Give a number, an argument, or None for 1/sqrt(D).")
+        raise refused(f"scale={scale} is not finite", remedy="Give a number, an argument, or None for 1/sqrt(D).")
     if mask_kind not in get_args(MaskKind):
-        raise SpecError(f"{step}: mask_kind={mask_kind!r} is unknown. Choose from {', '.join(get_args(MaskKind))}.")
+        raise refused(f"mask_kind={mask_kind!r} is unknown", remedy=f"Choose from {', '.join(get_args(MaskKind))}.")
     if len(set(layout)) != len(layout) or not {"N", "D"} <= set(layout) <= set("BHND"):
-        raise SpecError(f"{step}: layout={layout!r} is no order of dimensions. Use 'BHND', 'BNHD', 'NBD', …")
+        raise refused(f"layout={layout!r} is no order of dimensions", remedy="Use 'BHND', 'BNHD', 'NBD', …")
     spec = AttentionOp(query=query, key=key, value=value, mask=mask, mask_kind=mask_kind, scale=scale, layout=layout)
     if _REGISTERED.get(name, spec) != spec:
-        raise SpecError(f"{step}: it is registered otherwise already. Call unregister_attention_op('{name}') first.")
+        raise refused("it is registered otherwise already", remedy=f"Call unregister_attention_op('{name}') first.")
     _REGISTERED[name] = spec
 
 
@@ -105,7 +106,12 @@ def unregister_attention_op(name: str) -> None:
     """
     if _REGISTERED.pop(name, None) is None:
         known = ", ".join(_REGISTERED) or "none"
-        raise SpecError(f"step 3/4 passes: unregister_attention_op('{name}'): not registered. Registered: {known}.")
+        raise SpecError(
+            "it is not registered",
+            subject=f"unregister_attention_op('{name}')",
+            remedy=f"Registered: {known}.",
+            step=Step.PASSES,
+        )
 
 
 def _position(schema: Any, where: int | str) -> int | None:

@@ -56,8 +56,9 @@ class ConvertPrecisionPass(Pass):
             known = sorted({path for path in paths.values() if "." in path})
             shown = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
             raise PreconditionError(
-                f"step 3/4 passes: --fp32-ops: '{idle[0]}' names no operation of this graph. "
-                f"Name one by its kind (layer_norm, attention), by its place ({shown}), or with *."
+                f"'{idle[0]}' names no operation of this graph",
+                subject="--fp32-ops",
+                remedy=f"Name one by its kind (layer_norm, attention), by its place ({shown}), or with *.",
             )
 
     def call(self, program: ExportedProgram) -> PassResult:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from sam3x.errors import ArtifactError, LoweringError, TargetUnavailableError
+from sam3x.errors import ArtifactError, LoweringError, Step, TargetUnavailableError
 from sam3x.spec import Branches
 from sam3x.targets.base import TargetOptions, TargetStatus
 
@@ -110,9 +110,10 @@ class PteTarget:
         release = version("executorch")
         if left and not conditionals_are_sound(release):
             raise LoweringError(
-                f"step 4/4 pte: {len(left)} conditionals are left ({', '.join(left[:3])}). ExecuTorch {release} gives "
-                f"silently wrong numbers where several share memory ({COND_ISSUE}), and XNNPACK takes nothing inside them. "
-                "Make the flags data flow (--branches select), or fix them (--dac off --pre-norm on)."
+                f"{len(left)} conditionals are left ({', '.join(left[:3])}): ExecuTorch {release} gives silently wrong numbers "
+                f"where several share memory ({COND_ISSUE}), and XNNPACK takes nothing inside them",
+                subject="pte",
+                remedy="Make the flags data flow (--branches select), or fix them (--dac off --pre-norm on).",
             )
         try:
             legal = captured
@@ -131,8 +132,8 @@ class PteTarget:
             while root.__cause__ is not None:
                 root = root.__cause__
             raise LoweringError(
-                f"step 4/4 pte: the graph cannot be lowered: {type(root).__name__}: {str(root).partition(chr(10))[0]}. "
-                "Re-run with --dump-graphs DIR to see the graph."
+                f"the graph cannot be lowered: {type(root).__name__}: {str(root).partition(chr(10))[0]}",
+                subject="pte",
             ) from error
 
     def unverifiable(self, options: PteOptions) -> str | None:
@@ -181,13 +182,15 @@ class PteRunner:
         try:
             from executorch.runtime import Runtime
         except ImportError:
-            raise TargetUnavailableError(f"step load: running a .pte needs executorch. Install it: {_INSTALL}") from None
+            raise TargetUnavailableError(
+                "running a .pte needs executorch", remedy=f"Install it: {_INSTALL}", step=Step.LOAD
+            ) from None
         try:
             program = Runtime.get().load_program(str(path))
             names = json.loads(program.load_method(CONTRACT).execute([])[0])  # type: ignore[union-attr]
             method = program.load_method("forward")
         except (RuntimeError, ValueError, KeyError) as error:
-            raise ArtifactError(f"load: ExecuTorch cannot load {path}: {error}. Export again.") from error
+            raise ArtifactError(f"ExecuTorch cannot load {path}: {error}", remedy="Export again.") from error
         self._path, self._method, self._inputs, self._outputs = path, method, names["inputs"], names["outputs"]
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

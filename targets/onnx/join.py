@@ -55,7 +55,7 @@ def join(
 
     both = sorted(set(inputs) & set(outputs))
     if both:
-        raise LoweringError(f"step 4/4 join {name}: '{both[0]}' goes in and comes out. Write it under another name.")
+        raise LoweringError(f"'{both[0]}' goes in and comes out", subject=f"join {name}", remedy="Write it under another name.")
     model = ir.Model(ir.Graph([], [], nodes=[], name=name), ir_version=max(part.model.ir_version for part in parts))
     model.producer_name = parts[0].model.producer_name
     tensors: dict[str, ir.Value] = {}
@@ -66,7 +66,7 @@ def join(
         _move(model.graph, part, tensors, set(inputs), {size: size for size in sizes})
     missing = [tensor for tensor in (*inputs, *outputs) if tensor not in tensors]
     if missing:
-        raise LoweringError(f"step 4/4 join {name}: no part knows '{missing[0]}'; there are {', '.join(sorted(tensors))}.")
+        raise LoweringError(f"no part knows '{missing[0]}'; there are {', '.join(sorted(tensors))}", subject=f"join {name}")
     model.graph.inputs.extend(tensors[tensor] for tensor in inputs)
     model.graph.outputs.extend(tensors[tensor] for tensor in outputs)
     ir.passes.Sequential(
@@ -85,8 +85,9 @@ def _merge_head(model: ir.Model, part: Part) -> None:
     for domain, opset in part.model.opset_imports.items():
         if model.opset_imports.setdefault(domain, opset) != opset:
             raise LoweringError(
-                f"step 4/4 join {part.name}: its opset of '{domain or 'ai.onnx'}' is {opset}, the others' "
-                f"{model.opset_imports[domain]}. Export all parts with one version."
+                f"its opset of '{domain or 'ai.onnx'}' is {opset}, the others' {model.opset_imports[domain]}",
+                subject=f"join {part.name}",
+                remedy="Export all parts with one version.",
             )
     for key, text in part.model.metadata_props.items():
         if model.metadata_props.setdefault(key, text) != text:
@@ -107,7 +108,9 @@ def _move(graph: ir.Graph, part: Part, tensors: dict[str, ir.Value], outer: set[
         tensor = part.reads.get(str(value.name), str(value.name))
         if tensor not in tensors:
             if tensor not in outer:
-                raise LoweringError(f"step 4/4 join {part.name}: nothing before it gives '{tensor}'. Name it as an input.")
+                raise LoweringError(
+                    f"nothing before it gives '{tensor}'", subject=f"join {part.name}", remedy="Name it as an input."
+                )
             tensors[tensor] = ir.Value(name=tensor, type=value.type, shape=value.shape)
         _connect(part, value, tensors[tensor], sizes)
         fed[value] = tensors[tensor]
@@ -128,7 +131,9 @@ def _move(graph: ir.Graph, part: Part, tensors: dict[str, ir.Value], outer: set[
     for value in results:
         tensor = part.writes.get(_plain(part, value), _plain(part, value))
         if tensor in tensors:
-            raise LoweringError(f"step 4/4 join {part.name}: '{tensor}' is there already. Write it under another name.")
+            raise LoweringError(
+                f"'{tensor}' is there already", subject=f"join {part.name}", remedy="Write it under another name."
+            )
         tensors[tensor] = fed.get(value, value)
 
 
@@ -164,8 +169,9 @@ def _connect(part: Part, value: ir.Value, source: ir.Value, sizes: dict[str, str
                 sizes.setdefault(mine.value, known)
     if different:
         raise LoweringError(
-            f"step 4/4 join {part.name}: '{value.name}' is {value.dtype} {value.shape}, and what would feed it "
-            f"{source.dtype} {source.shape}. Export both with the same options."
+            f"'{value.name}' is {value.dtype} {value.shape}, and what would feed it {source.dtype} {source.shape}",
+            subject=f"join {part.name}",
+            remedy="Export both with the same options.",
         )
 
 

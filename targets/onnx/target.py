@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from sam3x.errors import LoweringError, TargetUnavailableError
+from sam3x.errors import LoweringError, Step, TargetUnavailableError
 from sam3x.spec import Branches
 from sam3x.targets.base import AttentionMemory, TargetStatus
 from sam3x.targets.quiet import errors_only
@@ -148,8 +148,8 @@ class OnnxTarget:
             while root.__cause__ is not None:
                 root = root.__cause__
             raise LoweringError(
-                f"step 4/4 onnx: the graph cannot be converted: {type(root).__name__}: {str(root).partition(chr(10))[0]}. "
-                "Re-run with --dump-graphs DIR to see the graph."
+                f"the graph cannot be converted: {type(root).__name__}: {str(root).partition(chr(10))[0]}",
+                subject="onnx",
             ) from error
         onnx_file.write(model, path, external_data=options.external_data)
         return {**facts, **(write_config(captured, path, "onnxruntime") if options.layout == "triton" else {})}
@@ -173,7 +173,7 @@ class OnnxRunner:
             import onnxruntime
         except ImportError:
             raise TargetUnavailableError(
-                'step load: running an ONNX artifact needs onnxruntime. Install it: pip install "sam3x[runtime]"'
+                "running an ONNX artifact needs onnxruntime", remedy='Install it: pip install "sam3x[runtime]"', step=Step.LOAD
             ) from None
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3

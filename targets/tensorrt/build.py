@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sam3x.errors import BuilderError, LoweringError, TargetUnavailableError
+from sam3x.errors import BuilderError, LoweringError, Step, TargetUnavailableError
 from sam3x.targets.tensorrt.apart import Crashed, apart
 from sam3x.targets.tensorrt.driver import import_torch_tensorrt, named_device
 from sam3x.targets.tensorrt.options import TrtOptions, capability_of, optima
@@ -70,8 +70,9 @@ def _convert(module: Any, captured: CapturedProgram, options: TrtOptions, log: l
     if left:
         shown = "; ".join(f"{name} ({reason})" for name, reason in left[:8]) + ("; …" if len(left) > 8 else "")
         raise LoweringError(
-            f"step 4/4 trt: {len(left)} operations have no form in TensorRT, and one engine is promised: {shown}. "
-            "Re-run with --dump-graphs DIR to see the graph, or export to ONNX: --target onnx."
+            f"{len(left)} operations have no form in TensorRT, and one engine is promised: {shown}",
+            subject="trt",
+            remedy="Export to ONNX: --target onnx.",
         )
     ranges = _ranges(captured)
     halved = ranges[("batch", "tokens")[captured.spec.dac_dim]][1]
@@ -86,8 +87,8 @@ def _convert(module: Any, captured: CapturedProgram, options: TrtOptions, log: l
         node = interpreter._cur_node
         said = next((line for line in log if "Error" in line), f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         raise LoweringError(
-            f"step 4/4 trt: {getattr(node, 'name', 'a node')} ({getattr(node, 'target', '')}) cannot be converted: "
-            f"{said[:400]}. Re-run with --dump-graphs DIR to see the graph."
+            f"{getattr(node, 'name', 'a node')} ({getattr(node, 'target', '')}) cannot be converted: {said[:400]}",
+            subject="trt",
         ) from error
 
 
@@ -144,8 +145,10 @@ def serialize(builder: Any, network: Any, config: Any, capability: str, options:
         config.set_compute_capability(getattr(trt.ComputeCapability, capability.upper(), trt.ComputeCapability.CURRENT), 0)
     elif not torch.cuda.is_available() or torch.cuda.get_device_capability() != capability_of(capability):
         raise TargetUnavailableError(
-            f"step 4/4 trt: TensorRT builds for the GPU of this machine only, which is not {capability}. "
-            'Build ahead of time with TensorRT-RTX: pip install "sam3x[trt-rtx]"'
+            f"TensorRT builds for the GPU of this machine only, which is not {capability}",
+            subject="trt",
+            remedy='Build ahead of time with TensorRT-RTX: pip install "sam3x[trt-rtx]"',
+            step=Step.LOWER,
         )
 
     def work() -> bytes | None:
@@ -156,21 +159,31 @@ def serialize(builder: Any, network: Any, config: Any, capability: str, options:
         plan = work() if torch.cuda.is_available() else apart(work, log)
     except Crashed as crash:
         raise BuilderError(
-            f"step 4/4 trt: TensorRT's builder crashed on the network ({crash}). It does on several attentions in loops: "
-            "allow them more memory (--attention-memory 2GB), or take --precision fp16."
+            f"TensorRT's builder crashed on the network ({crash})",
+            subject="trt",
+            remedy=(
+                "It does on several attentions in loops: allow them more memory (--attention-memory 2GB), or take "
+                "--precision fp16."
+            ),
         ) from None
     if plan is None:
         said = ([line for line in log if "Error" in line] or log or ["no reason given"])[-1][:400]
         if _SIZES in said:
-            out = " Fix the tokens (--tokens 5184), fix dac (--dac off), or leave a mask out (--inputs)."
-            raise LoweringError(f"step 4/4 trt: the builder refused the network: {said}{out}")
+            raise LoweringError(
+                f"the builder refused the network: {said}",
+                subject="trt",
+                remedy="Fix the tokens (--tokens 5184), fix dac (--dac off), or leave a mask out (--inputs).",
+            )
         if any(word in said for word in _OWN):
             other = "engine" if options.format != "engine" else "plan-onnx"
             raise BuilderError(
-                f"step 4/4 trt: TensorRT's own optimizer failed on the network: {said} Other forms of it may build: "
-                f"--format {other}, --attention-memory 2GB, --precision fp16, or --dac off."
+                f"TensorRT's own optimizer failed on the network: {said}",
+                subject="trt",
+                remedy=(
+                    f"Other forms of it may build: --format {other}, --attention-memory 2GB, --precision fp16, or --dac off."
+                ),
             )
-        raise LoweringError(f"step 4/4 trt: the builder refused the network: {said}")
+        raise LoweringError(f"the builder refused the network: {said}", subject="trt")
     return plan
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sam3x.capture.program import CapturedProgram, Sample, run_program
-from sam3x.errors import VerificationError
-from sam3x.verify.compare import compare, require
+from sam3x.errors import Step, VerificationError
+from sam3x.verify.compare import FIND_PASS, compare, require
 
 
 def drift(captured: CapturedProgram, precision: str, samples: tuple[Sample, ...] | None = None) -> dict[str, dict[str, float]]:
@@ -33,9 +33,13 @@ def drift(captured: CapturedProgram, precision: str, samples: tuple[Sample, ...]
         worst = {"max_abs": max(item["max_abs"] for item in figures), "cosine": min(item["cosine"] for item in figures)}
         if not all(bool(value.isfinite().all()) for name, value in got.items() if bool(expected[name].isfinite().all())):
             raise VerificationError(
-                f"step 4/4 trt: branch {sample.branch}: {precision} overflows, as emulated in torch. "
-                f"Find the operation, and keep it in float32 (--fp32-ops): sam3x doctor FOLDER --precision {precision}, on an "
-                "export in fp32."
+                f"branch {sample.branch}: {precision} overflows, as emulated in torch",
+                subject="trt",
+                remedy=(
+                    "Find the operation, and keep it in float32 (--fp32-ops): sam3x doctor FOLDER --precision "
+                    f"{precision}, on an export in fp32."
+                ),
+                step=Step.LOWER,
             )
         found[f"{sample.branch}, {sample.case}"] = worst
     return found
@@ -45,7 +49,7 @@ def _exact(captured: CapturedProgram, samples: tuple[Sample, ...]) -> dict[str, 
     # as large ones: eager float64, which takes longest, runs only where float32 does not decide
     lazily = [replace(sample, large=True) for sample in samples]
     records = compare(lazily, lambda inputs: run_program(captured.program, inputs, captured.output_names), captured.eager)
-    require(records, "step 4/4 trt: the graph the engine is built from")
+    require(records, Step.LOWER, "trt: the graph the engine is built from", FIND_PASS)
     found: dict[str, dict[str, float]] = {}
     for record in records:
         worst = found.setdefault(f"{record.branch}, {record.case}", {"max_abs": 0.0})

@@ -88,6 +88,6 @@ def this_gpu() -> str:
     import torch
 
     if not torch.cuda.is_available():
-        raise LoweringError("step 4/4 trt: there is no GPU here. Name one: --compute-capability sm89")
+        raise LoweringError("there is no GPU here", subject="trt", remedy="Name one: --compute-capability sm89")
     major, minor = torch.cuda.get_device_capability()
     return f"sm{major}{minor}"

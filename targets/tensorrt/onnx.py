@@ -44,8 +44,9 @@ def write_plan_onnx(captured: CapturedProgram, path: Path, options: TrtOptions, 
         if not parser.parse_from_file(str(path)):
             error = parser.get_error(0)
             raise LoweringError(
-                f"step 4/4 trt: TensorRT's ONNX parser refuses {error.node_name() or 'the file'} "
-                f"({error.node_operator()}): {error.desc()}. Choose --branches select, or --format engine."
+                (f"TensorRT's ONNX parser refuses {error.node_name() or 'the file'} ({error.node_operator()}): {error.desc()}"),
+                subject="trt",
+                remedy="Choose --branches select, or --format engine.",
             )
         shapes = shapes_of(captured, options)
         profile, config = builder.create_optimization_profile(), builder.create_builder_config()

@@ -92,8 +92,8 @@ def optima(spec: ExportSpec, options: TrtOptions) -> dict[str, int]:
         wanted: Any = getattr(options, option)
         if wanted is not None and not low <= wanted <= high:
             raise SpecError(
-                f"step 1/4 spec: --{option.replace('_', '-')} {wanted} is outside {dimension} {low}:{high}. "
-                f"Choose a size in the range, or widen it with --{dimension.replace('_', '-')}."
+                f"--{option.replace('_', '-')} {wanted} is outside {dimension} {low}:{high}",
+                remedy=f"Choose a size in the range, or widen it with --{dimension.replace('_', '-')}.",
             )
         found[dimension] = min(max(_USUAL[dimension], low), high) if wanted is None else wanted
     return found

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sam3x.errors import ArtifactError, LoweringError, TargetUnavailableError
+from sam3x.errors import ArtifactError, LoweringError, Step, TargetUnavailableError
 from sam3x.targets.tensorrt.build import shapes_of
 from sam3x.targets.tensorrt.options import TrtOptions
 
@@ -75,8 +75,9 @@ def save_program(module: torch.nn.Module, captured: CapturedProgram, path: Path,
         program = torch.export.export(module, example, dynamic_shapes=(dynamic,), strict=False)
     except Exception as error:
         raise LoweringError(
-            f"step 4/4 trt: the engine cannot be wrapped: {type(error).__name__}: {str(error).partition(chr(10))[0]}. "
-            "Choose --format engine."
+            f"the engine cannot be wrapped: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            subject="trt",
+            remedy="Choose --format engine.",
         ) from error
     torch.export.save(program, path, extra_files={_OUTPUTS: json.dumps(list(captured.output_names))})
 
@@ -94,7 +95,9 @@ class ProgramRunner:
         if device == "cuda":
             if not torch.cuda.is_available():
                 raise TargetUnavailableError(
-                    f"load: {path.name} runs on a GPU, and there is none here. On a GPU machine: sam3x verify FOLDER"
+                    f"{path.name} runs on a GPU, and there is none here",
+                    remedy="On a GPU machine: sam3x verify FOLDER",
+                    step=Step.LOAD,
                 )
             import torch_tensorrt  # noqa: F401 - its operators
 
@@ -103,7 +106,7 @@ class ProgramRunner:
             self._module = torch.export.load(path, extra_files=files).module()
             self._outputs = json.loads(files[_OUTPUTS])
         except Exception as error:
-            raise ArtifactError(f"load: torch cannot load {path}: {error}. Export again.") from error
+            raise ArtifactError(f"torch cannot load {path}: {error}", remedy="Export again.") from error
         self._device = device
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

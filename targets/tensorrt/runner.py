@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sam3x.errors import ArtifactError, TargetUnavailableError
+from sam3x.errors import ArtifactError, Step, TargetUnavailableError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +18,9 @@ def tensorrt() -> Any:
     for name in ("tensorrt_rtx", "tensorrt"):
         if importlib.util.find_spec(name) is not None:
             return importlib.import_module(name)
-    raise TargetUnavailableError('step load: running an engine needs TensorRT. Install it: pip install "sam3x[trt-rtx]"')
+    raise TargetUnavailableError(
+        "running an engine needs TensorRT", remedy='Install it: pip install "sam3x[trt-rtx]"', step=Step.LOAD
+    )
 
 
 class EngineRunner:
@@ -35,7 +37,9 @@ class EngineRunner:
 
         if not torch.cuda.is_available():
             raise TargetUnavailableError(
-                f"load: {path.name} runs on a GPU, and there is none here. On a GPU machine: sam3x verify FOLDER"
+                f"{path.name} runs on a GPU, and there is none here",
+                remedy="On a GPU machine: sam3x verify FOLDER",
+                step=Step.LOAD,
             )
         self._trt = trt
         runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
@@ -43,11 +47,11 @@ class EngineRunner:
         if self._engine is None:
             name = torch.cuda.get_device_name()
             raise ArtifactError(
-                f"load: TensorRT cannot load {path} on {name}. Export again for this GPU (--compute-capability)."
+                f"TensorRT cannot load {path} on {name}", remedy="Export again for this GPU (--compute-capability)."
             )
         self._context = self._engine.create_execution_context()
         if self._context is None:
-            raise ArtifactError(f"load: TensorRT cannot prepare {path} to run. Run again with sam3x -v for what it says.")
+            raise ArtifactError(f"TensorRT cannot prepare {path} to run", remedy="Run again with sam3x -v for what it says.")
         self._names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -73,8 +77,12 @@ class EngineRunner:
         stream = torch.cuda.current_stream()
         if not self._context.execute_async_v3(stream.cuda_stream):
             raise ArtifactError(
-                "run: TensorRT could not run the engine. Run again with sam3x -v for what it says. An engine with conditionals "
-                "(--branches cond) may run as one with --branches select."
+                "TensorRT could not run the engine",
+                remedy=(
+                    "Run again with sam3x -v for what it says. An engine with conditionals (--branches cond) may run as "
+                    "one with --branches select."
+                ),
+                step=Step.RUN,
             )
         stream.synchronize()
         return {name: held[name].cpu().numpy() for name in outputs}

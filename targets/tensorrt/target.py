@@ -67,24 +67,27 @@ class TrtTarget:
 
         optima(spec, options)
         if options.fp32_names and options.precision in ("fp32", "tf32"):
-            raise SpecError("step 1/4 spec: --fp32-ops: everything is float32 already. Choose --precision fp16 or bf16.")
+            raise SpecError("everything is float32 already", subject="--fp32-ops", remedy="Choose --precision fp16 or bf16.")
         if options.layout == "triton" and options.format == "ep":
-            raise SpecError("step 1/4 spec: --layout triton: Triton serves an engine or ONNX. Choose another --format.")
+            raise SpecError("Triton serves an engine or ONNX", subject="--layout triton", remedy="Choose another --format.")
         if gpu_count() == 0 and distribution() is not None:
             if options.format == "ep":
                 raise SpecError(
-                    "step 1/4 spec: --format ep loads the engine while it is exported, and there is no GPU here. "
-                    "Export it on the GPU machine, or choose --format engine."
+                    "--format ep loads the engine while it is exported, and there is no GPU here",
+                    remedy="Export it on the GPU machine, or choose --format engine.",
                 )
             if options.compute_capability is None:
                 raise SpecError(
-                    "step 1/4 spec: there is no GPU here. Name the one the engine is for: --compute-capability sm89 "
-                    "(RTX 40; sm80 A100, sm86 RTX 30, sm120 RTX 50)."
+                    "there is no GPU here",
+                    remedy=(
+                        "Name the one the engine is for: --compute-capability sm89 (RTX 40; sm80 A100, sm86 RTX 30, sm120 "
+                        "RTX 50)."
+                    ),
                 )
             if DISTRIBUTIONS[str(distribution())] != "TensorRT-RTX":
                 raise TargetUnavailableError(
-                    "step 1/4 spec: TensorRT builds for the GPU it runs on, and there is none here. "
-                    'Build ahead of time with TensorRT-RTX: pip install "sam3x[trt-rtx]"'
+                    "TensorRT builds for the GPU it runs on, and there is none here",
+                    remedy='Build ahead of time with TensorRT-RTX: pip install "sam3x[trt-rtx]"',
                 )
 
     def file_name(self, stem: str, options: TrtOptions) -> str:

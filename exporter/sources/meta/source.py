@@ -45,7 +45,7 @@ def meta_model(model: nn.Module, origin: str, image_size: int, spec: ExportSpec)
         SourceError: it uses more than one feature level.
     """
     if model.num_feature_levels != 1:
-        raise SourceError(f"step 1/4 source: num_feature_levels is {model.num_feature_levels}; sam3x takes 1, as in SAM3.")
+        raise SourceError(f"num_feature_levels is {model.num_feature_levels}; sam3x takes 1, as in SAM3")
     twin: Any = private_twin(model)
     text = twin.backbone.language_backbone
     fresh: Any = private_twin(model)  # its caches would hold tensors without values

@@ -94,24 +94,22 @@ def load_folder(folder: Path) -> nn.Module:
         SourceError: transformers is missing, or the folder holds no such model.
     """
     if not (folder / "config.json").is_file():
-        raise SourceError(
-            f"step 1/4 source: {folder} has no config.json. Give a folder that transformers' save_pretrained wrote."
-        )
+        raise SourceError(f"{folder} has no config.json", remedy="Give a folder that transformers' save_pretrained wrote.")
     with untouched():
         try:
             import transformers
         except ImportError:
             raise SourceError(
-                'step 1/4 source: reading it needs transformers. Install it: pip install "sam3x[transformers]".'
+                "reading it needs transformers", remedy='Install it: pip install "sam3x[transformers]".'
             ) from None
         try:
             model = transformers.AutoModel.from_pretrained(
                 str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
             )
         except Exception as error:  # transformers raises many kinds
-            raise SourceError(f"step 1/4 source: {folder} cannot be loaded by transformers ({reason_of(error)}).") from error
+            raise SourceError(f"{folder} cannot be loaded by transformers ({reason_of(error)})") from error
     if not is_transformers(model):
-        raise SourceError(f"step 1/4 source: {folder} holds a {type(model).__name__}. Give a Sam3Model or a Sam3LiteTextModel.")
+        raise SourceError(f"{folder} holds a {type(model).__name__}", remedy="Give a Sam3Model or a Sam3LiteTextModel.")
     return model.eval()
 
 
@@ -152,6 +150,8 @@ def _tokenizer_pad_id(folder: Path) -> int | None:
 
 def _unreadable(path: Path, error: Exception) -> SourceError:
     return SourceError(
-        f"step 1/4 source: {path} cannot be read for the token that fills texts up ({reason_of(error)}). "
-        "Save the tokenizer there again with save_pretrained, or take its files out of the folder and give --tokenizer."
+        f"{path} cannot be read for the token that fills texts up ({reason_of(error)})",
+        remedy=(
+            "Save the tokenizer there again with save_pretrained, or take its files out of the folder and give --tokenizer."
+        ),
     )
