@@ -214,7 +214,7 @@ def test_targets() -> None:
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (errors.VerificationError("step 4/4 verify: [branch] off"), 2, "sam3x: step 4/4 verify: [branch] off\n"),
+        (errors.VerificationError("[branch] off"), 2, "sam3x: step 4/4 verify: [branch] off.\n"),
         (KeyboardInterrupt(), 130, "sam3x: interrupted.\n"),
         (ModuleNotFoundError("No module named 'torch'", name="torch"), 2, 'Install it: pip install "sam3x[onnx]"\n'),
         (ModuleNotFoundError("No module named 'sam3.model'", name="sam3.model"), 2, 'pip install "sam3x[sam3]"\n'),
