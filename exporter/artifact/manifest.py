@@ -88,34 +88,61 @@ def _seal_of(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def read_values(folder: Path) -> dict[str, Any]:
+def read_values(folder: Path, command: str = "sam3x export") -> dict[str, Any]:
     """What stands in the manifest in ``folder``, as it was written, whatever it is a manifest of.
+
+    Args:
+        command: what writes such a manifest, for the advice of an error; a pipeline's says so itself.
 
     Raises:
         ArtifactError: none, of another schema, no manifest, or changed after the export.
     """
     path = folder / MANIFEST
-    again = f"Export again: sam3x export -o {folder}"
     try:
         if path.exists() and not path.is_file():
-            raise ArtifactError(f"{path} is no regular file", remedy=again)
+            raise ArtifactError(f"{path} is no regular file", remedy=_again(folder, command))
         if path.stat().st_size > _LARGEST:
-            raise ArtifactError(f"{path} is too large for a manifest", remedy=again)
+            raise ArtifactError(f"{path} is too large for a manifest", remedy=_again(folder, command))
         values = json.loads(path.read_bytes())
         seal = _seal_of(values) if isinstance(values, dict) else None
     except OSError as error:
-        remedy = "Check its permissions." if isinstance(error, PermissionError) else f"Export first: sam3x export -o {folder}"
+        remedy = "Check its permissions." if isinstance(error, PermissionError) else f"Export first: {command} -o {folder}"
         raise ArtifactError(f"{path} cannot be read ({error.strerror})", remedy=remedy) from error
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is no sam3x manifest ({error})", remedy=again) from error
+        raise _no_manifest(path, str(error)) from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if not isinstance(version, int):
-        raise ArtifactError(f"{path} is no sam3x manifest (it tells no schema_version)", remedy=again)
+        raise _no_manifest(path, "it tells no schema_version")
+    remedy = _again(folder, "sam3x export --pipeline" if values.get("kind") == "pipeline" else command)
     if version != SCHEMA_VERSION:
-        raise ArtifactError(f"{path} has manifest schema {version}, this sam3x reads {SCHEMA_VERSION}", remedy=again)
+        fact = f"{path} has manifest schema {version}, this sam3x reads {SCHEMA_VERSION}"
+        raise ArtifactError(fact, remedy=remedy)
     if values.get("manifest_sha256") != seal:
-        raise ArtifactError(f"{path} was changed after the export (its own sha256 differs)", remedy=again)
+        fact = f"{path} was changed after the export (its own sha256 differs)"
+        raise ArtifactError(fact, remedy=remedy)
     return values
+
+
+def _again(folder: Path, command: str) -> str:
+    return f"Export again: {command} -o {folder}"
+
+
+def _no_manifest(path: Path, fact: str) -> ArtifactError:
+    """An export leaves such a file alone, so exporting again is no way out."""
+    remedy = "Move it away, then export again."
+    return ArtifactError(f"{path} is no sam3x manifest ({fact})", remedy=remedy)
+
+
+def names_written(folder: Path) -> set[str]:
+    """What an export wrote into ``folder``, its manifest too, whatever was changed since; nothing where sam3x wrote none."""
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_bytes()) if path.stat().st_size <= _LARGEST else None
+    except (OSError, ValueError, RecursionError):
+        return set()
+    if not isinstance(values, dict) or not isinstance(values.get("manifest_sha256"), str):
+        return set()
+    return {MANIFEST, *(values["files"] if isinstance(values.get("files"), dict) else ())}
 
 
 def read_manifest(folder: Path) -> ExportManifest:
@@ -142,6 +169,4 @@ def validated(model: type[Manifest], values: dict[str, Any], folder: Path) -> Ma
     try:
         return model.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        fact = str(error).splitlines()[0]
-        again = f"Export again: sam3x export -o {folder}"
-        raise ArtifactError(f"{folder / MANIFEST} is no sam3x manifest ({fact})", remedy=again) from error
+        raise _no_manifest(folder / MANIFEST, str(error).splitlines()[0]) from error

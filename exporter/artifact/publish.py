@@ -13,7 +13,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from pydantic import BaseModel
 from sam3x.artifact.files import is_inside, link_in, names_in, sha256_of
 from sam3x.artifact.journal import DISK_ERRORS, NEW, STAGING, commit, finish
 from sam3x.artifact.lock import locked
-from sam3x.artifact.manifest import MANIFEST, read_values, sealed
-from sam3x.errors import ArtifactError, Step
+from sam3x.artifact.manifest import MANIFEST, names_written, read_values, sealed
+from sam3x.errors import ArtifactError, SpecError, Step
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Publication:
         names = names_in(self.path)
         for name in names:
             _check_free(self.folder, name)
+        _check_own(self.folder, names, Step.WRITE)
         try:
             obsolete = [name for name in _earlier_files(self.folder) if name not in names]
             commit(self.path.parent, self.folder, obsolete)
@@ -51,12 +52,18 @@ class Publication:
 
 
 @contextlib.contextmanager
-def publishing(folder: str | Path) -> Iterator[Publication]:
+def publishing(folder: str | Path, names: Sequence[str] = (MANIFEST,)) -> Iterator[Publication]:
     """A ``Publication`` into ``folder``, which nobody else exports into meanwhile; after an error nothing of it is left.
 
+    Args:
+        names: files that will be written, as far as they are known: one of the user's in the way is told at once.
+
     Raises:
-        ArtifactError: the folder cannot be written, is full, or another export holds it.
+        SpecError: the name of the folder is empty.
+        ArtifactError: the folder cannot be written, is full, holds a file of the user's, or another export holds it.
     """
+    if not str(folder).strip():
+        raise SpecError("the output folder has an empty name", remedy="Name a folder; the current one is '.'.")
     shown = Path(folder)
     root = shown.resolve() if shown.is_dir() else shown  # a link to a folder is followed once, here
     made = [path for path in (root, *root.parents) if not path.exists()]
@@ -65,6 +72,7 @@ def publishing(folder: str | Path) -> Iterator[Publication]:
             _make_folder(root)
             stack.enter_context(locked(root))
             finish(root)
+            _check_own(root, names, Step.SPEC)
             for left in root.glob(f"{STAGING}*"):  # of a process that was killed
                 shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
             staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=root))
@@ -128,6 +136,18 @@ def _check_free(folder: Path, name: str) -> None:
             raise ArtifactError(
                 f"{path} is a {kind}, where '{name}' has to go", remedy="Move it, or choose another --output.", step=Step.WRITE
             )
+
+
+def _check_own(folder: Path, names: Sequence[str], step: Step) -> None:
+    """Refuse to write over a file that no export wrote."""
+    found = [name for name in names if os.path.lexists(folder / name)]
+    strange = sorted(set(found) - names_written(folder)) if found else []
+    if strange:
+        raise ArtifactError(
+            f"{', '.join(str(folder / name) for name in strange)} would be overwritten, and no export of sam3x wrote it",
+            remedy="Move it, or choose another --output.",
+            step=step,
+        )
 
 
 def _earlier_files(folder: Path) -> list[str]:

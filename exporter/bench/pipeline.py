@@ -99,6 +99,9 @@ def bench_pipeline(
         Sam3xError: a contender failed, found something else, or the source has other weights than the pipeline.
     """
     manifest, machine = load_manifest(folder, check=False), machine_of()
+    if eager and checkpoint is None and module is None and not manifest.origin.startswith("random weights"):
+        fact = f"{folder} was exported from {manifest.origin}"
+        raise ArtifactError(fact, remedy="Name that source: --checkpoint or --module.", step=Step.BENCH)
     job: dict[str, Any] = {
         "path": str(folder.absolute()),
         "checkpoint": None if checkpoint is None else str(checkpoint.absolute()),

@@ -60,12 +60,15 @@ class EagerPipelineContender:
 
     def load(self) -> Any:
         from sam3x.runtime.manifest import load_manifest
+        from sam3x.sources.contract import Expected
         from sam3x.sources.named import image_source
         from sam3x.spec import ExportSpec
 
         manifest = load_manifest(self.job["path"], check=False)
         checkpoint = self.job["checkpoint"]
-        self.model = image_source(None, checkpoint and Path(checkpoint), self.job["module"])(ExportSpec(**manifest.spec))
+        expected = Expected(folder=self.job["path"], origin=manifest.origin, weights_sha256=manifest.weights_sha256)
+        cut = image_source(None, checkpoint and Path(checkpoint), self.job["module"])
+        self.model = cut(ExportSpec(**manifest.spec), expected)
         return self._run
 
     def inputs(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sam3x.artifact.manifest import ExportManifest
+from sam3x.artifact.manifest import MANIFEST, read_manifest
 from sam3x.bench.process import ContenderError, Worker, workers_closed
 from sam3x.bench.report import (
     BenchReport,
@@ -28,7 +28,8 @@ from sam3x.bench.report import (
     timing_of,
     with_ratios,
 )
-from sam3x.errors import ArtifactError, Step
+from sam3x.errors import ArtifactError, Sam3xError, Step
+from sam3x.runtime.manifest import is_pipeline
 
 Tell = Callable[[str], None]
 PACKAGES = ("sam3x", "torch", "onnxruntime", "onnx", "onnxscript", "openvino", "executorch", "sam3", "numpy")
@@ -49,10 +50,12 @@ def bench(request: BenchRequest, *, command: str | None = None, tell: Tell | Non
     """
     tell = tell or (lambda _: None)
     for folder in request.folders:
-        if not (Path(folder) / "manifest.json").is_file():
-            raise ArtifactError(
-                f"{folder} holds no manifest.json", remedy=f"Export first: sam3x export -o {folder}", step=Step.BENCH
-            )
+        if not (Path(folder) / MANIFEST).is_file():
+            remedy = f"Export first: sam3x export -o {folder}"
+            raise ArtifactError(f"{folder} holds no {MANIFEST}", remedy=remedy, step=Step.BENCH)
+        if is_pipeline(folder):
+            remedy = "Measure it by itself: sam3x bench FOLDER."
+            raise ArtifactError(f"{folder} holds a whole image model", remedy=remedy, step=Step.BENCH)
     machine = machine_of()
     started, clock = datetime.datetime.now(datetime.timezone.utc), time.perf_counter()
     cases = tuple(
@@ -139,7 +142,7 @@ def _failures_in(known: dict[str, Any]) -> Iterator[None]:
         yield
     except ContenderError as error:
         known["error"] = str(error)
-    except (OSError, ValueError) as error:  # a manifest or a file that cannot be read
+    except (OSError, ValueError, Sam3xError) as error:  # a manifest or a file that cannot be read
         known["error"] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
@@ -166,7 +169,7 @@ def _static_facts(kind: str, path: str) -> dict[str, Any]:
     if kind != "artifact":
         return {}
     folder = Path(path)
-    manifest = ExportManifest.model_validate_json((folder / "manifest.json").read_text())
+    manifest = read_manifest(folder)
     asked = {**manifest.spec, **manifest.target_options}
     names = ("dac", "pre_norm", "branches", "attention", "precision")
     known: dict[str, Any] = {

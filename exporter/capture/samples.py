@@ -39,7 +39,8 @@ class Sizes:
         return f"batch {self.batch}, tokens {self.tokens}, prompt {self.prompt_length}, padded {self.padding}{peaked}"
 
 
-def _clamp(value: int, bounds: tuple[int, int]) -> int:
+def clamped(value: int, bounds: tuple[int, int]) -> int:
+    """The size in ``bounds`` that is nearest to ``value``."""
     return min(max(value, bounds[0]), bounds[1])
 
 
@@ -135,15 +136,15 @@ def verification_sizes(spec: ExportSpec, *, peaked: bool = False) -> list[Sizes]
         wanted += [(2, 5184, 32, "some"), (6, 300, 7, "some")]
     sizes = [
         Sizes(
-            batch=_clamp(b, spec.batch),
-            tokens=_clamp(n, spec.halved_range),
-            prompt_length=_clamp(s, spec.prompt_length),
+            batch=clamped(b, spec.batch),
+            tokens=clamped(n, spec.halved_range),
+            prompt_length=clamped(s, spec.prompt_length),
             padding=p,
         )
         for b, n, s, p in wanted
     ]
     if peaked:
-        sizes.append(dataclasses.replace(sizes[0], prompt_length=_clamp(32, spec.prompt_length), peaked=True))
+        sizes.append(dataclasses.replace(sizes[0], prompt_length=clamped(32, spec.prompt_length), peaked=True))
     unique = list(dict.fromkeys(sizes))
     padded = any(name.endswith("key_padding_mask") for name in spec.inputs)
     return unique if padded else list(dict.fromkeys(dataclasses.replace(size, padding="none") for size in unique))

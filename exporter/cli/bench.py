@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from sam3x.cli.bench_pipeline import measure_pipeline
 from sam3x.cli.console import reporting, shown_steps
 from sam3x.cli.options import Checkpoint, Json, Module, Quiet, Verbose
 from sam3x.errors import SpecError, Step
@@ -18,9 +20,9 @@ def bench(
         list[str] | None,
         typer.Option("--baseline", metavar="NAME", help="eager, onnx-default, inductor or openvino; repeatable."),
     ] = None,
-    tokens: Annotated[str, typer.Option(metavar="N,N", help="Image tokens; a table for each.")] = "5184",
-    batch: Annotated[int, typer.Option(help="Images.")] = 1,
-    prompt_length: Annotated[int, typer.Option(help="Prompt tokens.")] = 32,
+    tokens: Annotated[str | None, typer.Option(metavar="N,N", help="Image tokens; a table for each; default 5184.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images; default 1.")] = None,
+    prompt_length: Annotated[int | None, typer.Option(help="Prompt tokens; default 32.")] = None,
     branch: Annotated[
         list[str] | None, typer.Option(metavar="dac=off,pre_norm=on", help="The flags; SAM3's own by default; repeatable.")
     ] = None,
@@ -29,12 +31,14 @@ def bench(
     ] = None,
     threads: Annotated[int, typer.Option(help="Of every contender.")] = 2,
     repeat: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
-    warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 1,
+    warmup: Annotated[int | None, typer.Option(help="Rounds before them; default 1.")] = None,
     checkpoint: Checkpoint = None,
     module: Module = None,
-    seed: Annotated[int, typer.Option(help="Of the inputs, and of the baselines' random weights.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the inputs, and of the baselines' random weights; default 0.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds that one step of one contender may take.")] = 900.0,
     profile: Annotated[bool, typer.Option("--profile", help="Also time by operator (.pte), in runs of their own.")] = False,
+    picture: Annotated[Path | None, typer.Option(metavar="PICTURE", help="Of a pipeline; default: noise.")] = None,
+    threshold: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Of a pipeline: detections score above it.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one page with charts.")] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")] = None,
     quiet: Quiet = False,
@@ -44,34 +48,63 @@ def bench(
     """Time artifacts and baselines in turn: latency, memory, cold start, file size.
 
     Each contender runs in a process of its own; one that fails is told in the table and makes the exit status 1.
-    --checkpoint and --module name the encoder of the baselines, as for export.
+    --checkpoint and --module name the encoder of the baselines, as for export. A whole pipeline is measured alone, with
+    --baseline eager beside its source.
     """
     with reporting(verbose):
-        from sam3x.bench.report import command_of, make_request
-
-        request = make_request(
-            folders=folders or (),
-            baselines=baseline or (),
-            tokens=tokens,
-            branches=branch or (),
-            batch=batch,
-            prompt_length=prompt_length,
-            reference=reference,
-            threads=threads,
-            repeat=repeat,
-            warmup=warmup,
-            checkpoint=None if checkpoint is None else str(checkpoint),
-            module=module,
-            seed=seed,
-            timeout=timeout,
-            profile=profile or None,
-        )
         files = {"--html": html, "--markdown": markdown}
         for option, path in files.items():
             if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
                 raise SpecError(
                     f"{path} cannot be written", subject=option, remedy="Name a file in a folder that exists.", step=Step.BENCH
                 )
+        from sam3x.runtime.manifest import is_pipeline
+
+        sizes: dict[str, Any] = {
+            "tokens": tokens,
+            "batch": batch,
+            "prompt_length": prompt_length,
+            "warmup": warmup,
+            "seed": seed,
+        }
+        if any(is_pipeline(folder) for folder in folders or ()):
+            others = {**sizes, "branch": branch, "reference": reference, "profile": profile or None, "html": html}
+            _refuse(others, "of a fusion encoder", step=Step.BENCH)
+            if len(folders or ()) > 1 or set(baseline or ()) - {"eager"}:
+                remedy = "Name one folder, and no baseline but eager."
+                raise SpecError("a pipeline is measured alone or beside its source", remedy=remedy, step=Step.BENCH)
+            measure_pipeline(
+                (folders or [])[0],
+                page=markdown,
+                as_json=as_json,
+                quiet=quiet,
+                command="bench",
+                checkpoint=checkpoint,
+                module=module,
+                eager=bool(baseline),
+                picture=picture,
+                threshold=threshold,
+                threads=threads,
+                repeat=repeat,
+                timeout=timeout,
+            )
+            return
+        _refuse({"picture": picture, "threshold": threshold}, "of a pipeline", step=Step.BENCH)
+        from sam3x.bench.report import command_of, make_request
+
+        request = make_request(
+            folders=folders or (),
+            baselines=baseline or (),
+            branches=branch or (),
+            reference=reference,
+            threads=threads,
+            repeat=repeat,
+            checkpoint=None if checkpoint is None else str(checkpoint),
+            module=module,
+            timeout=timeout,
+            profile=profile or None,
+            **{name: value for name, value in sizes.items() if value is not None},
+        )
         from sam3x.bench import run as benchmark
 
         with shown_steps(quiet) as steps:
@@ -92,3 +125,14 @@ def bench(
             cli_views.show(bench_views.bench_view(report))
         if report.failures:
             raise typer.Exit(1)
+
+
+def _refuse(options: Mapping[str, object], subject: str, step: Step) -> None:
+    """Refuse options that were given and belong to something else.
+
+    Raises:
+        SpecError: naming them.
+    """
+    given = ", ".join(f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None)
+    if given:
+        raise SpecError(f"{given}: {subject} alone", remedy="Leave it out.", step=step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,34 +28,48 @@ def bench_pipeline(
 ) -> None:
     """Time a pipeline against its source's eager code: latency, memory, start; and what its export took."""
     with reporting(verbose):
-        from sam3x.bench import pipeline as benchmark
+        measure_pipeline(
+            folder,
+            page=page,
+            as_json=as_json,
+            quiet=quiet,
+            command="bench-pipeline",
+            checkpoint=checkpoint,
+            module=module,
+            eager=eager,
+            picture=picture,
+            threshold=threshold,
+            threads=threads,
+            repeat=repeat,
+            timeout=timeout,
+        )
 
-        with shown_steps(quiet) as steps:
-            report = benchmark.bench_pipeline(
-                folder,
-                checkpoint=checkpoint,
-                module=module,
-                eager=eager,
-                picture=picture,
-                threshold=threshold,
-                threads=threads,
-                repeat=repeat,
-                timeout=timeout,
-                tell=steps.begin,
-            )
-            steps.end()
-        from sam3x.cli import bench_pipeline_views as views
 
-        if page is not None:
-            source = ("--checkpoint", str(checkpoint)) if checkpoint else ("--module", module) if module else ()
-            export = ["sam3x", "export", "--pipeline", *source, "-o", str(folder)]
-            command = ["sam3x", "bench-pipeline", str(folder), *source, "--threads", str(threads), "--repeat", str(repeat)]
-            asked = {"--picture": picture, "--threshold": threshold, "--markdown": page}
-            command += [str(word) for pair in asked.items() if pair[1] is not None for word in pair]
-            page.write_text(views.markdown(report, shlex.join(command), shlex.join(export)), encoding="utf-8")
-        if as_json:
-            typer.echo(report.model_dump_json(indent=2))
-        elif not quiet:
-            from sam3x.cli import views as cli_views
+def measure_pipeline(folder: Path, *, page: Path | None, as_json: bool, quiet: bool, command: str, **options: Any) -> None:
+    """Measure a pipeline and show the figures.
 
-            cli_views.show([*views.summary(report), views.table(report)])
+    Args:
+        command: the one that is run, for the page. options: of ``sam3x.bench.pipeline.bench_pipeline``.
+    """
+    from sam3x.bench import pipeline as benchmark
+
+    with shown_steps(quiet) as steps:
+        report = benchmark.bench_pipeline(folder, **options, tell=steps.begin)
+        steps.end()
+    from sam3x.cli import bench_pipeline_views as views
+
+    if page is not None:
+        source = [word for name in ("checkpoint", "module") if options[name] for word in (f"--{name}", str(options[name]))]
+        export = ["sam3x", "export", "--pipeline", *source, "-o", str(folder)]
+        own = ["--baseline", "eager"] if command == "bench" and options["eager"] else []
+        words = ["sam3x", command, str(folder), *source, *own]
+        asked = {name: options[name] for name in ("threads", "repeat", "picture", "threshold")}
+        words += [str(word) for name, value in asked.items() if value is not None for word in (f"--{name}", value)]
+        words += ["--markdown", str(page)]
+        page.write_text(views.markdown(report, shlex.join(words), shlex.join(export)), encoding="utf-8")
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+    elif not quiet:
+        from sam3x.cli import views as cli_views
+
+        cli_views.show([*views.summary(report), views.table(report)])

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from sam3x.cli.console import hushed, reporting, shown_steps
-from sam3x.cli.options import Checkpoint, Json, Module, Quiet, Verbose
-from sam3x.cli.run import check_pipeline_options, show_pipeline
+from sam3x.cli.options import Checkpoint, Json, Module, Quiet, Verbose, named_path
+from sam3x.cli.run import show_pipeline
 from sam3x.cli.source_options import exclusive, named_source
 from sam3x.cli.target_options import target_options_of
 from sam3x.errors import SpecError, TargetUnavailableError
@@ -68,7 +68,9 @@ class Verify(str, Enum):
 def export(
     context: typer.Context,
     target: Annotated[str, typer.Option("--target", "-t", help="Back end; see `sam3x targets`.")] = "onnx",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("out"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", parser=named_path, metavar="FOLDER", help="Folder to write.")
+    ] = Path("out"),
     checkpoint: Checkpoint = None,
     module: Module = None,
     interface: Annotated[Interface | None, typer.Option(help="Signature of the graph; default tokens.")] = None,
@@ -102,7 +104,9 @@ def export(
         bool, typer.Option("--fuse", help="With --pipeline: one ONNX file for what runs for every prompt, masks included.")
     ] = False,
     disable_pass: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Leave a pass out; repeatable.")] = None,
-    dump_graphs: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the graph after each pass.")] = None,
+    dump_graphs: Annotated[
+        Path | None, typer.Option(parser=named_path, metavar="DIR", help="Write the graph after each pass.")
+    ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: Json = False,
@@ -129,16 +133,18 @@ def export(
         }
         options = {name: value for name, value in options.items() if value is not None}  # ExportSpec's defaults rule
         options.update(target_options_of(context))
-        _check_early(target, options, checkpoint, module)
+        _check_early(target, {**({"dac": False, "pre_norm": "module"} if pipeline else {}), **options}, checkpoint, module)
         if not pipeline and (tokenizer is not None or source is not None or components is not None or fuse):
             raise SpecError(
                 "--tokenizer, --source, --components and --fuse belong to --pipeline",
                 remedy="Add --pipeline, or leave them out.",
             )
         if pipeline:
-            check_pipeline_options(
-                target, options, fuse=fuse, components=components, disable_pass=disable_pass, dump_graphs=dump_graphs
-            )
+            from sam3x.pipeline.request import check_pipeline
+
+            check_pipeline(target, options, None if components is None else components.split(","), fuse=fuse)
+            if disable_pass or dump_graphs:
+                raise SpecError("--disable-pass and --dump-graphs belong to a fusion encoder alone")
         with shown_steps(quiet) as steps:
             if checkpoint is None and module is None:
                 steps.say(
@@ -159,23 +165,23 @@ def export(
                         **({} if components is None else {"components": components.split(",")}),
                         **options,
                     )
-                    steps.end()
-                    show_pipeline(made, output, as_json=as_json, quiet=quiet, verbose=verbose)
-                    return
-                from sam3x import api
+                else:
+                    from sam3x import api
 
-                encoder = named_source(checkpoint, module, steps)
-                artifact = api.export(
-                    encoder,
-                    target=target,
-                    output=output,
-                    progress=steps.begin,
-                    disable_pass=tuple(disable_pass or ()),
-                    dump_graphs=dump_graphs,
-                    **options,
-                )
+                    encoder = named_source(checkpoint, module, steps)
+                    artifact = api.export(
+                        encoder,
+                        target=target,
+                        output=output,
+                        progress=steps.begin,
+                        disable_pass=tuple(disable_pass or ()),
+                        dump_graphs=dump_graphs,
+                        **options,
+                    )
             steps.end()
-        if as_json:
+        if pipeline:
+            show_pipeline(made, output, as_json=as_json, quiet=quiet, verbose=verbose)
+        elif as_json:
             typer.echo(artifact.manifest.model_dump_json(indent=2))
         elif not quiet:
             from sam3x.cli import views as cli_views

@@ -7,6 +7,14 @@ from typing import Annotated
 
 import typer
 
+
+def named_path(value: str | Path) -> Path:
+    """A path that is written to; an empty name, as of a variable that is not set, would be the current folder."""
+    if not str(value).strip():
+        raise typer.BadParameter("it is empty; the current folder is '.'")
+    return Path(value)
+
+
 Folder = Annotated[Path, typer.Argument(help="An exported folder.", metavar="FOLDER")]
 Checkpoint = Annotated[Path | None, typer.Option("--checkpoint", help="SAM3 or EfficientSAM3 .pt, .pth or .safetensors.")]
 Module = Annotated[

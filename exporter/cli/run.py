@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sam3x.cli.console import hushed, reporting
-from sam3x.errors import SpecError
 
 if TYPE_CHECKING:
     from sam3x.runtime.manifest import PipelineManifest
@@ -34,29 +33,6 @@ def lint(
             cli_views.show(pipeline_views.lint_view(report, verbose=verbose))
         if not report.clean:
             raise typer.Exit(1)
-
-
-_ENCODER_ALONE = ("interface", "inputs", "dac_dim", "tokens", "prompt_length", "feature_sizes", "mask_dtype")
-
-
-def check_pipeline_options(
-    target: str, options: dict[str, Any], *, fuse: bool = False, components: str | None = None, **others: Any
-) -> None:
-    """Refuse what says something about a fusion encoder alone, and what cannot be joined.
-
-    Raises:
-        SpecError: naming the options that have no meaning for a whole model.
-    """
-    if fuse:
-        from sam3x.pipeline.fuse_spec import check_fuse
-
-        check_fuse(target, None if components is None else components.split(","))
-    if options.get("layout", "flat") != "flat":
-        raise SpecError(f"--layout {options['layout']} is for one model; a pipeline has six", remedy="Leave --layout out.")
-    given = [name for name in _ENCODER_ALONE if name in options] + [name for name, value in others.items() if value]
-    if given:
-        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise SpecError(f"{named} belong to a fusion encoder alone", remedy="Leave them out with --pipeline.")
 
 
 def show_pipeline(manifest: PipelineManifest, folder: Path, *, as_json: bool, quiet: bool, verbose: bool) -> None:

@@ -21,7 +21,9 @@ def run(
     picture: Annotated[Path, typer.Argument(help="A JPEG, PNG or WebP file.", metavar="PICTURE")],
     text: Annotated[list[str] | None, typer.Option("--text", metavar="WORDS", help="What to look for; repeatable.")] = None,
     box: Boxes = None,
-    threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Detections score above it.")] = 0.5,
+    threshold: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Detections score above it; default: what the source has.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the picture with masks and boxes.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write detections and masks.")] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare every file with its sha256 first.")] = True,

@@ -17,12 +17,13 @@ from torch import Tensor
 from sam3x.artifact.files import names_in, sha256_of
 from sam3x.artifact.manifest import MANIFEST, sealed
 from sam3x.artifact.publish import publishing
+from sam3x.capture.samples import clamped
 from sam3x.errors import SpecError, TargetUnavailableError
 from sam3x.fusion.layer_template import weights_of
 from sam3x.pipeline.fuse import export_fused, fused
-from sam3x.pipeline.fuse_spec import PARTS, check_fuse
 from sam3x.pipeline.job import ComponentJob
 from sam3x.pipeline.quality import eager_answers, quality_of
+from sam3x.pipeline.request import PARTS, check_pipeline
 from sam3x.pipeline.tokenizer import write_tokenizer
 from sam3x.runtime.manifest import SEGMENTER, ComponentSpec, PipelineManifest
 from sam3x.sources.contract import COMPONENTS, Component, Cut, ImageModel, walk
@@ -70,10 +71,7 @@ def export_pipeline(
     unknown = [name for name in components if name not in COMPONENTS]
     if unknown or not components:
         raise SpecError(f"no component {', '.join(unknown) or 'named'}; there are {', '.join(COMPONENTS)}")
-    if fuse:
-        check_fuse(target, None if tuple(components) == COMPONENTS else components)
-    if getattr(target_options, "layout", "flat") != "flat":
-        raise SpecError("a layout of folders is for one model; a pipeline has six", remedy="Leave layout out.")
+    check_pipeline(target, options, None if tuple(components) == COMPONENTS else components, fuse=fuse)
     status = back_end.availability()
     if not status.available:
         raise TargetUnavailableError(
@@ -152,13 +150,13 @@ def _weight(component: Component) -> int:
 
 def cases_of(model: ImageModel, spec: ExportSpec) -> dict[str, list[Case]]:
     """Component → inputs and eager outputs at several sizes: many prompts, one prompt, boxes that are padding."""
-    most = spec.batch[1]
-    sizes = [(min(3, most), min(5, model.context_length), 2, 4), (1, model.context_length, 1, 1)]
+    sizes = [(3, min(5, model.context_length), 2, 4), (1, model.context_length, 1, 1)]
     if spec.verify == "full":
-        sizes.append((min(4, most), max(2, model.context_length // 2), 5, 3))
+        sizes.append((4, max(2, model.context_length // 2), 5, 3))
     found: dict[str, list[Case]] = {component.name: [] for component in model.components}
     vision = None
     for index, (prompts, length, boxes, queries) in enumerate(sizes):
+        prompts = clamped(prompts, spec.batch)
         length = model.context_length if model.fixed_length else length
         given = _given(model, prompts, length, boxes, spec.seed + index)
         trace = walk(model.components, given, lambda value, count=queries: value[:, :count], vision)  # type: ignore[misc]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sam3x.pipeline.fuse_spec import PARTS
+from sam3x.pipeline.request import PARTS
 from sam3x.precision.component import rounded
 from sam3x.runtime.manifest import SEGMENTER, ComponentSpec
 from sam3x.sources.contract import Component, Port

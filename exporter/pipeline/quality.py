@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam3x.runtime.components import fed
+from sam3x.runtime.components import run_component
 from sam3x.runtime.manifest import ComponentSpec, PromptQuality, Quality
 from sam3x.runtime.pictures import sigmoid
 from sam3x.sources.contract import ImageModel, walk
@@ -85,7 +85,7 @@ def quality_of(
             if spec.name == "mask_head":
                 state["queries"] = state["queries"][:, answer.queries]
             if spec.name != "vision_encoder" or not first:  # one picture
-                first = {spec.writes[name]: value for name, value in runner.run(fed(spec, state)).items()}
+                first = run_component(spec, runner, state)
             state.update(first)
     prompts = tuple(_compared(answer, state) for answer, state in zip(answers, states, strict=True))
     return Quality(

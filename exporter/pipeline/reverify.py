@@ -8,13 +8,13 @@ from typing import Any
 
 from sam3x.artifact.manifest import VerificationRecord
 from sam3x.artifact.publish import replace_manifest
-from sam3x.errors import ArtifactError, Step
+from sam3x.errors import Step
 from sam3x.pipeline.export import cases_of
 from sam3x.pipeline.fuse import fused
 from sam3x.pipeline.quality import eager_answers, quality_of
 from sam3x.precision.component import reduced, rounded
 from sam3x.runtime.manifest import SEGMENTER, load_manifest
-from sam3x.sources.contract import COMPONENTS, Cut
+from sam3x.sources.contract import COMPONENTS, Cut, Expected
 from sam3x.spec import ExportSpec
 from sam3x.targets.base import Runner, Target, arithmetic_precision, weight_precision
 from sam3x.targets.registry import get_target
@@ -37,13 +37,7 @@ def verify_pipeline(folder: str | Path, cut: Cut, *, full: bool = False) -> list
     manifest = load_manifest(folder)
     spec = ExportSpec(**manifest.spec)
     spec = spec.model_copy(update={"verify": "full"}) if full else spec
-    model = cut(spec)
-    if model.weights_sha256 != manifest.weights_sha256:
-        raise ArtifactError(
-            f"{folder} was exported from other weights ({manifest.origin})",
-            remedy="Name the source it came from: --checkpoint or --module.",
-            step=Step.REVERIFY,
-        )
+    model = cut(spec, Expected(folder=str(folder), origin=manifest.origin, weights_sha256=manifest.weights_sha256))
     cases, target = cases_of(model, spec), get_target(manifest.target)
     options = target.options_type(**manifest.target_options)
     precision = weight_precision(target, options)

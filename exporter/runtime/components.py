@@ -27,8 +27,25 @@ class Components:
         spec = self.manifest.component(name)
         if name not in self._runners:
             self._runners[name] = get_target(self.manifest.target).load_runner(self.folder / spec.file)
-        outputs = self._runners[name].run(fed(spec, tensors))
-        return {spec.writes[key]: value for key, value in outputs.items()}
+        return run_component(spec, self._runners[name], tensors)
+
+
+def run_component(spec: ComponentSpec, runner: Runner, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The outputs of a component under the names of pipeline tensors.
+
+    Where the file takes a fixed number of prompts, or at least some, the last one is repeated, and nothing is given for that.
+    """
+    arrays = fed(spec, tensors)
+    per_prompt = [item.name for item in spec.inputs if item.shape[:1] == ("prompts",)]
+    least = spec.ranges.get("prompts", (1, 1))[0]
+    given = min((len(arrays[name]) for name in per_prompt), default=least)
+    if given >= least:
+        return {spec.writes[key]: value for key, value in runner.run(arrays).items()}
+    for name in per_prompt:
+        arrays[name] = np.concatenate([arrays[name], np.repeat(arrays[name][-1:], least - given, axis=0)])
+    outputs = {spec.writes[key]: value for key, value in runner.run(arrays).items()}
+    found = outputs.get("found_prompts")  # of a joined file: a row a detection, not a prompt
+    return {name: value[:given] if found is None else value[found < given] for name, value in outputs.items()}
 
 
 def fed(spec: ComponentSpec, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

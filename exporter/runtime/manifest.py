@@ -153,7 +153,7 @@ def load_manifest(folder: str | Path, *, check: bool = True) -> PipelineManifest
     """
     root = Path(folder)
     recover(root)
-    values = read_values(root)
+    values = read_values(root, "sam3x export --pipeline")
     if values.get("kind") != "pipeline":
         raise ArtifactError(
             f"{root} holds no pipeline, but a single encoder", remedy=f"Export one: sam3x export --pipeline -o {root}"

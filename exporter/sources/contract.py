@@ -18,11 +18,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from sam3x.errors import ArtifactError, Step
 from sam3x.fusion.encoder import FusionEncoder
 from sam3x.sources import adaptations
 from sam3x.spec import ExportSpec
@@ -175,5 +176,30 @@ def walk(
     return trace
 
 
-Cut = Callable[[ExportSpec], ImageModel]
-"""A source that is cut into components once the spec of its fusion encoder is known."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """The source of an export that is to be verified or measured again: ``folder``, and its manifest's origin and weights."""
+
+    folder: str
+    origin: str
+    weights_sha256: str
+
+    def check(self, *, origin: str | None = None, weights_sha256: str | None = None) -> None:
+        """Refuse another source as soon as one of the two is known.
+
+        Raises:
+            ArtifactError: it differs.
+        """
+        if origin not in (None, self.origin) or weights_sha256 not in (None, self.weights_sha256):
+            raise ArtifactError(
+                f"{self.folder} was exported from other weights ({self.origin})",
+                remedy="Name the source it came from: --checkpoint or --module.",
+                step=Step.REVERIFY,
+            )
+
+
+class Cut(Protocol):
+    """A source that is cut into components once the spec of its fusion encoder is known."""
+
+    def __call__(self, spec: ExportSpec, expected: Expected | None = None) -> ImageModel:
+        """Load the source and cut it; one that is not ``expected`` is refused before it is cut."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sam3x.errors import SourceError
 from sam3x.sources.checkpoint import load_state, some_of
-from sam3x.sources.contract import Cut, ImageModel
+from sam3x.sources.contract import Cut, Expected, ImageModel
 from sam3x.sources.encoder import call_factory
 from sam3x.sources.image_config import ImageModelConfig
 from sam3x.sources.image_model import build_image_model
@@ -33,14 +33,14 @@ def module_image_source(model: nn.Module, origin: str | None = None, image_size:
     """
     name = origin or f"{type(model).__module__}.{type(model).__qualname__}"
     if is_transformers(model):
-        return lambda spec: transformers_model(model, name, spec)
+        return lambda spec, expected=None: transformers_model(model, name, spec, expected=expected)
     if not is_meta(model):
         raise SourceError(
             f"{type(model).__name__} is no image model sam3x knows: it has {some_of(n for n, _ in model.named_children())}",
             remedy="Give Meta's Sam3Image or transformers' Sam3Model.",
         )
     size = image_size or _image_size(model)
-    return lambda spec: meta_model(model, name, size, spec)
+    return lambda spec, expected=None: meta_model(model, name, size, spec, expected)
 
 
 def factory_image_source(name: str, image_size: int | None = None) -> Cut:
@@ -49,17 +49,20 @@ def factory_image_source(name: str, image_size: int | None = None) -> Cut:
     Raises:
         SourceError: the name, the import, the call or its result is wrong.
     """
-    return lambda spec: module_image_source(call_factory(name), f"module {name}", image_size)(spec)
+    return lambda spec, expected=None: module_image_source(call_factory(name), f"module {name}", image_size)(spec, expected)
 
 
 def random_image_source(config: ImageModelConfig | None = None) -> Cut:
     """SAM3's own hyper-parameters with seeded random weights, or another size of the same architecture."""
     chosen = config or ImageModelConfig()
 
-    def cut(spec: ExportSpec) -> ImageModel:
+    def cut(spec: ExportSpec, expected: Expected | None = None) -> ImageModel:
+        origin = f"random weights, seed {spec.seed}, {_described(chosen)}"
+        if expected is not None:
+            expected.check(origin=origin)  # before a minute goes by in drawing weights
         model = build_image_model(chosen)
         draw_image_weights(model, spec.seed)
-        return meta_model(model, f"random weights, seed {spec.seed}, {_described(chosen)}", chosen.image_size, spec)
+        return meta_model(model, origin, chosen.image_size, spec, expected)
 
     return cut
 
@@ -71,12 +74,12 @@ def checkpoint_image_source(path: str | Path) -> Cut:
         SourceError: it is no SAM3 checkpoint, or parts of it are missing, mis-shaped or not finite.
     """
 
-    def cut(spec: ExportSpec) -> ImageModel:
+    def cut(spec: ExportSpec, expected: Expected | None = None) -> ImageModel:
         state = detector_keys(load_state(path))
         config = config_of(state, str(path))
         model = build_image_model(config, device="meta")
         load_image_weights(model, state, str(path))
-        return meta_model(model, f"checkpoint {Path(path).name}, {_described(config)}", config.image_size, spec)
+        return meta_model(model, f"checkpoint {Path(path).name}, {_described(config)}", config.image_size, spec, expected)
 
     return cut
 
@@ -89,9 +92,9 @@ def transformers_image_source(folder: str | Path) -> Cut:
     """
     path = Path(folder)
 
-    def cut(spec: ExportSpec) -> ImageModel:
+    def cut(spec: ExportSpec, expected: Expected | None = None) -> ImageModel:
         model = load_folder(path)
-        return transformers_model(model, f"transformers {type(model).__name__} in {path.name}", spec, path)
+        return transformers_model(model, f"transformers {type(model).__name__} in {path.name}", spec, path, expected)
 
     return cut
 

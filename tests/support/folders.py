@@ -9,6 +9,7 @@ from typing import Any
 
 from sam3x.artifact.files import names_in, sha256_of
 from sam3x.artifact.manifest import MANIFEST, ExportManifest, sealed
+from sam3x.runtime.manifest import PipelineManifest
 
 
 def contents(folder: Path) -> dict[str, bytes | str]:
@@ -27,6 +28,13 @@ def edit_manifest(folder: Path, *, seal: bool, **changes: Callable[[Any], Any]) 
     for name, change in changes.items():
         values[name] = change(values[name])
     path.write_text(sealed(ExportManifest.model_validate(values)) if seal else json.dumps(values))
+
+
+def edit_pipeline(folder: Path, *, seal: bool, **values: Any) -> None:
+    """The same of a pipeline's manifest, by values."""
+    path = folder / MANIFEST
+    changed = {**json.loads(path.read_text()), **values}
+    path.write_text(sealed(PipelineManifest.model_validate(changed)) if seal else json.dumps(changed))
 
 
 def write_export(folder: Path, files: dict[str, bytes]) -> None:

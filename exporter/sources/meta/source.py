@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sam3x.errors import SourceError
 from sam3x.fusion.encoder import FusionEncoder, shallow_copy, twin_of
-from sam3x.sources.contract import Component, ImageModel, Port
+from sam3x.sources.contract import Component, Expected, ImageModel, Port
 from sam3x.sources.cut import cut_components, ranges_of
 from sam3x.sources.encoder import weights_hash
 from sam3x.sources.meta import parts as meta
@@ -35,7 +35,9 @@ def is_meta(model: nn.Module) -> bool:
         return False
 
 
-def meta_model(model: nn.Module, origin: str, image_size: int, spec: ExportSpec) -> ImageModel:
+def meta_model(
+    model: nn.Module, origin: str, image_size: int, spec: ExportSpec, expected: Expected | None = None
+) -> ImageModel:
     """Cut a ``Sam3Image`` into components. The model itself is left as it is: adapters work on a second tree over its tensors.
 
     Args:
@@ -43,7 +45,11 @@ def meta_model(model: nn.Module, origin: str, image_size: int, spec: ExportSpec)
 
     Raises:
         SourceError: it uses more than one feature level.
+        ArtifactError: its weights are not those ``expected``.
     """
+    weights_sha256 = weights_hash(model)
+    if expected is not None:
+        expected.check(weights_sha256=weights_sha256)
     if model.num_feature_levels != 1:
         raise SourceError(f"num_feature_levels is {model.num_feature_levels}; sam3x takes 1, as in SAM3")
     twin: Any = private_twin(model)
@@ -73,7 +79,7 @@ def meta_model(model: nn.Module, origin: str, image_size: int, spec: ExportSpec)
         pad_id=0,
         box_text="visual",
         origin=origin,
-        weights_sha256=weights_hash(model),
+        weights_sha256=weights_sha256,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sam3x.errors import SourceError
-from sam3x.sources.contract import ImageModel
+from sam3x.sources.contract import Expected, ImageModel
 from sam3x.sources.cut import cut_components, ranges_of
 from sam3x.sources.encoder import reason_of, untouched, weights_hash
 from sam3x.sources.meta.source import private_twin
@@ -35,7 +35,9 @@ def is_transformers(model: nn.Module) -> bool:
     return all(isinstance(getattr(model, name, None), nn.Module) for name in (*_PARTS, "dot_product_scoring"))
 
 
-def transformers_model(model: nn.Module, origin: str, spec: ExportSpec, folder: Path | None = None) -> ImageModel:
+def transformers_model(
+    model: nn.Module, origin: str, spec: ExportSpec, folder: Path | None = None, expected: Expected | None = None
+) -> ImageModel:
     """Cut a ``Sam3Model`` into components; it is left as it is.
 
     Args:
@@ -43,7 +45,11 @@ def transformers_model(model: nn.Module, origin: str, spec: ExportSpec, folder: 
 
     Raises:
         SourceError: the folder's tokenizer files cannot be read.
+        ArtifactError: its weights are not those ``expected``.
     """
+    weights_sha256 = weights_hash(model)
+    if expected is not None:
+        expected.check(weights_sha256=weights_sha256)
     twin: Any = private_twin(model)
     config: Any = model.config
     size = config.vision_config.image_size
@@ -78,7 +84,7 @@ def transformers_model(model: nn.Module, origin: str, spec: ExportSpec, folder: 
         pad_id=_pad_id(folder, text),
         box_text="visual",
         origin=origin,
-        weights_sha256=weights_hash(model),
+        weights_sha256=weights_sha256,
         source="transformers",
         tokenizer=folder / _TOKENIZER if folder is not None and (folder / _TOKENIZER).is_file() else None,
         unescape_html=False,
