@@ -32,6 +32,7 @@ lint: $(STAMP) typing
 	$(BIN)/mypy -p sam3x
 
 docs: $(STAMP) typing
+	$(BIN)/python docs/options_table.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # the folders as the package they are, for tools that read sources and know nothing of setuptools' package-dir

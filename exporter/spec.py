@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from sam3x.errors import SpecError
 
@@ -67,48 +67,75 @@ def _checked(value: Any) -> Any:
     raise ValueError(f"expected an integer or (min, max), got {value!r}")
 
 
-Range = Annotated[tuple[int, int], BeforeValidator(_checked)]
+Range = Annotated[tuple[int, int], BeforeValidator(_checked), Field(json_schema_extra={"metavar": "N|MIN:MAX"})]
 """Inclusive (min, max) of one dimension; equal ends make it static."""
+
+
+def _sizes(value: Any) -> Any:
+    """Accept ``"72x72,36x36"``; anything but text is left for pydantic."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.strip().lower().split("x") for part in value.split(",")]
+    if not all(len(pair) == 2 and all(size.isascii() and size.isdecimal() and int(size) for size in pair) for pair in pairs):
+        raise ValueError(f"expected HxW for each level, as in 72x72,36x36, got {value!r}")
+    return tuple((int(height), int(width)) for height, width in pairs)
+
+
+FeatureSizes = Annotated[tuple[tuple[int, int], ...], BeforeValidator(_sizes), Field(json_schema_extra={"metavar": "HxW,HxW"})]
+"""(height, width) of each level."""
 
 
 class ExportSpec(BaseModel):
     """One export request. Ranges are inclusive; equal ends make a dimension static.
 
-    Attributes:
-        interface: ``tokens`` (upstream layer's signature) or ``feature_maps`` (``TransformerEncoderFusion``'s).
-        inputs: tensor inputs of the graph; others are ``None`` in the eager call. Empty: the interface's default.
-        dac: ``"runtime"`` makes it a bool scalar input; True or False fixes it.
-        pre_norm: ``"runtime"`` (bool scalar input), ``"per-layer"`` (bool vector input, one a layer), True, False, or
-            ``"module"`` (every layer keeps its own ``pre_norm``).
-        dac_dim: dimension of ``tgt`` that dac halves: 0 as upstream's code, 1 as the seed document describes.
-        branches: what a runtime flag becomes: ``"cond"``, a conditional, or ``"select"``, data flow that computes
-            what differs in both ways and picks by the flag. None: what the target runs best.
-        batch, tokens, prompt_length: sizes of dimension 0, of ``tgt``'s and of ``memory``'s dimension 1.
-        feature_sizes: (height, width) of each level of the ``feature_maps`` interface; static.
-        mask_dtype: dtype of ``tgt_mask`` and ``memory_mask``: ``bool`` (True: may not attend) or ``float32`` (added to the
-            scores). Key padding masks are always bool, True for padding.
-        verify: ``off``, ``final`` (the artifact), ``each`` (after every pass too), ``full`` (also at 72×72 tokens).
-        seed: seed of random default weights and of the verification inputs.
-
     Raises:
         SpecError: through ``make_spec``, for contradictory or unknown values.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     interface: Interface = "tokens"
-    inputs: tuple[str, ...] = ()
+    """Signature of the graph: tokens, as the layer of upstream, or feature maps, as TransformerEncoderFusion."""
+
+    inputs: tuple[str, ...] = Field(default=(), json_schema_extra={"metavar": "A,B,C"})
+    """Tensor inputs of the graph; others are None in the eager call. Left out: those SAM3 uses with this interface."""
+
     dac: Flag = "runtime"
+    """runtime makes it a graph input, a bool scalar; on and off fix it."""
+
     pre_norm: PreNormFlag = "runtime"
+    """runtime makes it a graph input, a bool scalar; per-layer a bool vector, one flag a layer; module keeps what each layer
+    has; on and off fix it."""
+
     dac_dim: Literal[0, 1] = 0
+    """Dimension of tgt that dac halves: 0, the batch, as upstream's code, or 1, the tokens."""
+
     branches: Branches | None = None
+    """What a runtime flag becomes: a conditional, or data flow that computes what differs in both ways and picks by the flag.
+    Left out: what the target runs best."""
+
     batch: Range = (1, 8)
+    """Batch size."""
+
     tokens: Range = (16, 9216)
+    """Image tokens, dimension 1 of tgt."""
+
     prompt_length: Range = (1, 77)
-    feature_sizes: tuple[tuple[int, int], ...] = ((72, 72),)
+    """Prompt tokens, dimension 1 of memory."""
+
+    feature_sizes: FeatureSizes = ((72, 72),)
+    """Height and width of each level of the feature-maps interface; static."""
+
     mask_dtype: Literal["bool", "float32"] = "bool"
+    """dtype of tgt_mask and memory_mask: bool (True: may not attend) or float32 (added to the scores). Key padding masks are
+    always bool, True for padding."""
+
     verify: VerifyPolicy = "final"
+    """What is compared with eager: nothing (off), the artifact (final), the graph after every pass too (each), or the artifact
+    also at 72x72 tokens (full)."""
+
     seed: int = 0
+    """Seed of random default weights and of the verification inputs."""
 
     @model_validator(mode="before")
     @classmethod

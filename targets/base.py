@@ -47,7 +47,7 @@ class AttentionMemory(TargetOptions):
 
     attention_memory: str = Field(
         "256MB",
-        description="what the scores of one attention may take; default 256MB.",
+        description="what the scores of one attention may take.",
         json_schema_extra={"metavar": "SIZE"},
     )
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sam3x.capture.program import CapturedProgram
 
 Layout = Literal["flat", "triton"]
-DESCRIPTION = "flat (default), or triton: the folder is a model repository for Triton Inference Server."
+DESCRIPTION = "flat, or triton: the folder is a model repository for Triton Inference Server."
 
 _TYPES = {
     "bool": "TYPE_BOOL",

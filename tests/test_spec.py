@@ -127,3 +127,10 @@ def test_a_spec_is_frozen_and_survives_json() -> None:
     assert ExportSpec(**spec.model_dump(mode="json")) == spec
     with pytest.raises(ValueError, match="frozen"):
         spec.batch = (1, 2)  # type: ignore[misc]
+
+
+def test_feature_sizes_are_read_from_text() -> None:
+    maps = ("src", "src_pos", "prompt")
+    assert make_spec(interface="feature_maps", inputs=maps, feature_sizes="72x72, 36X36").feature_sizes == ((72, 72), (36, 36))
+    with pytest.raises(SpecError, match="feature_sizes: expected HxW for each level"):
+        make_spec(interface="feature_maps", inputs=maps, feature_sizes="72x0")

@@ -13,11 +13,11 @@ from sam3x.cli.compatibility import compatibility
 from sam3x.cli.console import hushed, reporting, shown_steps
 from sam3x.cli.doctor import doctor
 from sam3x.cli.export import export
+from sam3x.cli.field_options import FieldOptionsCommand
 from sam3x.cli.options import Checkpoint, Folder, Json, Module, Quiet, Verbose
 from sam3x.cli.run import lint, show_pipeline
 from sam3x.cli.segment import run
 from sam3x.cli.source_options import exclusive, named_source
-from sam3x.cli.target_options import TargetOptionsCommand
 from sam3x.sources.named import image_source
 
 app = typer.Typer(
@@ -45,7 +45,7 @@ def _root(
     pass
 
 
-app.command(cls=TargetOptionsCommand)(export)
+app.command(cls=FieldOptionsCommand)(export)
 
 
 @app.command()

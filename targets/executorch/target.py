@@ -46,11 +46,9 @@ class PteOptions(TargetOptions):
         bundle: also ``fusion_encoder.bpte``, the same with inputs and the eager encoder's outputs, one case a branch.
     """
 
-    delegate: Literal["xnnpack", "coreml", "vulkan", "none"] = Field(
-        "xnnpack", description="what runs the graph; default xnnpack."
-    )
+    delegate: Literal["xnnpack", "coreml", "vulkan", "none"] = Field("xnnpack", description="what runs the graph.")
     precision: Literal["fp32", "fp16", "int8"] = Field(
-        "fp32", description="of weights and arithmetic (int8: of the projections); default fp32."
+        "fp32", description="of weights and arithmetic (int8: of the projections)."
     )
     bundle: bool = Field(False, description="also a file with test inputs and outputs, with which a device checks itself.")
 

@@ -46,9 +46,9 @@ class OnnxOptions(AttentionMemory):
 
     external_data: bool = Field(False, description="weights beside the graph file.")
     attention: Literal["portable", "ort", "decomposed"] = Field(
-        "portable", description="opset 18 in tiles (portable, default), ONNX Runtime's operator, or plain."
+        "portable", description="opset 18 in tiles (portable), ONNX Runtime's operator, or plain."
     )
-    precision: Literal["fp32", "fp16", "int8"] = Field("fp32", description="of the weights alone; default fp32.")
+    precision: Literal["fp32", "fp16", "int8"] = Field("fp32", description="of the weights alone.")
     layout: Layout = Field("flat", description=DESCRIPTION)
 
 

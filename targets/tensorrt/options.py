@@ -18,6 +18,7 @@ CAPABILITIES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 DIMENSIONS = {"batch": "opt_batch", "tokens": "opt_tokens", "prompt_length": "opt_prompt_length"}
 """Dynamic dimension → the option that names the size its profile is tuned for."""
 
+
 _USUAL = {"batch": 1, "tokens": 5184, "prompt_length": 32}
 
 
@@ -39,23 +40,27 @@ class TrtOptions(AttentionMemory):
     """
 
     compute_capability: str | None = Field(
-        None, description="the GPU the engine is for, as sm89; default: this machine's.", json_schema_extra={"metavar": "SM"}
+        None, description="the GPU the engine is for, as sm89; left out: this machine's.", json_schema_extra={"metavar": "SM"}
     )
     format: Literal["engine", "ep", "plan-onnx"] = Field(
-        "engine", description="a serialized engine (default), a torch program with the engine, or ONNX for trtexec."
+        "engine", description="a serialized engine, a torch program with the engine, or ONNX for trtexec."
     )
-    precision: Literal["fp32", "tf32", "fp16", "bf16"] = Field(
-        "fp32", description="of weights, products and attention; default fp32."
-    )
+    precision: Literal["fp32", "tf32", "fp16", "bf16"] = Field("fp32", description="of weights, products and attention.")
     fp32_ops: str = Field(
         "",
         description="operations that stay in float32: kinds, places, patterns; see sam3x doctor.",
         json_schema_extra={"metavar": "A,B,C"},
     )
     layout: Layout = Field("flat", description=DESCRIPTION)
-    opt_batch: int | None = Field(None, description="batch the profile is tuned for; default 1.")
-    opt_tokens: int | None = Field(None, description="image tokens the profile is tuned for; default 5184.")
-    opt_prompt_length: int | None = Field(None, description="prompt tokens the profile is tuned for; default 32.")
+    opt_batch: int | None = Field(
+        None, description=f"batch the profile is tuned for; left out: {_USUAL['batch']}, or the nearest in range."
+    )
+    opt_tokens: int | None = Field(
+        None, description=f"image tokens the profile is tuned for; left out: {_USUAL['tokens']}, or the nearest."
+    )
+    opt_prompt_length: int | None = Field(
+        None, description=f"prompt tokens the profile is tuned for; left out: {_USUAL['prompt_length']}, or the nearest."
+    )
 
     @field_validator("compute_capability")
     @classmethod

@@ -94,7 +94,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         (["--prompt-length", "1:77"], {"prompt_length": "1:77"}),
         (
             ["--interface", "feature-maps", "--feature-sizes", "72x72,36X36"],
-            {"interface": "feature_maps", "feature_sizes": ((72, 72), (36, 36))},
+            {"interface": "feature_maps", "feature_sizes": "72x72,36X36"},
         ),
         (["--branches", "select"], {"branches": "select"}),
         (["--mask-dtype", "float32"], {"mask_dtype": "float32"}),
