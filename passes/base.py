@@ -25,7 +25,7 @@ class Exactness(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Missed:
+class MatchFailure:
     """A place where a pass nearly matched, and why it refused. Data for ``sam3x inspect``, never an exception."""
 
     node: str
@@ -39,7 +39,7 @@ class PassResult:
     program: ExportedProgram
     modified: bool
     rewrites: int = 0
-    missed: tuple[Missed, ...] = ()
+    match_failures: tuple[MatchFailure, ...] = ()
 
 
 class Pass(ABC):

@@ -12,7 +12,7 @@ import torch
 
 from sam3x.capture.program import CapturedProgram, sync_outputs
 from sam3x.errors import PassError, PostconditionError, PreconditionError, SpecError, Step
-from sam3x.passes.base import Missed, Pass, count_ops, graph_modules
+from sam3x.passes.base import MatchFailure, Pass, count_ops, graph_modules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class PassRecord:
     nodes_before: int
     nodes_after: int
     seconds: float
-    missed: tuple[Missed, ...] = ()
+    match_failures: tuple[MatchFailure, ...] = ()
     max_change: float | None = None
 
 
@@ -163,7 +163,7 @@ def _run_one(
         nodes_before=nodes_before,
         nodes_after=sum(count_ops(result.program).values()),
         seconds=seconds,
-        missed=result.missed,
+        match_failures=result.match_failures,
         max_change=change,
     )
     return after, record

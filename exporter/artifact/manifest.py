@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
 from sam3x.errors import ArtifactError
 from sam3x.verify.record import Record, TensorSpec, VerificationRecord
@@ -17,7 +17,7 @@ MANIFEST = "manifest.json"
 _LARGEST = 1 << 26  # bytes; a manifest is some hundred thousand at most
 
 
-class MissedRecord(Record):
+class MatchFailureRecord(Record):
     """Where a pass nearly matched, and why it refused."""
 
     node: str
@@ -33,15 +33,17 @@ class PassRecordModel(Record):
     nodes_before: int
     nodes_after: int
     seconds: float
-    missed: tuple[MissedRecord, ...] = ()
+    match_failures: tuple[MatchFailureRecord, ...] = Field(
+        default=(), validation_alias=AliasChoices("match_failures", "missed")
+    )
     max_change: float | None = None
 
     @classmethod
     def of(cls, record: Any) -> PassRecordModel:
         """From a ``sam3x.passes.pipeline.PassRecord``."""
-        missed = tuple(MissedRecord(node=item.node, reason=item.reason) for item in record.missed)
+        failures = tuple(MatchFailureRecord(node=item.node, reason=item.reason) for item in record.match_failures)
         names = ("name", "modified", "rewrites", "nodes_before", "nodes_after", "max_change")
-        return cls(**{name: getattr(record, name) for name in names}, seconds=round(record.seconds, 4), missed=missed)
+        return cls(**{name: getattr(record, name) for name in names}, seconds=round(record.seconds, 4), match_failures=failures)
 
 
 class ExportManifest(Record):

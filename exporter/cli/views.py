@@ -176,13 +176,13 @@ def passes_table(passes: Sequence[PassRecordModel]) -> Table:
     table = plain_table("Passes", "name", ">rewrites", ">refused", ">nodes before", ">after", ">seconds", ">max change")
     for item in passes:
         change = "" if item.max_change is None else f"{item.max_change:.1e}"
-        counts = (item.rewrites, len(item.missed), item.nodes_before, item.nodes_after)
+        counts = (item.rewrites, len(item.match_failures), item.nodes_before, item.nodes_after)
         table.add_row(item.name, *map(str, counts), f"{item.seconds:.2f}", change)
     return table
 
 
 def _refusals(passes: Sequence[PassRecordModel]) -> list[RenderableType]:
-    rows = [(item.name, missed.node, missed.reason) for item in passes for missed in item.missed]
+    rows = [(item.name, failure.node, failure.reason) for item in passes for failure in item.match_failures]
     if not rows:
         return []
     table = plain_table("Refused by passes", "pass", "node", "reason")

@@ -15,7 +15,7 @@ from sam3x.capture.program import erase_dead
 from sam3x.errors import SpecError, Step
 from sam3x.passes.attention.pattern import ASSERTIONS, PRODUCTS, SOFTMAXES, match
 from sam3x.passes.attention.rewrite import attend, explicit_causal, release_shapes, repeat_heads, rewrite
-from sam3x.passes.base import Exactness, Missed, Pass, PassResult, graph_modules
+from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult, graph_modules
 from sam3x.passes.graph.aten_nodes import SDPA, aten, dtype_of, same_shape, same_size, shape_of
 from sam3x.passes.graph.emitter import Emitter
 from sam3x.passes.graph.form import NotAttentionError
@@ -134,7 +134,7 @@ class CanonicalizeAttentionPass(Pass):
 
     def call(self, program: ExportedProgram) -> PassResult:
         rewrites, modified = 0, False
-        missed: list[Missed] = []
+        failures: list[MatchFailure] = []
         constants = KnownNumbers(program)
         for prefix, module in graph_modules(program):
             modified |= erase_dead(module)  # an unused copy of the weights must not hide attention
@@ -161,7 +161,7 @@ class CanonicalizeAttentionPass(Pass):
                         continue
                 except NotAttentionError as reason:
                     if node.target not in SOFTMAXES or _near_attention(node):
-                        missed.append(Missed(node=f"{prefix}.{node.name}" if prefix else node.name, reason=str(reason)))
+                        failures.append(MatchFailure(node=f"{prefix}.{node.name}" if prefix else node.name, reason=str(reason)))
                     continue
                 if not prefix:
                     program.graph_signature.replace_all_uses(old.name, new.name)
@@ -172,7 +172,7 @@ class CanonicalizeAttentionPass(Pass):
             if changed:
                 erase_dead(module)
                 module.recompile()
-        return PassResult(program=program, modified=modified or rewrites > 0, rewrites=rewrites, missed=tuple(missed))
+        return PassResult(program=program, modified=modified or rewrites > 0, rewrites=rewrites, match_failures=tuple(failures))
 
 
 def _drop_assertions(node: Node) -> None:

@@ -7,7 +7,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from sam3x.passes.attention.guard import Sdpa, additive, attentions, guarded, read_sdpa, replace, zeroed
-from sam3x.passes.base import Exactness, Missed, Pass, PassResult
+from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult
 from sam3x.passes.graph.emitter import Emitter
 
 _aten = torch.ops.aten
@@ -21,15 +21,15 @@ class DecomposeAttentionPass(Pass):
     exactness = Exactness.ARITHMETIC
 
     def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, missed = 0, []
+        rewrites, failures = 0, []
         for module, node in attentions(program):
             found = read_sdpa(node)
             if isinstance(found, str):
-                missed.append(Missed(node=node.name, reason=found))
+                failures.append(MatchFailure(node=node.name, reason=found))
                 continue
             _rewrite(module, found)
             rewrites += 1
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
 
 
 def _rewrite(module: GraphModule, found: Sdpa) -> None:

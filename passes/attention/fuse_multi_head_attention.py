@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from sam3x.passes.attention.guard import Sdpa, additive, attentions, guarded, read_sdpa, replace, zeroed
 from sam3x.passes.attention.operators import MULTI_HEAD_ATTENTION
-from sam3x.passes.base import Exactness, Missed, Pass, PassResult
+from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult
 from sam3x.passes.graph.aten_nodes import same_size, shape_of
 from sam3x.passes.graph.emitter import Emitter
 
@@ -30,16 +30,16 @@ class FuseMultiHeadAttentionPass(Pass):
         self.budget = budget
 
     def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, missed = 0, []
+        rewrites, failures = 0, []
         for module, node in attentions(program):
             found = read_sdpa(node)
             reason = found if isinstance(found, str) else _refusal(found)
             if isinstance(found, str) or reason is not None:
-                missed.append(Missed(node=node.name, reason=str(reason)))
+                failures.append(MatchFailure(node=node.name, reason=str(reason)))
                 continue
             _rewrite(module, found, self.budget)
             rewrites += 1
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
 
 
 def _refusal(found: Sdpa) -> str | None:

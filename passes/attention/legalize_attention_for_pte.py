@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import erase_dead
-from sam3x.passes.base import Exactness, Missed, Pass, PassResult
+from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult
 from sam3x.passes.graph.cond_graph import Builder, aten, expression, fake_mode_of
 from sam3x.passes.graph.constants import Constants
 from sam3x.passes.graph.view_layout import Digit, Layout, layout_of
@@ -47,7 +47,7 @@ class LegalizeAttentionForPtePass(Pass):
     def call(self, program: ExportedProgram) -> PassResult:
         module = program.graph_module
         constants = Constants(program, fake_mode_of(module))
-        missed: list[Missed] = []
+        failures: list[MatchFailure] = []
         rewrites = 0
         for node in list(module.graph.nodes):
             if node.op != "call_function" or node.target is not _SDPA:
@@ -56,10 +56,10 @@ class LegalizeAttentionForPtePass(Pass):
                 _Attention(module, constants, node, self.lowest).rewrite()
                 rewrites += 1
             except NoHeadsError as reason:
-                missed.append(Missed(node=node.name, reason=str(reason)))
+                failures.append(MatchFailure(node=node.name, reason=str(reason)))
         erase_dead(module)
         constants.drop_unused()
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
 
 
 class _Attention:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import erase_dead
 from sam3x.passes.attention.guard import attentions, read_sdpa
-from sam3x.passes.base import Exactness, Missed, Pass, PassResult
+from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult
 from sam3x.passes.graph.aten_nodes import permutation, same_size, shape_of
 from sam3x.passes.graph.emitter import Emitter
 from sam3x.passes.graph.form import Axis, Layout, NotAttentionError, axes_of, leaves
@@ -33,7 +33,7 @@ class SimplifyAttentionMasksPass(Pass):
     exactness = Exactness.ARITHMETIC
 
     def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, missed = 0, []
+        rewrites, failures = 0, []
         for module, node in attentions(program):
             found = read_sdpa(node)
             if isinstance(found, str) or found.mask is None or len(shape_of(found.mask)) != 4:
@@ -41,8 +41,8 @@ class SimplifyAttentionMasksPass(Pass):
             try:
                 rewrites += _rewrite(module, node, found.mask)
             except NotAttentionError as error:
-                missed.append(Missed(node=node.name, reason=str(error)))
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+                failures.append(MatchFailure(node=node.name, reason=str(error)))
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
 
 
 def _rewrite(module: GraphModule, node: Node, mask: Node) -> int:

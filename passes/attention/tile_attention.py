@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from sam3x.passes.attention.guard import Sdpa, attentions, guarded, read_sdpa, replace, zeroed
 from sam3x.passes.attention.operators import TILED_ATTENTION
-from sam3x.passes.base import Exactness, Missed, Pass, PassResult
+from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult
 from sam3x.passes.graph.emitter import Emitter
 
 
@@ -28,19 +28,19 @@ class TileAttentionPass(Pass):
         self.budget = budget
 
     def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, missed = 0, []
+        rewrites, failures = 0, []
         for module, node in attentions(program):
             found = read_sdpa(node)
             budget = found if isinstance(found, str) else self.budget_of(found)
             if isinstance(found, str) or isinstance(budget, str):
-                missed.append(Missed(node=node.name, reason=str(budget)))
+                failures.append(MatchFailure(node=node.name, reason=str(budget)))
                 continue
             emit = Emitter(module, node)
             mask, hidden = guarded(emit, self.mask(emit, found))
             tiled = emit(TILED_ATTENTION, found.query, found.key, found.value, mask, found.scale, budget)
             replace(module, node, zeroed(emit, tiled, hidden))
             rewrites += 1
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
 
     def budget_of(self, found: Sdpa) -> int | str:
         """What the scores of one attention may take, or why it stays as it is."""

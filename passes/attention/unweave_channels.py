@@ -8,7 +8,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from sam3x.capture.program import erase_dead
-from sam3x.passes.base import Exactness, Missed, Pass, PassResult, graph_modules
+from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult, graph_modules
 from sam3x.passes.graph.aten_nodes import SDPA, VIEWS, aten, same_shape, shape_of
 from sam3x.passes.graph.emitter import Emitter
 
@@ -24,7 +24,7 @@ class UnweaveChannelsPass(Pass):
     exactness = Exactness.ARITHMETIC  # the sums of the scores in another order
 
     def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, missed = 0, []
+        rewrites, failures = 0, []
         for prefix, module in graph_modules(program):
             done = 0
             for node in module.graph.find_nodes(op="call_function", target=SDPA):
@@ -33,7 +33,7 @@ class UnweaveChannelsPass(Pass):
                     continue
                 reason = _refused(node, query, key)
                 if reason is not None:
-                    missed.append(Missed(node=f"{prefix}.{node.name}" if prefix else node.name, reason=reason))
+                    failures.append(MatchFailure(node=f"{prefix}.{node.name}" if prefix else node.name, reason=reason))
                     continue
                 emit = Emitter(module, node)
                 node.args = (*(emit(aten.cat.default, parts, -1) for parts in (query, key)), *node.args[2:])
@@ -41,7 +41,7 @@ class UnweaveChannelsPass(Pass):
             if done:
                 erase_dead(module)
             rewrites += done
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
 
 
 def _refused(node: Node, query: list[Node] | None, key: list[Node] | None) -> str | None:

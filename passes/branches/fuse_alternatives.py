@@ -9,7 +9,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from sam3x.passes.base import Exactness, Missed, Pass, PassResult, graph_modules
+from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult, graph_modules
 from sam3x.passes.graph.cond_build import copied, inputs_of, new_cond
 from sam3x.passes.graph.cond_graph import (
     Builder,
@@ -55,7 +55,7 @@ class FuseAlternativesPass(Pass):
     exactness = Exactness.BIT_EXACT
 
     def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, missed = 0, []
+        rewrites, failures = 0, []
         for prefix, module in list(graph_modules(program)):
             for node in list(module.graph.nodes):
                 first = _optional(module, node)
@@ -64,13 +64,13 @@ class FuseAlternativesPass(Pass):
                     continue
                 reason = _differ(first, second)
                 if reason is not None:
-                    missed.append(Missed(node=f"{prefix}.{node.name}" if prefix else node.name, reason=reason))
+                    failures.append(MatchFailure(node=f"{prefix}.{node.name}" if prefix else node.name, reason=reason))
                     continue
                 _fuse(module, first, second)
                 rewrites += 1
         if rewrites:
             sweep(program.graph_module)
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
 
 
 def _behind_not(predicate: Any) -> tuple[Any, bool]:

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-from sam3x.passes.base import Exactness, Missed, Pass, PassResult
+from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult
 from sam3x.passes.branches.row_mask import mask_rows
 from sam3x.passes.branches.row_places import NotRowsError
 from sam3x.passes.graph.cond_graph import (
@@ -70,7 +70,7 @@ class IfConvertPass(Pass):
 
     def call(self, program: ExportedProgram) -> PassResult:
         rewrites, modified = 0, False
-        missed: dict[str, str] = {}
+        failures: dict[str, str] = {}
         # a mask of rows needs the conditionals on its way gone, and so does a branch that holds one: until nothing moves
         moved = True
         while moved:
@@ -82,14 +82,14 @@ class IfConvertPass(Pass):
                 reason = _convert(root, module, node)
                 if reason is None:
                     rewrites, moved = rewrites + 1, True
-                    missed.pop(name, None)
+                    failures.pop(name, None)
                     sweep(program.graph_module)
                     break
-                missed[name] = reason
+                failures[name] = reason
             modified |= moved
         left = {name for name, _, _ in cond_places(program)}
-        reasons = tuple(Missed(node=name, reason=reason) for name, reason in missed.items() if name in left)
-        return PassResult(program=program, modified=modified, rewrites=rewrites, missed=reasons)
+        reasons = tuple(MatchFailure(node=name, reason=reason) for name, reason in failures.items() if name in left)
+        return PassResult(program=program, modified=modified, rewrites=rewrites, match_failures=reasons)
 
 
 def _convert(program: ExportedProgram | None, module: GraphModule, node: Node) -> str | None:

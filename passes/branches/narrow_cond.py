@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from sam3x.passes.base import Exactness, Missed, Pass, PassResult
+from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult
 from sam3x.passes.branches.align import align, alike
 from sam3x.passes.branches.collapse import collapse
 from sam3x.passes.branches.merge import Merger
@@ -46,17 +46,17 @@ class NarrowCondPass(Pass):
     exactness = Exactness.BIT_EXACT
 
     def call(self, program: ExportedProgram) -> PassResult:
-        missed: list[Missed] = []
-        rewrites = _narrow_all(program, program.graph_module, "", missed)
+        failures: list[MatchFailure] = []
+        rewrites = _narrow_all(program, program.graph_module, "", failures)
         if rewrites:
             sweep(program.graph_module)
             for module, node in [(module, node) for _, module, node in cond_places(program)]:
                 collapse(module, node)
             sweep(program.graph_module)
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
 
 
-def _narrow_all(program: ExportedProgram | None, module: GraphModule, prefix: str, missed: list[Missed]) -> int:
+def _narrow_all(program: ExportedProgram | None, module: GraphModule, prefix: str, failures: list[MatchFailure]) -> int:
     rewrites = 0
     for node in conds_of(module):
         name = f"{prefix}{node.name}"
@@ -64,13 +64,13 @@ def _narrow_all(program: ExportedProgram | None, module: GraphModule, prefix: st
         if any(conds_of(getattr(module, branch)) for branch in branches):
             own_branches(module)
         for branch in branches:
-            rewrites += _narrow_all(None, getattr(module, branch), f"{prefix}{branch}.", missed)
+            rewrites += _narrow_all(None, getattr(module, branch), f"{prefix}{branch}.", failures)
             sweep(getattr(module, branch))
         reason = narrow(program, module, node)
         if reason is None:
             rewrites += 1
         elif reason:
-            missed.append(Missed(node=name, reason=reason))
+            failures.append(MatchFailure(node=name, reason=reason))
     return rewrites
 
 

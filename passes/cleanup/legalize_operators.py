@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sam3x.passes.base import Exactness, Missed, Pass, PassResult, graph_modules
+from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult, graph_modules
 
 _ROUNDS = 8
 
@@ -32,16 +32,16 @@ class LegalizeOperatorsPass(Pass):
         self.supported, self.table = supported, dict(table)
 
     def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, missed = 0, []
+        rewrites, failures = 0, []
         for _, module in graph_modules(program):
             for _ in range(_ROUNDS):
                 nodes = [n for n in module.graph.nodes if self._unsupported(n)]
                 done = sum(self._expand(module, node) for node in nodes)
                 rewrites += done
                 if not done:
-                    missed += [Missed(node=n.name, reason=f"{n.target} has no decomposition") for n in nodes]
+                    failures += [MatchFailure(node=n.name, reason=f"{n.target} has no decomposition") for n in nodes]
                     break
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
 
     def _unsupported(self, node: Node) -> bool:
         target: Any = node.target

@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import erase_dead
-from sam3x.passes.base import Exactness, Missed, Pass, PassResult, graph_modules
+from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult, graph_modules
 from sam3x.passes.graph.cond_graph import fake_mode_of
 from sam3x.passes.graph.constants import Constants
 from sam3x.passes.graph.emitter import Emitter
@@ -31,15 +31,17 @@ class DecomposeComplexPass(Pass):
     exactness = Exactness.ARITHMETIC
 
     def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, missed = 0, []
+        rewrites, failures = 0, []
         for prefix, module in graph_modules(program):
             unknown = [node for node in module.graph.nodes if _is_complex(node) and not _known(node)]
             unknown += [n for n in module.graph.nodes if not _is_complex(n) and _reads_complex(n) and n.target not in _EXITS]
             if unknown:
-                missed += [Missed(node=f"{prefix}.{n.name}" if prefix else n.name, reason=f"{n.target}") for n in unknown]
+                failures += [
+                    MatchFailure(node=f"{prefix}.{n.name}" if prefix else n.name, reason=f"{n.target}") for n in unknown
+                ]
                 continue
             rewrites += _rewrite(program, module)
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
 
 
 _EXITS = {_aten.view_as_real.default, _aten.real.default, _aten.imag.default}

@@ -9,7 +9,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from sam3x.passes.base import Exactness, Missed, Pass, PassResult, graph_modules
+from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult, graph_modules
 from sam3x.passes.graph.aten_nodes import aten, dtype_of, same_size, shape_of
 from sam3x.passes.graph.emitter import Emitter
 
@@ -40,13 +40,13 @@ class DecomposeRoiAlignPass(Pass):
     exactness = Exactness.ARITHMETIC
 
     def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, missed = 0, []
+        rewrites, failures = 0, []
         for prefix, module in graph_modules(program):
             for node in [node for node in module.graph.nodes if str(node.target) == _ROI_ALIGN]:
                 given = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
                 reason = _refusal(given)
                 if reason:
-                    missed.append(Missed(node=f"{prefix}.{node.name}" if prefix else node.name, reason=reason))
+                    failures.append(MatchFailure(node=f"{prefix}.{node.name}" if prefix else node.name, reason=reason))
                     continue
                 new = _decompose(Emitter(module, node), **given)
                 if not prefix:
@@ -54,7 +54,7 @@ class DecomposeRoiAlignPass(Pass):
                 node.replace_all_uses_with(new)
                 module.graph.erase_node(node)
                 rewrites += 1
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
 
 
 def _refusal(given: dict[str, Any]) -> str:

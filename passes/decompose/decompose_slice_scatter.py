@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from sam3x.capture.program import erase_dead
-from sam3x.passes.base import Missed, Pass, PassResult, graph_modules
+from sam3x.passes.base import MatchFailure, Pass, PassResult, graph_modules
 from sam3x.passes.graph.aten_nodes import aten, dtype_of, same_shape, shape_of
 from sam3x.passes.graph.cond_graph import expression
 from sam3x.passes.graph.emitter import Emitter
@@ -27,7 +27,7 @@ class DecomposeSliceScatterPass(Pass):
     name = "decompose_slice_scatter"
 
     def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, missed = 0, []
+        rewrites, failures = 0, []
         for prefix, module in graph_modules(program):
             done = 0
             for node in list(module.graph.nodes):
@@ -38,7 +38,7 @@ class DecomposeSliceScatterPass(Pass):
                 else:
                     continue
                 if isinstance(new, str):
-                    missed.append(Missed(node=f"{prefix}.{node.name}" if prefix else node.name, reason=new))
+                    failures.append(MatchFailure(node=f"{prefix}.{node.name}" if prefix else node.name, reason=new))
                     continue
                 if not prefix:
                     program.graph_signature.replace_all_uses(node.name, new.name)
@@ -47,7 +47,7 @@ class DecomposeSliceScatterPass(Pass):
             if done:
                 erase_dead(module)
             rewrites += done
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
 
 
 def _copied(node: Node) -> Node | str:

@@ -6,7 +6,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from sam3x.passes.base import Missed, Pass, PassResult, graph_modules
+from sam3x.passes.base import MatchFailure, Pass, PassResult, graph_modules
 from sam3x.passes.graph.cond_graph import expression
 
 aten = torch.ops.aten
@@ -22,17 +22,17 @@ class ExpandRepeatsPass(Pass):
     name = "expand_repeats"
 
     def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, missed = 0, []
+        rewrites, failures = 0, []
         for _, module in graph_modules(program):
             for node in module.graph.find_nodes(op="call_function", target=aten.repeat.default):
                 source, repeats = node.args
                 shape = _expanded(source, repeats)
                 if shape is None:
-                    missed.append(Missed(node=node.name, reason="repeats more than one row"))
+                    failures.append(MatchFailure(node=node.name, reason="repeats more than one row"))
                     continue
                 node.target, node.args = aten.expand.default, (source, shape)
                 rewrites += 1
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
 
 
 def _expanded(source: Node, repeats: list[int | Node]) -> list[int | Node] | None:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sam3x.capture.program import erase_dead
-from sam3x.passes.base import Exactness, Missed, Pass, PassResult
+from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult
 from sam3x.passes.graph.cond_graph import Builder, aten, fake_mode_of
 from sam3x.passes.graph.constants import Constants
 
@@ -31,7 +31,7 @@ class LegalizeNormsForPtePass(Pass):
     def call(self, program: ExportedProgram) -> PassResult:
         module = program.graph_module
         work = _Rewrite(module, Constants(program, fake_mode_of(module)))
-        missed: list[Missed] = []
+        failures: list[MatchFailure] = []
         rewrites = 0
         for node in list(module.graph.nodes):
             if node.op != "call_function":
@@ -39,7 +39,7 @@ class LegalizeNormsForPtePass(Pass):
             if node.target is aten.layer_norm.default:
                 width = node.meta["val"].shape[-1]
                 if list(node.args[1]) != [width] or node.meta["val"].dtype is not torch.float32:  # type: ignore[arg-type]
-                    missed.append(Missed(node=node.name, reason="not a float32 norm over the last dimension alone"))
+                    failures.append(MatchFailure(node=node.name, reason="not a float32 norm over the last dimension alone"))
                     continue
                 work.norm(node)
                 rewrites += 1
@@ -48,7 +48,7 @@ class LegalizeNormsForPtePass(Pass):
                 rewrites += 1
         erase_dead(module)
         work.constants.drop_unused()
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
 
 
 def _is_flag(node: Node) -> bool:

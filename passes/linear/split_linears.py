@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from sam3x.capture.program import erase_dead
-from sam3x.passes.base import Exactness, Missed, Pass, PassResult
+from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult
 from sam3x.passes.graph.cond_graph import fake_mode_of
 from sam3x.passes.graph.constants import Constants
 from sam3x.passes.graph.emitter import Emitter
@@ -57,7 +57,7 @@ class SplitLinearsPass(Pass):
         self.smallest = smallest
 
     def call(self, program: ExportedProgram) -> PassResult:
-        module, rewrites, missed = program.graph_module, 0, []
+        module, rewrites, failures = program.graph_module, 0, []
         constants = Constants(program, fake_mode_of(module))
         for linear in module.graph.find_nodes(op="call_function", target=_aten.linear.default):
             x, *operands = linear.args
@@ -71,7 +71,7 @@ class SplitLinearsPass(Pass):
                 parts = [_part(linear, view) for view in views]
                 self._check(parts)
             except _Left as reason:
-                missed.append(Missed(node=linear.name, reason=str(reason)))
+                failures.append(MatchFailure(node=linear.name, reason=str(reason)))
                 continue
             made: dict[tuple[int, ...], Node] = {}
             for part in parts:
@@ -86,7 +86,7 @@ class SplitLinearsPass(Pass):
         if rewrites:
             erase_dead(module)
             constants.drop_unused()
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
 
     def _check(self, parts: Sequence[_Part]) -> None:
         kinds = {part.rows for part in parts}

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.nn import functional
 
-from sam3x.passes.base import Exactness, Missed, Pass, PassResult, graph_modules
+from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult, graph_modules
 from sam3x.passes.graph.emitter import Emitter
 
 _aten = torch.ops.aten
@@ -59,7 +59,7 @@ class TileFeedForwardPass(Pass):
         self.small = small
 
     def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, missed = 0, []
+        rewrites, failures = 0, []
         for _, module in graph_modules(program):
             for second in module.graph.find_nodes(op="call_function", target=_LINEAR):
                 middle = second.args[0]
@@ -69,7 +69,7 @@ class TileFeedForwardPass(Pass):
                     continue
                 reason = self._refused(first, middle)
                 if reason:
-                    missed.append(Missed(node=second.name, reason=reason))
+                    failures.append(MatchFailure(node=second.name, reason=reason))
                     continue
                 emit = Emitter(module, second)
                 made = emit(TILED_FEED_FORWARD, *_operands(first), activation, *_operands(second)[1:])
@@ -77,7 +77,7 @@ class TileFeedForwardPass(Pass):
                 for node in (second, middle, first):
                     module.graph.erase_node(node)
                 rewrites += 1
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, missed=tuple(missed))
+        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
 
     def _refused(self, first: Node, middle: Node) -> str | None:
         if len(first.users) > 1 or len(middle.users) > 1:

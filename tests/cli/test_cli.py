@@ -11,7 +11,7 @@ import pytest
 from pydantic import Field
 
 from sam3x import __version__, api, errors
-from sam3x.artifact.manifest import ExportManifest, MissedRecord, PassRecordModel, TensorSpec, VerificationRecord
+from sam3x.artifact.manifest import ExportManifest, MatchFailureRecord, PassRecordModel, TensorSpec, VerificationRecord
 from sam3x.sources import encoder as sources
 from sam3x.targets import registry
 from sam3x.targets.base import TargetOptions
@@ -37,7 +37,7 @@ MANIFEST = ExportManifest(
     passes=(
         PassRecordModel(
             name="canonicalize_attention", modified=True, rewrites=11, nodes_before=40, nodes_after=30, seconds=0.1,
-            missed=(MissedRecord(node="softmax_3", reason="scores [B, H] used elsewhere"),), max_change=1e-7,
+            match_failures=(MatchFailureRecord(node="softmax_3", reason="scores [B, H] used elsewhere"),), max_change=1e-7,
         ),
     ),
     verification=(

@@ -183,4 +183,4 @@ def test_operators_without_a_decomposition_are_named() -> None:
     step = LegalizeOperatorsPass(lambda op: op is not aten.mul.Tensor, {})
     result = step.call(program)
     assert not result.modified
-    assert [item.reason for item in result.missed] == ["aten.mul.Tensor has no decomposition"]
+    assert [item.reason for item in result.match_failures] == ["aten.mul.Tensor has no decomposition"]

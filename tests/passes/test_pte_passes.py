@@ -43,7 +43,7 @@ def captured() -> CapturedProgram:
 def test_each_pass_fires_keeps_the_numbers_and_finds_nothing_the_second_time(captured: CapturedProgram, count: int) -> None:
     passes = [make() for make in PASSES[:count]]
     result, records = PassPipeline(tuple(passes)).run(captured, check=check_pass)
-    assert records[-1].modified and records[-1].rewrites > 0 and not records[-1].missed
+    assert records[-1].modified and records[-1].rewrites > 0 and not records[-1].match_failures
     _, (again,) = PassPipeline((PASSES[count - 1](),)).run(result)
     assert not again.modified and again.rewrites == 0
     assert list(captured.program.state_dict) != list(result.program.state_dict) or count == 1  # the caller's weights stay
@@ -123,7 +123,7 @@ def run_alone(module: nn.Module, pass_: Pass, *shape: int) -> PassResult:
 
 def test_causal_attention_is_left_alone() -> None:
     result = run_alone(Attend(is_causal=True), LegalizeAttentionForPtePass(), 1, 2, 4, 8)
-    assert not result.modified and "causal" in result.missed[0].reason
+    assert not result.modified and "causal" in result.match_failures[0].reason
 
 
 def test_attention_without_projections_is_cut_by_head_all_the_same() -> None:
@@ -139,4 +139,4 @@ def test_a_norm_over_two_dimensions_is_left_alone() -> None:
             return nn.functional.layer_norm(x, (4, 8))
 
     result = run_alone(Norm(), LegalizeNormsForPtePass(), 2, 4, 8)
-    assert not result.modified and "last dimension alone" in result.missed[0].reason
+    assert not result.modified and "last dimension alone" in result.match_failures[0].reason

@@ -70,7 +70,7 @@ EXPANDED: dict[str, Callable[[Tensor], Tensor]] = {
 def test_one_row_is_expanded(name: str) -> None:
     program, result = ran(ExpandRepeatsPass(), EXPANDED[name], X)
     ops = count_ops(program)
-    assert result.rewrites == 1 and not result.missed and not ops.get("aten.repeat.default")
+    assert result.rewrites == 1 and not result.match_failures and not ops.get("aten.repeat.default")
     assert ops["aten.expand.default"] >= 1
 
 
@@ -78,7 +78,7 @@ def test_one_row_is_expanded(name: str) -> None:
 def test_more_than_one_row_is_repeated(times: tuple[int, ...]) -> None:
     program, result = ran(ExpandRepeatsPass(), lambda x: x.repeat(*times), X)
     assert not result.modified and count_ops(program)["aten.repeat.default"] == 1
-    assert [item.reason for item in result.missed] == ["repeats more than one row"]
+    assert [item.reason for item in result.match_failures] == ["repeats more than one row"]
 
 
 def filled(x: Tensor, rows: int) -> Tensor:
@@ -100,7 +100,7 @@ SCATTERED: dict[str, Callable[[Tensor], Tensor]] = {
 def test_rows_written_into_a_tensor_are_joined(name: str) -> None:
     program, result = ran(DecomposeSliceScatterPass(), SCATTERED[name], X)
     ops = count_ops(program)
-    assert result.modified and not result.missed
+    assert result.modified and not result.match_failures
     assert not ops.get("aten.slice_scatter.default") and not ops.get("aten.copy.default")
 
 
@@ -114,4 +114,4 @@ def test_rows_written_into_a_tensor_are_joined(name: str) -> None:
 )
 def test_what_writes_rows_otherwise_is_left(function: Callable[[Tensor], Tensor], reason: str) -> None:
     _, result = ran(DecomposeSliceScatterPass(), function, X)
-    assert not result.modified and [reason in item.reason for item in result.missed] == [True]
+    assert not result.modified and [reason in item.reason for item in result.match_failures] == [True]

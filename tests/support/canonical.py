@@ -107,9 +107,9 @@ def run_pass(
     guards = len(_guards(program))
     result = CanonicalizeAttentionPass().call(program)
     counts = count_ops(program)
-    assert result.rewrites == rewrites, result.missed
-    assert counts.get(SDPA, 0) == rewrites and SOFTMAX not in counts, (counts, result.missed)
-    assert result.modified and not result.missed
+    assert result.rewrites == rewrites, result.match_failures
+    assert counts.get(SDPA, 0) == rewrites and SOFTMAX not in counts, (counts, result.match_failures)
+    assert result.modified and not result.match_failures
     assert len(_guards(program)) == guards
     check_sound(program)
     check_plain(program)

@@ -87,7 +87,7 @@ def test_registered_operator_with_two_results(registered: Callable[..., None]) -
     run_pass(module, args, ({0: DYN, 1: DYN}, {0: DYN, 1: DYN}, {0: DYN, 1: DYN}, {0: DYN, 1: DYN, 2: DYN}))
     both = Module(lambda q, k, v, bias: flash_op(v, k, q, bias))
     result = CanonicalizeAttentionPass().call(capture(both, args))
-    assert not result.modified and "more than the first result" in result.missed[0].reason
+    assert not result.modified and "more than the first result" in result.match_failures[0].reason
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_operator_that_breaks_its_registration(registered: Callable[..., None], 
     before = str(program.graph)
     result = CanonicalizeAttentionPass().call(program)
     assert not result.modified and str(program.graph) == before
-    assert re.search(reason, result.missed[0].reason)
+    assert re.search(reason, result.match_failures[0].reason)
 
 
 @pytest.mark.parametrize(

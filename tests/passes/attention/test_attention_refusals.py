@@ -63,7 +63,7 @@ def test_refusal_leaves_the_graph_and_says_why(name: str) -> None:
     before = str(program.graph)
     result = CanonicalizeAttentionPass().call(program)
     assert not result.modified and not result.rewrites and str(program.graph) == before
-    assert [reason in missed.reason for missed in result.missed] == [True], result.missed
+    assert [reason in failure.reason for failure in result.match_failures] == [True], result.match_failures
 
 
 def test_weights_that_are_returned_are_refused() -> None:
@@ -72,7 +72,7 @@ def test_weights_that_are_returned_are_refused() -> None:
         return weights @ v, weights
 
     result = CanonicalizeAttentionPass().call(capture(Module(function), qkv()))
-    assert not result.modified and "used 2 times" in result.missed[0].reason
+    assert not result.modified and "used 2 times" in result.match_failures[0].reason
 
 
 def test_learnt_scale_is_refused() -> None:
@@ -85,13 +85,13 @@ def test_learnt_scale_is_refused() -> None:
             return soft(q @ k.mT * self.scale) @ v
 
     result = CanonicalizeAttentionPass().call(capture(Learnt(), qkv()))
-    assert not result.modified and "is a tensor" in result.missed[0].reason
+    assert not result.modified and "is a tensor" in result.match_failures[0].reason
 
 
 @pytest.mark.parametrize("function", [lambda x: soft(x), lambda x: soft(x * 2) + 1, lambda x: soft(x.mT)])
 def test_other_softmaxes_are_not_mentioned(function: Callable[..., Tensor]) -> None:
     result = CanonicalizeAttentionPass().call(capture(Module(function), (torch.randn(B, N, S),)))
-    assert not result.modified and not result.missed
+    assert not result.modified and not result.match_failures
 
 
 def test_plain_sdpa_stays() -> None:
@@ -105,5 +105,5 @@ def test_reason_in_a_branch_names_it() -> None:
         return torch.ops.higher_order.cond(flag, yes, lambda q, k, v: (q + 1,), (q, k, v))[0]
 
     program = capture(Module(function), (torch.tensor(True), *qkv()))
-    (missed,) = CanonicalizeAttentionPass().call(program).missed
-    assert missed.node.startswith("true_graph_0.") and "tanh" in missed.reason
+    (failure,) = CanonicalizeAttentionPass().call(program).match_failures
+    assert failure.node.startswith("true_graph_0.") and "tanh" in failure.reason

@@ -79,7 +79,7 @@ def test_two_optional_norms_become_one(name: str, select: bool) -> None:
         IfConvertPass().call(program)
     before = private(program)
     result = FuseAlternativesPass().call(program)
-    assert result.modified and result.rewrites == pairs and not result.missed
+    assert result.modified and result.rewrites == pairs and not result.match_failures
     assert ops(before, LAYER_NORM) == 2 * pairs and ops(program, LAYER_NORM) == pairs
     assert ops(program, COND) <= ops(before, COND) // 2
     check_sound(program)
@@ -110,7 +110,7 @@ def test_what_is_refused_says_why(function: Callable[..., Tensor], reason: str) 
     text = str(program.graph)
     result = FuseAlternativesPass().call(program)
     assert not result.modified and str(program.graph) == text
-    assert reason in result.missed[0].reason
+    assert reason in result.match_failures[0].reason
 
 
 def same_way(x: Tensor, p: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, w: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def other_flags(x: Tensor, p: Tensor, q: Tensor, a: Tensor, b: Tensor, c: Tensor
 def test_norms_that_are_no_alternatives_stay(function: Callable[..., Any], flags: int) -> None:
     program = capture(Program(function, **WEIGHTS), (X, *[torch.tensor(True) for _ in range(flags)]))
     result = FuseAlternativesPass().call(program)
-    assert not result.modified and not result.missed and ops(program, LAYER_NORM) == 2
+    assert not result.modified and not result.match_failures and ops(program, LAYER_NORM) == 2
 
 
 def test_a_wrong_rewrite_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def test_cheap_branches_become_where(name: str) -> None:
     program = capture(Program(CHEAP[name], w=W), (X, FLAG))
     before, conds = private(program), ops(program, COND)
     result = IfConvertPass().call(program)
-    assert result.modified and result.rewrites == conds and not result.missed
+    assert result.modified and result.rewrites == conds and not result.match_failures
     assert ops(program, COND) == 0 and ops(program, WHERE) >= conds
     check_sound(program)
     check_numbers(before, program, (X, FLAG), exact=True)
@@ -121,7 +121,7 @@ def test_what_is_refused_says_why(name: str) -> None:
     text = str(program.graph)
     result = IfConvertPass().call(program)
     assert not result.modified and str(program.graph) == text
-    assert reason in result.missed[0].reason
+    assert reason in result.match_failures[0].reason
 
 
 BATCHED: dict[str, Callable[..., Tensor]] = {
@@ -140,7 +140,7 @@ def test_rows_become_a_mask(name: str) -> None:
     program = capture(Program(halving(BATCHED[name]), w=W), (x, FLAG), {0: {0: DYN}})
     before = private(program)
     result = IfConvertPass().call(program)
-    assert result.rewrites == 1 and not result.missed, result.missed
+    assert result.rewrites == 1 and not result.match_failures, result.match_failures
     assert ops(program, COND) == 0 and not unbacked(program)
     assert ops(program, LINEAR) == ops(before, LINEAR) and ops(program, SDPA) == ops(before, SDPA)
     check_sound(program)
@@ -173,7 +173,7 @@ def test_chosen_rows_that_attend_to_each_other_do_not_see_the_others(name: str) 
     program = capture(Program(run), inputs(3, 8), {0: {0: DYN, 1: DYN}, 2: {0: DYN, 1: DYN}, 3: {0: DYN, 1: DYN}})
     before = private(program)
     result = IfConvertPass().call(program)
-    assert result.rewrites == 1 and not result.missed, result.missed
+    assert result.rewrites == 1 and not result.match_failures, result.match_failures
     assert ops(program, COND) == 0 and not unbacked(program)
     check_sound(program)
     for batch, tokens in ((2, 4), (3, 8), (5, 14)):
@@ -234,7 +234,7 @@ def test_a_mask_of_pairs_is_followed_in_rows_and_keys(name: str, tokens: str) ->
     program = capture(Program(run), inputs(3, 8), dynamic)
     before = private(program)
     result = IfConvertPass().call(program)
-    assert result.rewrites == 1 and not result.missed, result.missed
+    assert result.rewrites == 1 and not result.match_failures, result.match_failures
     assert ops(program, COND) == 0 and not unbacked(program)
     check_sound(program)
     for batch, size in ((2, 4), (3, 8), (5, 14)) if tokens == "any" else ((2, 8), (5, 8)):
@@ -277,7 +277,7 @@ def test_what_mixes_pairs_is_refused(name: str) -> None:
     text = str(program.graph)
     result = IfConvertPass().call(program)
     assert not result.modified and str(program.graph) == text
-    assert any(part in result.missed[0].reason for part in reason.split("|")), result.missed
+    assert any(part in result.match_failures[0].reason for part in reason.split("|")), result.match_failures
 
 
 MIXING: dict[str, tuple[Callable[..., Tensor], int, str]] = {
@@ -299,20 +299,20 @@ def test_mixed_rows_are_refused(name: str) -> None:
     text = str(program.graph)
     result = IfConvertPass().call(program)
     assert not result.modified and str(program.graph) == text
-    assert any(part in result.missed[0].reason for part in reason.split("|")), result.missed
+    assert any(part in result.match_failures[0].reason for part in reason.split("|")), result.match_failures
 
 
 def test_chosen_rows_may_not_leave() -> None:
     program = capture(Program(lambda x, f: x[: rows(f, x)] * 2), (X, FLAG), {0: {0: DYN}})
     result = IfConvertPass().call(program)
-    assert not result.modified and "leave the graph" in result.missed[0].reason
+    assert not result.modified and "leave the graph" in result.match_failures[0].reason
 
 
 def test_sam3s_encoder_without_a_conditional() -> None:
     captured = sam3x.capture.capture.capture(encoder_of(2), make_spec())
     program = private(captured.program)
     result = IfConvertPass().call(program)
-    assert result.rewrites == 14 and not result.missed
+    assert result.rewrites == 14 and not result.match_failures
     assert ops(program, COND) == 0 and not unbacked(program)
     assert ops(program, LINEAR) == 18 and ops(program, SDPA) == 4
     check_sound(program)
@@ -351,7 +351,7 @@ def test_a_mask_of_all_pairs_whose_rows_dac_halves(
     spec = make_spec(dac_dim=1, pre_norm=pre_norm, tokens=tokens, inputs=names, mask_dtype=mask_dtype)
     converted, records = default_pipeline("select").run(sam3x.capture.capture.capture(encoder, spec))
     program = converted.program
-    assert not [item for record in records if record.name.startswith("if_convert") for item in record.missed]
+    assert not [item for record in records if record.name.startswith("if_convert") for item in record.match_failures]
     assert ops(program, COND) == 0 and not unbacked(program) and ops(program, SDPA) == 2 * layers
     check_sound(program)
     flags = itertools.product((False, True), {"runtime": (False, True), "per-layer": (False, None)}.get(pre_norm, (None,)))

@@ -128,7 +128,7 @@ def test_products_stand_once(name: str) -> None:
     program = program_of(function)
     before = private(program)
     result = NarrowCondPass().call(program)
-    assert result.modified and result.rewrites >= 1, result.missed
+    assert result.modified and result.rewrites >= 1, result.match_failures
     assert {op: ops(program, op) for op in counts} == counts
     check_sound(program)
     for batch in (4, 6, 10):
@@ -143,7 +143,7 @@ def test_the_rest_of_a_narrowed_program_converts() -> None:
         before = private(program)
         NarrowCondPass().call(program)
         selected = private(program)
-        assert not IfConvertPass().call(selected).missed and ops(selected, COND) == 0
+        assert not IfConvertPass().call(selected).match_failures and ops(selected, COND) == 0
         check_sound(selected)
         check_numbers(before, selected, (X, FLAG), exact=False)
 
@@ -181,14 +181,14 @@ def test_what_is_refused_says_why_and_stays(name: str) -> None:
     text = str(program.graph)
     result = NarrowCondPass().call(program)
     assert not result.modified and str(program.graph) == text
-    assert any(reason in item.reason for item in result.missed), result.missed
+    assert any(reason in item.reason for item in result.match_failures), result.match_failures
     check_sound(program)
 
 
 def test_what_is_narrow_already_is_no_near_miss() -> None:
     program = program_of(lambda x, f, a, b, c, n: cond(f, lambda x: x.relu() + 1, lambda x: x.tanh() + 1, x))
     result = NarrowCondPass().call(program)
-    assert not result.modified and not result.missed
+    assert not result.modified and not result.match_failures
 
 
 def wide_capture() -> Any:
@@ -214,14 +214,14 @@ def test_sam3s_layer_in_the_wide_form() -> None:
     assert (ops(captured.program, LINEAR), ops(captured.program, SDPA)) == (36, 8)
     after, records = PassPipeline((NarrowCondPass(),)).run(captured)
     program = after.program
-    assert records[0].modified and not records[0].missed
+    assert records[0].modified and not records[0].match_failures
     assert (ops(program, LINEAR), ops(program, SDPA)) == (9, 2)
     assert ops(program, LAYER_NORM) == 6 and ops(program, COND) <= 7
     inside = [module for prefix, module in graph_modules(program) if prefix]
     assert not any(str(node.target) in (LINEAR, SDPA) for module in inside for node in module.graph.nodes)
     check_sound(program)
     selected = private(program)
-    assert not IfConvertPass().call(selected).missed and ops(selected, COND) == 0
+    assert not IfConvertPass().call(selected).match_failures and ops(selected, COND) == 0
     for batch in (1, 2, 4, 6):
         sizes = [Sizes(batch=batch, tokens=20, prompt_length=4)]
         for sample in samples_for(captured.input_names, ("dac", "pre_norm"), captured.spec, 32, 1, sizes):

@@ -84,7 +84,7 @@ def test_the_operator_becomes_products_with_its_numbers(pictures: int, dtype: to
     module, x = RoiAlign(), torch.randn(pictures, 5, 9, 13, dtype=dtype)
     before = captured(module, x, boxes(4, 13, pictures, dtype))
     after, record = decomposed(before)
-    assert record.modified and record.rewrites == 1 and not record.missed
+    assert record.modified and record.rewrites == 1 and not record.match_failures
     counts = count_ops(after.program)
     assert ROI_ALIGN not in counts and counts["aten.bmm.default"] == 2
     assert ("aten.index_select.default" in counts) == (pictures > 1)
@@ -124,13 +124,13 @@ def test_pictures_and_their_size_may_be_dynamic() -> None:
 def test_bins_that_are_not_fixed_are_refused() -> None:
     before = captured(AsManyBins(), torch.randn(3, 2, 8, 8), boxes(4, 8, 3), (0,))
     after, record = decomposed(before)
-    assert not record.modified and "not fixed" in record.missed[0].reason
+    assert not record.modified and "not fixed" in record.match_failures[0].reason
     assert count_ops(after.program) == count_ops(before.program)
 
 
 def test_no_bins_are_refused() -> None:
     _, record = decomposed(captured(RoiAlign((0, 2)), torch.randn(1, 2, 8, 8), boxes(4, 8)))
-    assert not record.modified and record.missed[0].reason == "it has no bins"
+    assert not record.modified and record.match_failures[0].reason == "it has no bins"
 
 
 EDGES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0, 6.0, 7.0, 8.0, 8.5, 9.0, 14.0, 21.0)

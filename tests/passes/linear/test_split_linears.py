@@ -147,7 +147,7 @@ def test_a_linear_that_stays_whole_says_why(body: Body, smallest: int, reason: s
     text = str(program.graph)
     result = SplitLinearsPass(smallest).call(program)
     assert not result.modified and str(program.graph) == text
-    assert [reason in item.reason for item in result.missed] == [True]
+    assert [reason in item.reason for item in result.match_failures] == [True]
 
 
 def test_woven_channels_follow_each_other() -> None:
@@ -162,7 +162,7 @@ def test_channels_that_stay_woven_say_why(body: Body, reason: str) -> None:
     text = str(program.graph)
     result = UnweaveChannelsPass().call(program)
     assert not result.modified and str(program.graph) == text
-    assert [reason in item.reason for item in result.missed] == [True]
+    assert [reason in item.reason for item in result.match_failures] == [True]
 
 
 def test_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def test_block_becomes_one_operator(name: str, bias: bool) -> None:
     program = captured(Mlp(ACTIVATIONS[name], bias=bias))
     before = private(program)
     result = TileFeedForwardPass(1000).call(program)
-    assert result.modified and result.rewrites == 1 and count(program) == 1 and not result.missed
+    assert result.modified and result.rewrites == 1 and count(program) == 1 and not result.match_failures
     check_sound(program)
     for rows in (1, 9):
         check_numbers(before, program, (torch.randn(2, rows, 8),), exact=True)
@@ -81,7 +81,7 @@ def test_what_is_left_says_why(name: str) -> None:
     text = str(program.graph)
     result = TileFeedForwardPass(1920).call(program)
     assert not result.modified and str(program.graph) == text
-    assert [reason in missed.reason for missed in result.missed] == [True] * bool(reason)
+    assert [reason in failure.reason for failure in result.match_failures] == [True] * bool(reason)
 
 
 @pytest.mark.parametrize("bias", (True, False))
