@@ -72,36 +72,36 @@ def doctor(
     say("capture")
     program, _ = default_pipeline("select").then(SimplifyAttentionMasksPass()).run(capture(given.module, spec))
     say(f"emulate {precision}")
-    patient = Patient(program, _samples(given, spec, tokens), DTYPES[precision])
-    return examine(patient, precision=precision, bound=allowed, origin=manifest.origin, tell=say)
+    probe = Probe(program, _samples(given, spec, tokens), DTYPES[precision])
+    return examine(probe, precision=precision, bound=allowed, origin=manifest.origin, tell=say)
 
 
-def examine(patient: Patient, *, precision: Precision, bound: float, origin: str, tell: Tell = lambda _: None) -> DoctorReport:
-    """Everything low, each operation low alone, then the islands."""
-    everything = frozenset(patient.paths)
-    plain = patient.error(frozenset())
+def examine(probe: Probe, *, precision: Precision, bound: float, origin: str, tell: Tell = lambda _: None) -> DoctorReport:
+    """Everything low, each operation low alone, then the fewest that must stay in float32."""
+    everything = frozenset(probe.paths)
+    plain = probe.error(frozenset())
     if plain["max_abs"] > bound:
         raise VerificationError(
             f"float32 itself is {plain['max_abs']:.1e} from eager, more than --bound {bound:g}",
             remedy="Choose a larger bound.",
             step=Step.DOCTOR,
         )
-    whole = patient.error(everything)
-    alone = {path: patient.error(frozenset({path})) for path in patient.paths}
-    ranked = sorted(patient.paths, key=lambda path: (-alone[path]["max_abs"], -patient.peaks[path]))
-    tell("islands")
-    islands = smallest_islands(ranked, lambda kept: patient.error(everything - frozenset(kept))["max_abs"] <= bound)
-    after = patient.error(everything - frozenset(islands))
-    limit = torch.finfo(patient.dtype).max
+    whole = probe.error(everything)
+    alone = {path: probe.error(frozenset({path})) for path in probe.paths}
+    ranked = sorted(probe.paths, key=lambda path: (-alone[path]["max_abs"], -probe.peaks[path]))
+    tell("float32 operations")
+    fp32_ops = fewest_fp32_ops(ranked, lambda kept: probe.error(everything - frozenset(kept))["max_abs"] <= bound)
+    after = probe.error(everything - frozenset(fp32_ops))
+    limit = torch.finfo(probe.dtype).max
     rows = tuple(
         OperationReport(
             path=path,
-            kind=patient.kinds[path],
+            kind=probe.kinds[path],
             max_abs=alone[path]["max_abs"],
             cosine=alone[path]["cosine"],
-            peak=patient.peaks[path],
-            overflows=patient.peaks[path] > limit,
-            island=path in islands,
+            peak=probe.peaks[path],
+            overflows=probe.peaks[path] > limit,
+            in_float32=path in fp32_ops,
         )
         for path in ranked
     )
@@ -109,18 +109,18 @@ def examine(patient: Patient, *, precision: Precision, bound: float, origin: str
         precision=precision,
         bound=bound,
         origin=origin,
-        branches=tuple(dict.fromkeys(sample.branch for sample in patient.samples)),
-        cases=tuple(dict.fromkeys(sample.case for sample in patient.samples)),
+        branches=tuple(dict.fromkeys(sample.branch for sample in probe.samples)),
+        cases=tuple(dict.fromkeys(sample.case for sample in probe.samples)),
         max_abs=whole["max_abs"],
         cosine=whole["cosine"],
-        islands=tuple(islands),
-        max_abs_with_islands=after["max_abs"],
-        cosine_with_islands=after["cosine"],
+        fp32_ops=tuple(fp32_ops),
+        max_abs_with_fp32_ops=after["max_abs"],
+        cosine_with_fp32_ops=after["cosine"],
         operations=rows,
     )
 
 
-def smallest_islands(ranked: Sequence[str], holds: Callable[[Sequence[str]], bool]) -> list[str]:
+def fewest_fp32_ops(ranked: Sequence[str], holds: Callable[[Sequence[str]], bool]) -> list[str]:
     """The fewest of ``ranked`` (worst first) that must stay in float32: none of them can be spared.
 
     The shortest beginning that holds is found by bisection, then whatever is not needed leaves it, the least suspect first.
@@ -139,7 +139,7 @@ def smallest_islands(ranked: Sequence[str], holds: Callable[[Sequence[str]], boo
     return kept
 
 
-class Patient:
+class Probe:
     """A program, the samples it is examined on, and what eager float32 says of them.
 
     Attributes:

@@ -27,7 +27,7 @@ class OperationReport(BaseModel):
     cosine: float
     peak: float
     overflows: bool
-    island: bool
+    in_float32: bool
 
 
 class DoctorReport(BaseModel):
@@ -42,26 +42,26 @@ class DoctorReport(BaseModel):
     cases: tuple[str, ...]
     max_abs: float
     cosine: float
-    islands: tuple[str, ...]
-    max_abs_with_islands: float
-    cosine_with_islands: float
+    fp32_ops: tuple[str, ...]
+    max_abs_with_fp32_ops: float
+    cosine_with_fp32_ops: float
     operations: tuple[OperationReport, ...]
 
     @property
     def option(self) -> str:
         """What to give to ``sam3x export``."""
-        islands = f" --fp32-ops {','.join(self.islands)}" if self.islands else ""
-        return f"--precision {self.precision}{islands}"
+        fp32_ops = f" --fp32-ops {','.join(self.fp32_ops)}" if self.fp32_ops else ""
+        return f"--precision {self.precision}{fp32_ops}"
 
     @property
     def verdict(self) -> str:
         """One sentence."""
         far = f"is {self.max_abs:.2g} from eager float32 (cosine {self.cosine:.5f})"
         everything = f"everything in {self.precision} {'is not finite' if math.isinf(self.max_abs) else far}"
-        if not self.islands:
-            return f"{everything}, within {self.bound:g}: no islands needed."
-        count = f"{len(self.islands)} operation{'s' if len(self.islands) > 1 else ''}"
+        if not self.fp32_ops:
+            return f"{everything}, within {self.bound:g}: no operation needs float32."
+        count = f"{len(self.fp32_ops)} operation{'s' if len(self.fp32_ops) > 1 else ''}"
         return (
-            f"{everything}, where {self.bound:g} is allowed. With {count} in float32 it is {self.max_abs_with_islands:.2g} "
-            f"(cosine {self.cosine_with_islands:.5f})."
+            f"{everything}, where {self.bound:g} is allowed. With {count} in float32 it is {self.max_abs_with_fp32_ops:.2g} "
+            f"(cosine {self.cosine_with_fp32_ops:.5f})."
         )

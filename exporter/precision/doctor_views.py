@@ -35,7 +35,7 @@ def doctor_view(report: DoctorReport) -> list[RenderableType]:
     for name in ("error alone", "cosine", "peak", "in float32"):
         table.add_column(name, justify="right", header_style="dim")
     for row in report.operations[:ROWS]:
-        table.add_row(*cells(row), "yes" if row.island else "", style="bold" if row.island else "")
+        table.add_row(*cells(row), "yes" if row.in_float32 else "", style="bold" if row.in_float32 else "")
     more = len(report.operations) - ROWS
     parts: list[RenderableType] = [Text(_sentence(report)), table]
     if more > 0:
@@ -66,7 +66,7 @@ def doctor_page(report: DoctorReport) -> str:
         "Branches": ", ".join(report.branches),
         "Sizes": ", ".join(report.cases),
         "Everything low": f"{report.max_abs:.3g}, cosine {report.cosine:.6f}",
-        "With islands": f"{report.max_abs_with_islands:.3g}, cosine {report.cosine_with_islands:.6f}",
+        "With float32 operations": f"{report.max_abs_with_fp32_ops:.3g}, cosine {report.cosine_with_fp32_ops:.6f}",
     }
     parts = [
         "<h1>sam3x doctor</h1>",
@@ -91,12 +91,12 @@ def doctor_page(report: DoctorReport) -> str:
 def _row(row: OperationReport, worst: float) -> str:
     path, kind, error, cosine, peak = (escape(cell) for cell in cells(row))
     share = 1.0 if math.isinf(row.max_abs) else row.max_abs / worst
-    colour = "var(--bad)" if row.island else "var(--a0)"
+    colour = "var(--bad)" if row.in_float32 else "var(--a0)"
     bar = (
         f'<svg viewBox="0 0 120 10" width="120" height="10" role="img" aria-label="{error}">'
         f'<rect width="{max(1.0, 120 * share):.1f}" height="10" rx="2" fill="{colour}"/></svg>'
     )
-    kept = "yes" if row.island else ""
+    kept = "yes" if row.in_float32 else ""
     return (
         f"<tr><td>{path}</td><td>{kind}</td><td>{error}</td><td>{bar}</td><td>{cosine}</td><td>{peak}</td><td>{kept}</td></tr>"
     )

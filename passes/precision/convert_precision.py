@@ -1,4 +1,4 @@
-"""A graph in float32 to one that computes in float16 or bfloat16, less the islands that stay in float32."""
+"""A graph in float32 to one that computes in float16 or bfloat16, less the operations that stay in float32."""
 
 from __future__ import annotations
 
@@ -64,9 +64,12 @@ class ConvertPrecisionPass(Pass):
     def call(self, program: ExportedProgram) -> PassResult:
         if any(value.dtype is self.dtype for value in _float_values(program)):
             return PassResult(program=program, modified=False)
-        islands, _ = matching(op_paths(program), self.fp32_ops)
-        islands = {*islands, *(node for _, module in graph_modules(program) for node in module.graph.nodes if self.stays(node))}
-        rewrites = _Converter(program.graph_module, self.dtype, islands).run()
+        in_float32, _ = matching(op_paths(program), self.fp32_ops)
+        in_float32 = {
+            *in_float32,
+            *(node for _, module in graph_modules(program) for node in module.graph.nodes if self.stays(node)),
+        }
+        rewrites = _Converter(program.graph_module, self.dtype, in_float32).run()
         _restore_outputs(program)
         return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites)
 
@@ -93,8 +96,8 @@ def _restore_outputs(program: ExportedProgram) -> None:
 class _Converter:
     """One graph; branches of a conditional are graphs of their own."""
 
-    def __init__(self, module: GraphModule, dtype: torch.dtype, islands: set[Node]) -> None:
-        self.module, self.dtype, self.islands = module, dtype, islands
+    def __init__(self, module: GraphModule, dtype: torch.dtype, in_float32: set[Node]) -> None:
+        self.module, self.dtype, self.in_float32 = module, dtype, in_float32
         self.casts: dict[tuple[Node, torch.dtype], Node] = {}
         self.rewrites = 0
 
@@ -118,7 +121,7 @@ class _Converter:
         elif node.target in MOVES:
             wanted = _widest(given)
         else:
-            wanted = torch.float32 if node in self.islands else self.dtype
+            wanted = torch.float32 if node in self.in_float32 else self.dtype
             self.rewrites += wanted is self.dtype
         if node.target is aten._to_copy.default and node.kwargs.get("dtype") is not None:
             node.kwargs = {**node.kwargs, "dtype": wanted}
@@ -146,7 +149,7 @@ class _Converter:
             for inner, operand in zip(placeholders(branch), cond.operands, strict=True):
                 if isinstance(operand, Node) and _floats(operand.meta.get("val")):
                     inner.meta["val"] = _in(inner.meta["val"], operand.meta["val"].dtype)
-            self.rewrites += _Converter(branch, self.dtype, self.islands).run()
+            self.rewrites += _Converter(branch, self.dtype, self.in_float32).run()
         kept = []
         for index, pair in enumerate(zip(*(outputs(branch) for branch in cond.branches), strict=True)):
             value = node.meta["val"][index]

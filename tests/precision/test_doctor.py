@@ -1,4 +1,4 @@
-"""The precision doctor: a planted culprit is found, its islands hold the bound, and nothing smaller does."""
+"""The precision doctor: a planted culprit is found, the float32 operations it finds hold the bound, and nothing smaller does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sam3x.errors import VerificationError
 from sam3x.passes.attention.simplify_attention_masks import SimplifyAttentionMasksPass
 from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.passes.precision.convert_precision import ConvertPrecisionPass
-from sam3x.precision.doctor import Patient, examine, smallest_islands
+from sam3x.precision.doctor import Probe, examine, fewest_fp32_ops
 from sam3x.precision.doctor_report import BOUNDS, DoctorReport
 from sam3x.precision.doctor_views import doctor_page, doctor_view
 from sam3x.spec import make_spec
@@ -41,22 +41,22 @@ def planted(num_layers: int = 6) -> nn.Module:
     return encoder
 
 
-def patient_of(encoder: nn.Module, dtype: torch.dtype) -> Patient:
+def probe_of(encoder: nn.Module, dtype: torch.dtype) -> Probe:
     captured = capture(encoder, make_spec(branches="select", tokens=16, batch=(1, 2), prompt_length=5))
     program, _ = default_pipeline("select").then(SimplifyAttentionMasksPass()).run(captured)
-    return Patient(program, program.samples, dtype)
+    return Probe(program, program.samples, dtype)
 
 
 @pytest.fixture(scope="module")
 def report() -> DoctorReport:
-    patient = patient_of(planted(), torch.float16)
-    found = examine(patient, precision="fp16", bound=BOUNDS["fp16"], origin="planted")
+    probe = probe_of(planted(), torch.float16)
+    found = examine(probe, precision="fp16", bound=BOUNDS["fp16"], origin="planted")
     # what the doctor promises is what the pass that the target runs gives, in the same branches
-    program, _ = default_pipeline("select").run(patient.program)
-    program, _ = type(default_pipeline())((ConvertPrecisionPass(torch.float16, found.islands),)).run(program)
-    for sample, expected in zip(patient.samples, patient.expected, strict=True):
+    program, _ = default_pipeline("select").run(probe.program)
+    program, _ = type(default_pipeline())((ConvertPrecisionPass(torch.float16, found.fp32_ops),)).run(program)
+    for sample, expected in zip(probe.samples, probe.expected, strict=True):
         got = run_program(program.program, sample.inputs, program.output_names)["output"]
-        assert distance(got, expected["output"])["max_abs"] <= found.max_abs_with_islands * 1.5
+        assert distance(got, expected["output"])["max_abs"] <= found.max_abs_with_fp32_ops * 1.5
     return found
 
 
@@ -67,10 +67,10 @@ def test_the_planted_culprit_is_found_in_every_branch(report: DoctorReport) -> N
     assert [row.path for row in report.operations if row.overflows] == [f"layers.{CULPRIT}.linear1"]
 
 
-def test_the_islands_hold_the_bound_and_none_can_be_spared(report: DoctorReport) -> None:
-    assert set(report.islands) == {f"layers.{CULPRIT}.linear1", f"layers.{CULPRIT}.linear2"}
-    assert report.max_abs_with_islands <= report.bound
-    assert report.option == "--precision fp16 --fp32-ops " + ",".join(report.islands)
+def test_the_float32_operations_hold_the_bound_and_none_can_be_spared(report: DoctorReport) -> None:
+    assert set(report.fp32_ops) == {f"layers.{CULPRIT}.linear1", f"layers.{CULPRIT}.linear2"}
+    assert report.max_abs_with_fp32_ops <= report.bound
+    assert report.option == "--precision fp16 --fp32-ops " + ",".join(report.fp32_ops)
 
 
 def test_the_report_as_table_and_page(report: DoctorReport) -> None:
@@ -80,20 +80,20 @@ def test_the_report_as_table_and_page(report: DoctorReport) -> None:
     assert doctor_view(report) and DoctorReport.model_validate_json(report.model_dump_json()) == report
 
 
-def test_a_sound_encoder_needs_no_islands_and_a_tight_bound_is_refused() -> None:
-    patient = patient_of(encoder_of(1), torch.bfloat16)
-    found = examine(patient, precision="bf16", bound=BOUNDS["bf16"], origin="sound")
-    assert found.islands == () and 0 < found.max_abs == found.max_abs_with_islands <= BOUNDS["bf16"]
-    patient._known[frozenset()] = {"max_abs": 1e-6, "cosine": 1.0}
+def test_a_sound_encoder_needs_no_float32_operations_and_a_tight_bound_is_refused() -> None:
+    probe = probe_of(encoder_of(1), torch.bfloat16)
+    found = examine(probe, precision="bf16", bound=BOUNDS["bf16"], origin="sound")
+    assert found.fp32_ops == () and 0 < found.max_abs == found.max_abs_with_fp32_ops <= BOUNDS["bf16"]
+    probe._known[frozenset()] = {"max_abs": 1e-6, "cosine": 1.0}
     with pytest.raises(VerificationError, match="float32 itself"):
-        examine(patient, precision="bf16", bound=1e-7, origin="sound")
+        examine(probe, precision="bf16", bound=1e-7, origin="sound")
 
 
-def test_islands_are_as_few_as_can_be() -> None:
+def test_float32_operations_are_as_few_as_can_be() -> None:
     ranked = list("abcdefgh")
-    assert smallest_islands(ranked, lambda kept: True) == []
-    assert smallest_islands(ranked, lambda kept: {"b", "g"} <= set(kept)) == ["b", "g"]
-    assert smallest_islands(ranked, lambda kept: len(kept) >= len(ranked)) == ranked
+    assert fewest_fp32_ops(ranked, lambda kept: True) == []
+    assert fewest_fp32_ops(ranked, lambda kept: {"b", "g"} <= set(kept)) == ["b", "g"]
+    assert fewest_fp32_ops(ranked, lambda kept: len(kept) >= len(ranked)) == ranked
 
 
 def test_the_command(default_artifact: Path, small_encoder: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,10 +154,10 @@ def test_feature_maps(tmp_path: Path) -> None:
     assert artifact.manifest.facts["left_to_torch"] == 0
 
 
-# ---- islands
+# ---- float32 operations
 
 
-def test_islands_stay_in_float32() -> None:
+def test_named_operations_stay_in_float32() -> None:
     program, _ = legal(captured("select"), precision="fp16", compute_capability="sm89", fp32_ops="layers.1, softmax")
     weights = {
         name: value.dtype
@@ -201,7 +201,7 @@ def test_an_operation_that_cannot_be_converted_is_named(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_an_island_that_names_nothing_is_refused() -> None:
+def test_a_float32_operation_that_names_nothing_is_refused() -> None:
     with pytest.raises(sam3x.errors.PassError, match=r"'layers.7' names no operation.*layers.0"):
         legal(captured("select"), precision="fp16", compute_capability="sm89", fp32_ops="layers.7")
 
