@@ -60,7 +60,7 @@ class TrtTarget:
         """Refuse what can be refused before anything heavy is imported.
 
         Raises:
-            SpecError: a profile outside its range, no GPU and none named, float32 operations in an engine that is float32 anyway.
+            SpecError: a profile outside its range, no GPU and none named, ``fp32_ops`` where all is float32.
             TargetUnavailableError: TensorRT itself, which builds on the GPU only.
         """
         from sam3x.targets.tensorrt.driver import gpu_count

@@ -1,4 +1,4 @@
-"""The precision doctor: a planted culprit is found, the float32 operations it finds hold the bound, and nothing smaller does."""
+"""The precision doctor: a planted culprit is found, the operations it keeps in float32 hold the bound, and no fewer do."""
 
 from __future__ import annotations
 
