@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def hushed() -> Iterator[None]:
+def suppressed_output() -> Iterator[None]:
     """No logger speaks below an error, even one that sets its own level when it is imported, and no progress bar is drawn."""
     level, disabled = logging.getLogger().level, logging.root.manager.disable
     logging.disable(logging.WARNING)

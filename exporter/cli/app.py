@@ -10,7 +10,7 @@ import typer
 from sam3x.cli.bench import bench
 from sam3x.cli.bench_pipeline import bench_pipeline
 from sam3x.cli.compatibility import compatibility
-from sam3x.cli.console import hushed, reporting, shown_steps
+from sam3x.cli.console import reporting, shown_steps, suppressed_output
 from sam3x.cli.doctor import doctor
 from sam3x.cli.export import export
 from sam3x.cli.field_options import FieldOptionsCommand
@@ -68,7 +68,7 @@ def verify(
         (load_manifest if whole else sam3x.load)(folder)  # a damaged folder is told before torch is imported
         with shown_steps(quiet) as steps:
             steps.begin("import torch")
-            with hushed(verbose):
+            with suppressed_output(verbose):
                 if whole:
                     from sam3x.pipeline import verify_pipeline
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sam3x.cli.console import hushed, reporting, shown_steps
+from sam3x.cli.console import reporting, shown_steps, suppressed_output
 
 
 def compatibility(
@@ -26,7 +26,7 @@ def compatibility(
             )
         with shown_steps(quiet) as steps:
             steps.begin("import torch")
-            with hushed(verbose):
+            with suppressed_output(verbose):
                 from sam3x.pipeline import compatibility as matrix
                 from sam3x.targets.registry import get_target
 

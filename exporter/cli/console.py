@@ -25,7 +25,7 @@ def shown_steps(quiet: bool) -> Iterator[Steps]:
 
 
 @contextlib.contextmanager
-def hushed(verbose: bool) -> Iterator[None]:
+def suppressed_output(verbose: bool) -> Iterator[None]:
     """What others print goes to stderr, away from --json; torch's own warnings are shown with -v only."""
     import logging
 

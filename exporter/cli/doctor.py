@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sam3x.cli.console import hushed, reporting, shown_steps
+from sam3x.cli.console import reporting, shown_steps, suppressed_output
 from sam3x.cli.options import Checkpoint, Folder, Json, Module, Quiet, Verbose
 from sam3x.cli.source_options import exclusive, named_source
 from sam3x.errors import SpecError, Step
@@ -53,7 +53,7 @@ def doctor(
         sam3x.load(folder)  # a damaged folder is told before torch is imported
         with shown_steps(quiet) as steps:
             steps.begin("import torch")
-            with hushed(verbose):
+            with suppressed_output(verbose):
                 source = named_source(checkpoint, module, steps)
                 report = _examine(folder, source, precision, bound, tokens, html, steps.begin)
             steps.end()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sam3x.cli.console import hushed, reporting, shown_steps
+from sam3x.cli.console import reporting, shown_steps, suppressed_output
 from sam3x.cli.field_options import given_options
 from sam3x.cli.options import Checkpoint, Json, Module, Quiet, Verbose, named_path
 from sam3x.cli.run import show_pipeline
@@ -69,7 +69,7 @@ def export(
                     "No --checkpoint or --module: SAM3's hyper-parameters with RANDOM weights, not a trained model.", warn=True
                 )
             steps.begin("import torch")
-            with hushed(verbose):
+            with suppressed_output(verbose):
                 if pipeline:
                     from sam3x.pipeline import export_pipeline
 

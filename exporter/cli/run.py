@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sam3x.cli.console import hushed, reporting
+from sam3x.cli.console import reporting, suppressed_output
 
 if TYPE_CHECKING:
     from sam3x.runtime.manifest import PipelineManifest
@@ -20,7 +20,7 @@ def lint(
 ) -> None:
     """Tell which image model a checkpoint holds and what is wrong with it; exit status 1 if something is."""
     with reporting(verbose):
-        with hushed(verbose):
+        with suppressed_output(verbose):
             from sam3x.sources.lint import lint as look
 
             report = look(checkpoint)

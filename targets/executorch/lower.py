@@ -21,7 +21,7 @@ from sam3x.passes.linear.canonicalize_layouts import unify_sizes
 from sam3x.passes.pipeline import PassPipeline
 from sam3x.targets.executorch.delegates import PlainProgram, is_plain, partitioners
 from sam3x.targets.executorch.facts import facts_of
-from sam3x.targets.quiet import hushed
+from sam3x.targets.quiet import suppressed_output
 
 
 class UnifyDimensionsPass(Pass):
@@ -124,14 +124,14 @@ def write(captured: CapturedProgram, path: Path, delegate: str, precision: str, 
     Args:
         delegate, precision: see ``partitioners``. contract: the method that returns the names of inputs and outputs as JSON.
     """
-    with hushed():
+    with suppressed_output():
         from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
         from executorch.exir.passes import MemoryPlanningPass
 
     captured, _ = PassPipeline((UnifyDimensionsPass(captured),)).run(captured)
     names = {"inputs": captured.input_names, "outputs": captured.output_names}
     plain = delegate == "xnnpack" and is_plain(captured.program)
-    with torch.no_grad(), _bounded(captured), hushed():
+    with torch.no_grad(), _bounded(captured), suppressed_output():
         edge = to_edge_transform_and_lower(
             PlainProgram.of(captured.program) if plain else captured.program,
             partitioner=partitioners(delegate, precision, plain=plain),

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import CapturedProgram
 from sam3x.passes.graph.cond_graph import aten, expression
-from sam3x.targets.quiet import hushed
+from sam3x.targets.quiet import suppressed_output
 
 
 def quantize(captured: CapturedProgram) -> CapturedProgram:
@@ -21,7 +21,7 @@ def quantize(captured: CapturedProgram) -> CapturedProgram:
     Weights are symmetric, one scale a row; activations are asymmetric and measured at run time, which XNNPACK does row by row.
     The products of attention and the rows of 1/n that are a norm's mean stay float32.
     """
-    with hushed():
+    with suppressed_output():
         return _quantized(captured)
 
 

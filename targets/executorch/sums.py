@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from sam3x.targets.executorch.delegates import partitioners
-from sam3x.targets.quiet import hushed
+from sam3x.targets.quiet import suppressed_output
 
 _TERMS = 32768
 """Ones to add: float16 has the number, but a sum kept in it stops at 2,048, as do eight of them side by side."""
@@ -20,7 +20,7 @@ def half_sums(delegate: str) -> bool:
     """
     import torch
 
-    with hushed():
+    with suppressed_output():
         from executorch.exir import to_edge_transform_and_lower
         from executorch.runtime import Runtime
 

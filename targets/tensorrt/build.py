@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sam3x.errors import BuilderError, LoweringError, Step, TargetUnavailableError
-from sam3x.targets.tensorrt.apart import Crashed, apart
 from sam3x.targets.tensorrt.driver import import_torch_tensorrt, named_device
+from sam3x.targets.tensorrt.in_subprocess import Crashed, in_subprocess
 from sam3x.targets.tensorrt.options import TrtOptions, capability_of, optima
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def serialize(builder: Any, network: Any, config: Any, capability: str, options:
         return None if plan is None else bytes(plan)
 
     try:
-        plan = work() if torch.cuda.is_available() else apart(work, log)
+        plan = work() if torch.cuda.is_available() else in_subprocess(work, log)
     except Crashed as crash:
         raise BuilderError(
             f"TensorRT's builder crashed on the network ({crash})",

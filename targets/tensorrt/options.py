@@ -74,7 +74,7 @@ class TrtOptions(AttentionMemory):
 
     @property
     def fp32_names(self) -> tuple[str, ...]:
-        """``fp32_ops``, apart."""
+        """``fp32_ops`` one by one."""
         return tuple(name.strip() for name in self.fp32_ops.split(",") if name.strip())
 
 

@@ -14,7 +14,7 @@ class Crashed(Exception):
     """The process ended by a signal, which the message names."""
 
 
-def apart(work: Callable[[], bytes | None], log: list[str]) -> bytes | None:
+def in_subprocess(work: Callable[[], bytes | None], log: list[str]) -> bytes | None:
     """What ``work`` returns, done in a fork of this process. What it appends to ``log`` is appended here too.
 
     Where there is no fork, it is done here. Not for work that uses a GPU: CUDA does not survive a fork.

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import pytest
 
 from sam3x.errors import BuilderError, LoweringError
-from sam3x.targets.tensorrt.apart import Crashed, apart
 from sam3x.targets.tensorrt.build import serialize
 from sam3x.targets.tensorrt.driver import import_torch_tensorrt, named_device
+from sam3x.targets.tensorrt.in_subprocess import Crashed, in_subprocess
 from sam3x.targets.tensorrt.options import TrtOptions, capability_of
 
 
@@ -31,15 +31,15 @@ def test_the_result_and_the_log_come_back() -> None:
         log.append("from there")
         return bytes(5_000_000)
 
-    assert apart(work, log) == bytes(5_000_000) and log == ["before", "from there"]
-    assert apart(lambda: None, log) is None
+    assert in_subprocess(work, log) == bytes(5_000_000) and log == ["before", "from there"]
+    assert in_subprocess(lambda: None, log) is None
 
 
 def test_a_crash_is_named() -> None:
     with pytest.raises(Crashed, match="SIGSEGV"):
-        apart(lambda: os.kill(os.getpid(), signal.SIGSEGV), [])  # type: ignore[arg-type,return-value,func-returns-value]
+        in_subprocess(lambda: os.kill(os.getpid(), signal.SIGSEGV), [])  # type: ignore[arg-type,return-value,func-returns-value]
     with pytest.raises(Crashed, match="exit code 3"):
-        apart(lambda: os._exit(3), [])
+        in_subprocess(lambda: os._exit(3), [])
 
 
 def test_a_crash_of_the_builder_is_one_sentence() -> None:
