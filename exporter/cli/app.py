@@ -14,7 +14,7 @@ from sam3x.cli.console import reporting, shown_steps, suppressed_output
 from sam3x.cli.doctor import doctor
 from sam3x.cli.export import export
 from sam3x.cli.field_options import FieldOptionsCommand
-from sam3x.cli.options import Checkpoint, Folder, Json, Module, Quiet, Verbose
+from sam3x.cli.options import Checkpoint, Folder, Json, Module, Quiet, Verbose, WeightsKey
 from sam3x.cli.run import lint, show_pipeline
 from sam3x.cli.segment import run
 from sam3x.cli.source_options import exclusive, named_source
@@ -52,6 +52,7 @@ app.command(cls=FieldOptionsCommand)(export)
 def verify(
     folder: Folder,
     checkpoint: Checkpoint = None,
+    weights_key: WeightsKey = None,
     module: Module = None,
     full: Annotated[bool, typer.Option("--full", help="Also at 72x72 tokens.")] = False,
     quiet: Quiet = False,
@@ -73,11 +74,11 @@ def verify(
                     from sam3x.pipeline import verify_pipeline
 
                     steps.begin("verify")
-                    records = verify_pipeline(folder, image_source(None, checkpoint, module), full=full)
+                    records = verify_pipeline(folder, image_source(None, checkpoint, module, weights_key), full=full)
                 else:
                     from sam3x import api
 
-                    source = named_source(checkpoint, module, steps)
+                    source = named_source(checkpoint, module, steps, weights_key)
                     steps.begin("verify")
                     records = api.verify(folder, source, full=full)
             steps.end()

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sam3x.cli.console import reporting, shown_steps, suppressed_output
-from sam3x.cli.options import Checkpoint, Folder, Json, Module, Quiet, Verbose
+from sam3x.cli.options import Checkpoint, Folder, Json, Module, Quiet, Verbose, WeightsKey
 from sam3x.cli.source_options import exclusive, named_source
 from sam3x.errors import SpecError, Step
 
@@ -35,6 +35,7 @@ def doctor(
     bound: Bound = None,
     tokens: Tokens = 256,
     checkpoint: Checkpoint = None,
+    weights_key: WeightsKey = None,
     module: Module = None,
     html: Html = None,
     quiet: Quiet = False,
@@ -54,7 +55,7 @@ def doctor(
         with shown_steps(quiet) as steps:
             steps.begin("import torch")
             with suppressed_output(verbose):
-                source = named_source(checkpoint, module, steps)
+                source = named_source(checkpoint, module, steps, weights_key)
                 report = _examine(folder, source, precision, bound, tokens, html, steps.begin)
             steps.end()
         if as_json:

@@ -9,7 +9,7 @@ import typer
 
 from sam3x.cli.console import reporting, shown_steps, suppressed_output
 from sam3x.cli.field_options import given_options
-from sam3x.cli.options import Checkpoint, Json, Module, Quiet, Verbose, named_path
+from sam3x.cli.options import Checkpoint, Json, Module, Quiet, Verbose, WeightsKey, named_path
 from sam3x.cli.run import show_pipeline
 from sam3x.cli.source_options import exclusive, named_source
 from sam3x.errors import SpecError, TargetUnavailableError
@@ -23,6 +23,7 @@ def export(
         Path, typer.Option("--output", "-o", parser=named_path, metavar="FOLDER", help="Folder to write.")
     ] = Path("out"),
     checkpoint: Checkpoint = None,
+    weights_key: WeightsKey = None,
     module: Module = None,
     pipeline: Annotated[bool, typer.Option("--pipeline", help="The whole image model: words in, masks out.")] = False,
     source: Annotated[
@@ -74,7 +75,7 @@ def export(
                     from sam3x.pipeline import export_pipeline
 
                     made = export_pipeline(
-                        image_source(source, checkpoint, module),
+                        image_source(source, checkpoint, module, weights_key),
                         progress=steps.begin,
                         target=target,
                         output=output,
@@ -86,7 +87,7 @@ def export(
                 else:
                     from sam3x import api
 
-                    encoder = named_source(checkpoint, module, steps)
+                    encoder = named_source(checkpoint, module, steps, weights_key)
                     artifact = api.export(
                         encoder,
                         target=target,

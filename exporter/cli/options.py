@@ -17,6 +17,10 @@ def named_path(value: str | Path) -> Path:
 
 Folder = Annotated[Path, typer.Argument(help="An exported folder.", metavar="FOLDER")]
 Checkpoint = Annotated[Path | None, typer.Option("--checkpoint", help="SAM3 or EfficientSAM3 .pt, .pth or .safetensors.")]
+WeightsKey = Annotated[
+    str | None,
+    typer.Option("--weights-key", metavar="KEY", help="Which weights of a checkpoint that has several, as in ema."),
+]
 Module = Annotated[
     str | None,
     typer.Option("--module", metavar="PKG.MOD:FACTORY", help="A callable that returns the encoder, or the encoder itself."),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from sam3x.runtime.manifest import PipelineManifest, Quality
     from sam3x.runtime.result import Result
-    from sam3x.sources.lint import LintReport
+    from sam3x.sources.report import LintReport
 
 
 def pipeline_view(manifest: PipelineManifest, folder: Path, *, verbose: bool) -> list[RenderableType]:
@@ -86,25 +86,27 @@ def detections_view(result: Result) -> RenderableType:
 
 def lint_view(report: LintReport, *, verbose: bool) -> list[RenderableType]:
     """What the checkpoint is, then what is wrong with it."""
-    what = f"{report.kind} image model" if report.kind != "unknown" else "no image model that sam3x knows"
+    models = {"unknown": "no image model that sam3x knows", "fusion encoder": "a fusion encoder"}
+    what = models.get(report.kind, f"{report.kind} image model")
     rows = [(name, value) for name, value in report.facts.items()]
     rows += [("parameters", f"{report.parameters:,}, {', '.join(report.dtypes)}")]
+    rows += [("", note) for note in report.notes]
+    rows += [("can be exported", " and ".join(f"the {part}" for part in report.exports) or "nothing")]
     lines: list[RenderableType] = [f"{report.path}: {what}", pairs(rows)]
     findings = {
         "missing": report.missing,
+        "unexpected": report.unexpected,
         "mis-shaped": report.misshaped,
+        "of another type": report.mistyped,
         "NaN or infinite": report.not_finite,
         "trap": report.traps,
-        "not used by the image model": report.unexpected,
     }
     for name, found in findings.items():
         if found:
             shown = found if verbose else found[:5]
             more = f" and {len(found) - len(shown)} more (-v lists them)" if len(found) > len(shown) else ""
             lines.append(f"{name}: {', '.join(shown)}{more}")
-    if report.kind == "transformers":
-        lines.append("Export the folder it lies in: sam3x export --pipeline --source transformers --checkpoint FOLDER")
-    return [*lines, "nothing wrong" if report.clean else "not fit for an export as it is"]
+    return [*lines, *(["nothing wrong"] if report.clean else [report.remedy, "not fit for an export as it is"])]
 
 
 def _listed(prompts: Sequence[str]) -> str:

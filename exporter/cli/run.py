@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sam3x.cli.console import reporting, suppressed_output
+from sam3x.cli.options import WeightsKey
 
 if TYPE_CHECKING:
     from sam3x.runtime.manifest import PipelineManifest
 
 
 def lint(
-    checkpoint: Annotated[Path, typer.Argument(help="A .pt, .pth or .safetensors file.", metavar="CHECKPOINT")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A .pt, .pth or .safetensors file, or a folder of transformers'.", metavar="CHECKPOINT")
+    ],
+    weights_key: WeightsKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every name, and the traceback of an error.")] = False,
 ) -> None:
@@ -23,7 +27,7 @@ def lint(
         with suppressed_output(verbose):
             from sam3x.sources.lint import lint as look
 
-            report = look(checkpoint)
+            report = look(checkpoint, weights_key)
         if as_json:
             typer.echo(report.model_dump_json(indent=2))
         else:

@@ -1,70 +1,109 @@
-"""Reading a fusion encoder's weights out of SAM3 and EfficientSAM3 checkpoints, without running anything stored in them."""
+"""Reading named weights out of checkpoint files, without running anything stored in them."""
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sam3x.errors import SourceError
-from sam3x.sources.archive import archive_fault
+from sam3x.sources.archive import archive_fault, weights_fault
+from sam3x.sources.lora import is_adapter_name, merge_adapters
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
+INDEX = ".safetensors.index.json"
 WRAPPERS = ("model", "state_dict", "model_state_dict")
-_LAYER_KEY = re.compile(r"^(?P<prefix>(?:.*\.)?)layers\.(?P<index>\d+)\.(?P<part>self_attn|cross_attn_image)\.(?P<rest>.+)$")
-_LAYER_INDEX = re.compile(r"layers\.(\d+)\.")
-# Sam3DetrEncoder in transformers; its layers also name the norms and the MLP otherwise
-_TRANSFORMERS_KEY = re.compile(r"(?:^|\.)detr_encoder\.layers\.\d+\.(?:self_attn|cross_attn)\.q_proj\.")
+ADAPTER_CONFIG = "adapter_config.json"
+_DEEPEST = 5  # a pickled dict may contain itself
 _SHOWN = 8
 _TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began files before it wrote zip archives
 _SAVE_AGAIN = "Save the weights alone: torch.save(model.state_dict(), path)."
-_TEXT = ("is a text file, not a checkpoint (a login page instead of the download?)", "Download it again.")
+_AGAIN = "Download or save it again."
+_TEXT = "is a text file, not a checkpoint (a login page instead of the download?)"
+_TORCH_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+"""Segments that torch.compile, FSDP, activation checkpointing and Fabric put into names, at any depth."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FoundEncoder:
-    """The encoder's part of a checkpoint: keys without ``prefix``, tensors as stored."""
+class Checkpoint:
+    """The named weights of one file.
 
-    prefix: str
-    state: dict[str, Tensor]
+    Attributes:
+        state: tensors as stored, under the names they have in the module that was saved.
+        place: where in the file they stood, as ``--weights-key`` takes it; empty for the file itself.
+        notes: what was chosen, taken out of names or merged, a phrase each.
+        merged: names whose values are not those of the file: an adapter was added to them.
+    """
+
+    path: Path
+    state: Mapping[str, Tensor]
+    place: str = ""
+    notes: tuple[str, ...] = ()
+    merged: frozenset[str] = frozenset()
+
+    def check_bytes(self, names: Iterable[str]) -> None:
+        """Compare these weights with the sizes and checksums of the file.
+
+        Raises:
+            SourceError: larger than the file, or bits have flipped.
+        """
+        if self.path.name.lower().endswith(INDEX):
+            return  # safetensors compares the sizes of its own files, and has no checksums
+        fault = weights_fault(self.path, {name: self.state[name] for name in names if name not in self.merged})
+        if fault:
+            raise SourceError(f"{self.path} {fault[0]}", remedy=fault[1])
 
 
-def load_state(path: str | Path) -> dict[str, Tensor]:
-    """The named tensors of a .pt, .pth or .safetensors file, unwrapped from ``{"model": …}`` and the like.
+def read_checkpoint(path: str | Path, weights_key: str | None = None) -> Checkpoint:
+    """The named weights of a .pt, .pth or .safetensors file, or of the shards that a .safetensors.index.json lists.
+
+    Weights are looked for in ``{"model": …}`` and the like. Names lose the segments of torch's own wrappers, and a LoRA adapter
+    beside the weights it adapts is merged.
+
+    Args:
+        weights_key: which weights, where a file has several: keys of nested dicts joined by dots (``ema``), or the beginning of
+            names in one of them (``ema_model``).
 
     Raises:
-        SourceError: no such file, not a checkpoint, damaged, or a pickle with more than tensors (refused, never executed).
+        SourceError: no such file, not a checkpoint, damaged, a pickle with more than tensors (refused, never executed), no or
+            several sets of weights, or an adapter that cannot be merged.
     """
     path = Path(path)
-    head = _head(path)
-    state = _load_safetensors(path, head) if path.suffix.lower() == ".safetensors" else _load_torch(path, head)
-    if not isinstance(state, Mapping):
-        raise _error(path, f"holds a {type(state).__name__}, not named weights", _SAVE_AGAIN)
-    tensors = _unwrap(state)
-    if not tensors:
-        raise _error(path, f"holds no tensors ({some_of(map(str, state))})", _SAVE_AGAIN)
-    return tensors
-
-
-def _unwrap(state: Mapping[Any, Any], depth: int = 0) -> dict[str, Tensor]:
-    """The tensors of the innermost wrapper that has any; bounded, for a pickled dict may contain itself."""
-    for name in WRAPPERS if depth < 5 else ():
-        if isinstance(state.get(name), Mapping):
-            inner = _unwrap(state[name], depth + 1)
-            if inner:
-                return inner
-    return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
-
-
-def _error(path: Path, fact: str, remedy: str) -> SourceError:
-    return SourceError(f"{path} {fact}", remedy=remedy)
+    content = _load(path)
+    if not isinstance(content, Mapping):
+        raise SourceError(f"{path} holds a {type(content).__name__}, not named weights", remedy=_SAVE_AGAIN)
+    places = dict(_places(content, ""))
+    if not places:
+        raise SourceError(f"{path} holds no tensors ({some_of(map(str, content))})", remedy=_SAVE_AGAIN)
+    place, state = _chosen(path, content, places, weights_key)
+    notes = [f"weights under '{place}'"] if weights_key else []
+    others = [name or "the file itself" for name in places if name != place and not place.startswith(f"{name}.") and name]
+    if others and not weights_key:
+        others_named = ", ".join(f"'{name}'" for name in others)
+        notes.append(f"weights under '{place}', not those under {others_named} (--weights-key)")
+    plain = {_plain_name(name): value for name, value in state.items()}
+    if len(plain) != len(state):
+        twice = next(name for name in state if _plain_name(name) != name and _plain_name(name) in state)
+        raise SourceError(
+            f"{path} holds both {twice} and {_plain_name(twice)}", remedy="Save the module that torch wrapped alone."
+        )
+    renamed = sum(name not in plain for name in state)
+    if renamed:
+        removed = sorted({segment for name in state for segment in name.split(".") if segment in _TORCH_WRAPPERS})
+        notes.append(f"{' and '.join(f'{segment!r}' for segment in removed)} taken out of {renamed} names")
+    merged: frozenset[str] = frozenset()
+    if any(map(is_adapter_name, plain)):
+        plain, merged, note = merge_adapters(plain, _adapter_config(path, content), str(path))
+        notes.append(note)
+    return Checkpoint(path=path, state=plain, place=place, notes=tuple(notes), merged=merged)
 
 
 def some_of(names: Iterable[str], total: int | None = None) -> str:
@@ -77,31 +116,167 @@ def some_of(names: Iterable[str], total: int | None = None) -> str:
     return ", ".join(names[:_SHOWN]) + rest
 
 
+def _plain_name(name: str) -> str:
+    return ".".join(segment for segment in name.split(".") if segment not in _TORCH_WRAPPERS)
+
+
+def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+
+
+def _places(content: Mapping[Any, Any], place: str, depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every dict that holds weights, by its place; names without a dot (an optimizer's) make none below the top."""
+    tensors = _tensors(content)
+    wrapped = not place or place.rpartition(".")[2] in WRAPPERS
+    if any("." in name for name in tensors) or (tensors and wrapped):
+        yield place, tensors
+    for name, value in content.items() if depth < _DEEPEST else ():
+        if isinstance(name, str) and isinstance(value, Mapping):
+            yield from _places(value, f"{place}.{name}" if place else name, depth + 1)
+
+
+def _chosen(
+    path: Path, content: Mapping[Any, Any], places: Mapping[str, dict[str, Tensor]], key: str | None
+) -> tuple[str, dict[str, Tensor]]:
+    """The weights that ``key`` names, or those a reader expects: in ``model`` and the like before anything beside them."""
+    if key is None:
+        candidates = list(places)
+    else:
+        candidates = [place for place in places if place == key or place.startswith(f"{key}.")]
+        if not candidates:
+            return _by_names(path, places, key)
+    place = _preferred(candidates, key or "")
+    if place is None:
+        named = ", ".join(f"'{name}'" for name in candidates)
+        raise SourceError(
+            f"{path} holds {len(candidates)} sets of weights, under {named}", remedy="Choose one with --weights-key KEY."
+        )
+    return place, places[place]
+
+
+def _preferred(places: list[str], at: str) -> str | None:
+    """Of several places below ``at``: where the usual wrappers lead, else ``at`` itself, else the only child, else None."""
+    below: dict[str, list[str]] = {}
+    for place in places:
+        if place != at:
+            below.setdefault(place[len(at) :].lstrip(".").split(".")[0], []).append(place)
+    step = next((name for name in WRAPPERS if name in below), None)
+    if step is None and at in places:
+        return at
+    if step is None and len(below) == 1:
+        step = next(iter(below))
+    return None if step is None else _preferred(below[step], f"{at}.{step}" if at else step)
+
+
+def _by_names(path: Path, places: Mapping[str, dict[str, Tensor]], key: str) -> tuple[str, dict[str, Tensor]]:
+    """Weights whose names begin with ``key``, in the place a reader expects, else in the only one that has them."""
+    having = {place: value for place, value in places.items() if any(name.startswith(f"{key}.") for name in value)}
+    preferred = _preferred(list(places), "")
+    place = preferred if preferred in having else next(iter(having)) if len(having) == 1 else None
+    if place is None:
+        beginnings = sorted({name.split(".")[0] for value in places.values() for name in value})
+        there = some_of([*(f"'{name}'" for name in places if name), *(f"'{name}'" for name in beginnings)])
+        raise SourceError(f"{path} has no weights under '{key}'", remedy=f"--weights-key takes one of {there}.")
+    state = {name[len(key) + 1 :]: value for name, value in having[place].items() if name.startswith(f"{key}.")}
+    return f"{place}.{key}" if place else key, state
+
+
+def _adapter_config(path: Path, content: Mapping[Any, Any]) -> Mapping[str, Any]:
+    """peft's settings, out of the file or of the adapter_config.json beside it; empty where there are none.
+
+    Raises:
+        SourceError: several, and they differ.
+    """
+    found = [dict(value) for value in _mappings(content) if "lora_alpha" in value]
+    beside = path.parent / ADAPTER_CONFIG
+    if not found and beside.is_file():
+        try:
+            given = json.loads(beside.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise SourceError(f"{beside} cannot be read ({type(error).__name__})", remedy="Save the adapter again.") from error
+        found = [given] if isinstance(given, dict) and "lora_alpha" in given else []
+    if any(one["lora_alpha"] != found[0]["lora_alpha"] for one in found):
+        raise SourceError(f"{path} holds several settings of adapters, with different lora_alpha", remedy=_SAVE_AGAIN)
+    return found[0] if found else {}
+
+
+def _mappings(content: Mapping[Any, Any], depth: int = 0) -> Iterator[Mapping[Any, Any]]:
+    yield content
+    for value in content.values() if depth < _DEEPEST else ():
+        if isinstance(value, Mapping):
+            yield from _mappings(value, depth + 1)
+
+
+def _load(path: Path) -> Any:
+    if path.name.lower().endswith(INDEX):
+        return _load_shards(path)
+    head = _head(path)
+    return _load_safetensors(path, head) if path.suffix.lower() == ".safetensors" else _load_torch(path, head)
+
+
+def _load_shards(index: Path) -> dict[str, Tensor]:
+    """The weights of all shards, each where the index says that it is."""
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+            raise ValueError("weight_map is no object of file names")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        fact = f"{index} is no index of shards ({type(error).__name__}: {str(error)[:120]})"
+        raise SourceError(fact, remedy=_AGAIN) from error
+    state: dict[str, Tensor] = {}
+    for name in sorted(set(listed.values())):
+        if Path(name).name != name:
+            raise SourceError(f"{index} names a shard outside its folder, {name}", remedy=_AGAIN)
+        shard = index.parent / name
+        state.update(_load_safetensors(shard, _head(shard)))
+    absent = [name for name in listed if name not in state]
+    unlisted = [name for name in state if name not in listed]
+    if absent or unlisted:
+        fact = f"in no shard: {some_of(absent)}" if absent else f"in a shard and not in the index: {some_of(unlisted)}"
+        raise SourceError(f"{index} does not fit its shards; {fact}", remedy=_AGAIN)
+    return state
+
+
 def _head(path: Path) -> bytes:
     """The first bytes, once the name has been checked."""
     try:
         if path.is_dir():
-            inside = sorted(item.name for item in path.iterdir() if item.suffix.lower() in SUFFIXES)
-            raise _error(
-                path, "is a folder", f"Name the file in it: {some_of(inside) if inside else 'a .pt, .pth or .safetensors'}."
-            )
+            raise _folder_error(path)
         if not path.exists():
-            raise _error(path, "does not exist", "Check the path given as --checkpoint.")
+            raise SourceError(f"{path} does not exist", remedy="Check the path given as --checkpoint.")
         if not path.is_file():
-            raise _error(path, "is not a regular file", "Give a .pt, .pth or .safetensors file.")
+            raise SourceError(f"{path} is not a regular file", remedy="Give a .pt, .pth or .safetensors file.")
         if path.suffix.lower() not in SUFFIXES:
             ending = f"ends in {path.suffix!r}" if path.suffix else "has no file name ending"
-            raise _error(path, f"{ending}, which says no known format", "Give a .pt, .pth or .safetensors file.")
+            raise SourceError(f"{path} {ending}, which says no known format", remedy="Give a .pt, .pth or .safetensors file.")
         with path.open("rb") as file:
             head = file.read(256)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
         remedy = "Check its permissions." if isinstance(error, PermissionError) else ""
-        raise _error(path, f"cannot be read ({getattr(error, 'strerror', None) or error})", remedy) from error
+        raise SourceError(f"{path} cannot be read ({reason})", remedy=remedy) from error
     if not head:
-        raise _error(path, "is an empty file", "Download or save it again.")
+        raise SourceError(f"{path} is an empty file", remedy=_AGAIN)
     if head.startswith(b"version https://git-lfs"):
-        raise _error(path, "is a git-lfs pointer, not the weights themselves", "Fetch them with git lfs pull.")
+        raise SourceError(f"{path} is a git-lfs pointer, not the weights themselves", remedy="Fetch them with git lfs pull.")
     return head
+
+
+def _folder_error(path: Path) -> SourceError:
+    if (path / ADAPTER_CONFIG).is_file():
+        return adapter_error(path)
+    inside = sorted(item.name for item in path.iterdir() if item.suffix.lower() in SUFFIXES)
+    return SourceError(
+        f"{path} is a folder", remedy=f"Name the file in it: {some_of(inside) if inside else 'a .pt, .pth or .safetensors'}."
+    )
+
+
+def adapter_error(path: Path) -> SourceError:
+    """That a folder of peft's is given where a model is wanted."""
+    return SourceError(
+        f"{path} holds a LoRA adapter alone, without the weights it adapts",
+        remedy="Merge it in Python (peft's merge_and_unload) and save the merged model.",
+    )
 
 
 def _is_text(head: bytes) -> bool:
@@ -112,30 +287,54 @@ def _is_safetensors(head: bytes) -> bool:
     return len(head) > 8 and head[8:9] == b"{" and head[6:8] == b"\0\0"
 
 
+class _NumpyValue:
+    """Stands in for a numpy scalar or array beside the weights: what the pickle would build it from is taken and forgotten."""
+
+    def __init__(self, *parts: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_NUMPY_NAMES = (
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
+)
+_SAFE_LOCK = threading.Lock()  # torch's list of safe names is one for all threads
+
+
 def _load_torch(path: Path, head: bytes) -> Any:
     if _is_safetensors(head):
-        raise _error(path, f"is a safetensors file named {path.suffix}", "Rename it to end in .safetensors.")
+        raise SourceError(f"{path} is a safetensors file named {path.suffix}", remedy="Rename it to end in .safetensors.")
     if _is_text(head):
-        raise _error(path, *_TEXT)
+        raise SourceError(f"{path} {_TEXT}", remedy="Download it again.")
     if head.startswith(b"\x80") and not head.startswith(_TORCH_MAGIC):
-        raise _error(path, "is a plain pickle, which may hold code: refused, nothing in it was executed", _SAVE_AGAIN)
+        fact = f"{path} is a plain pickle, which may hold code: refused, nothing in it was executed"
+        raise SourceError(fact, remedy=_SAVE_AGAIN)
     zipped = head.startswith(b"PK")
     fault = archive_fault(path) if zipped else None
     if fault:
-        raise _error(path, *fault)
+        raise SourceError(f"{path} {fault[0]}", remedy=fault[1])
+    # the names stand for a class of ours, so that nothing of numpy's is called either
+    names: list[Any] = [(_NumpyValue, name) for name in _NUMPY_NAMES]
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with _SAFE_LOCK, torch.serialization.safe_globals(names):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises almost anything: EOFError, KeyError, IndexError, struct.error, …
-        raise _error(path, *_load_failure(error)) from error
+        fact, remedy = _load_failure(error)
+        raise SourceError(f"{path} {fact}", remedy=remedy) from error
 
 
 def _load_failure(error: Exception) -> tuple[str, str]:
-    """What torch's exception says, and a remedy."""
+    """What torch's exception says, and what to do."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})", "Check its permissions." if isinstance(error, PermissionError) else ""
@@ -143,140 +342,25 @@ def _load_failure(error: Exception) -> tuple[str, str]:
         return "is a TorchScript archive, which holds code: refused, nothing in it was executed", _SAVE_AGAIN
     if not isinstance(error, pickle.UnpicklingError):
         reason = re.split(r"\n|\. ", text, maxsplit=1)[0][:160] or type(error).__name__
-        return f"is damaged, cut short, or no PyTorch file ({reason})", "Download or save it again."
+        return f"is damaged, cut short, or no PyTorch file ({reason})", _AGAIN
     named = re.search(r"GLOBAL ([\w.]+)", text)
     if named or re.search(r"[Uu]nsupported (global|class)|[Bb]locked", text):
         what = f"{named[1]} is no tensor" if named else "not only tensors"
         return f"is a pickle with code or objects in it ({what}): refused, nothing in it was executed", _SAVE_AGAIN
-    return "is damaged or no PyTorch file", "Download or save it again."
+    return "is damaged or no PyTorch file", _AGAIN
 
 
 def _load_safetensors(path: Path, head: bytes) -> Any:
     if head.startswith(b"PK") or head.startswith(b"\x80"):
-        raise _error(path, "is a PyTorch file named .safetensors", "Rename it to end in .pt.")
+        raise SourceError(f"{path} is a PyTorch file named .safetensors", remedy="Rename it to end in .pt.")
     if _is_text(head):
-        raise _error(path, *_TEXT)
+        raise SourceError(f"{path} {_TEXT}", remedy="Download it again.")
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
-        raise _error(path, "needs the safetensors package", 'Install it: pip install "sam3x[onnx]".') from error
+        raise SourceError(f"{path} needs the safetensors package", remedy='Install it: pip install "sam3x[onnx]".') from error
     try:
         return load_file(path, device="cpu")
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
-        raise _error(path, f"is damaged, cut short, or no safetensors file ({error})", "Download or save it again.") from error
-
-
-def find_encoder(state: Mapping[str, Tensor], subject: str = "the checkpoint") -> FoundEncoder:
-    """The fusion encoder's weights under whatever prefix they have.
-
-    A fusion layer is what has both ``self_attn`` and ``cross_attn_image``: the DETR decoder, the text encoder and the geometry
-    encoder do not. The tracker's memory encoder does, and is told apart by its separate q, k and v projections.
-
-    Raises:
-        SourceError: none, several, or one whose projections are stored apart.
-    """
-    parts: dict[str, set[str]] = {}
-    fused: set[str] = set()
-    for key in state:
-        match = _LAYER_KEY.match(key)
-        if match:
-            parts.setdefault(match["prefix"], set()).add(match["part"])
-            if match["rest"].startswith("in_proj_"):
-                fused.add(match["prefix"])
-    encoders = sorted(prefix for prefix, found in parts.items() if len(found) == 2)
-    usable = [prefix for prefix in encoders if prefix in fused]
-    detectors = [prefix for prefix in usable if "detector" in prefix.split(".")]
-    usable = detectors if len(detectors) == 1 else usable
-    if len(usable) == 1:
-        prefix = usable[0]
-        return FoundEncoder(
-            prefix=prefix, state={key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-        )
-    if usable:
-        named = ", ".join(f"'{prefix}'" for prefix in usable)
-        raise _misfit(
-            subject, f"has {len(usable)} fusion encoders, under {named}", "Save the one you mean in a file of its own."
-        )
-    apart = [key for key in state if _TRANSFORMERS_KEY.search(key)]
-    if apart:
-        fact = f"is in the layout of transformers, with q, k and v apart ({apart[0]}), where Meta's has one in_proj_weight"
-        raise _misfit(subject, fact, "Give Meta's sam3.pt, or pass the live module to sam3x.export.")
-    if encoders:
-        fact = f"keeps q, k and v apart under '{encoders[0]}', as the tracker's memory encoder does, not the fusion encoder"
-        raise _misfit(subject, fact, "Give the checkpoint of the whole SAM3 image model.")
-    fact = "has no fusion encoder: no keys <prefix>layers.0.self_attn.in_proj_weight and <prefix>layers.0.cross_attn_image.…"
-    raise _misfit(subject, fact, f"It has: {some_of(state)}. Give a SAM3 or EfficientSAM3 checkpoint.")
-
-
-def _misfit(subject: str, fact: str, remedy: str) -> SourceError:
-    return SourceError(f"{subject} {fact}", remedy=remedy)
-
-
-def hyper_parameters(found: FoundEncoder, subject: str = "the checkpoint") -> dict[str, Any]:
-    """What the shapes tell of ``FusionConfig``; heads, norm order, activation and position flags leave no trace in them.
-
-    Raises:
-        SourceError: a layer is missing in between, or the width cannot be told.
-    """
-    state = found.state
-    indices = {int(match[1]) for match in map(_LAYER_INDEX.match, state) if match}
-    missing = (max(indices) + 1) - len(indices)
-    if missing:
-        absent = [f"{found.prefix}layers.{i}" for i in islice((i for i in count() if i not in indices), min(missing, _SHOWN))]
-        raise _misfit(subject, f"lacks layers in between: {some_of(absent, missing)}", "Give a complete checkpoint.")
-    order = sorted(indices)
-    width = _size(state, [f"layers.{i}.norm1.weight" for i in order], 1, 0)
-    width = width or _size(state, [f"layers.{i}.self_attn.in_proj_weight" for i in order], 2, 1)
-    if not width:
-        fact = f"does not tell d_model: {found.prefix}layers.0.norm1.weight is missing or no vector"
-        raise _misfit(subject, fact, "Give a complete checkpoint.")
-    sizes: dict[str, Any] = {"d_model": width, "num_layers": len(order)}
-    hidden = _size(state, [f"layers.{i}.linear1.weight" for i in order], 2, 0)
-    levels = _size(state, ["level_embed"], 2, 0)
-    sizes.update({"dim_feedforward": hidden} if hidden else {}, **({"num_feature_levels": levels} if levels else {}))
-    sizes["add_pooled_text_to_img_feat"] = any(key.startswith("text_pooling_proj.") for key in state)
-    return sizes
-
-
-def _size(state: Mapping[str, Tensor], keys: Iterable[str], rank: int, dim: int) -> int | None:
-    return next((state[key].shape[dim] for key in keys if key in state and state[key].dim() == rank), None)
-
-
-def load_weights(encoder: nn.Module, found: FoundEncoder, subject: str = "the checkpoint") -> str:
-    """Give ``encoder`` (built on the meta device or not) the weights found, as float32; returns a note on what was converted.
-
-    Raises:
-        SourceError: missing, unexpected or mis-shaped keys, weights that are no plain numbers, or not finite.
-    """
-    expected = encoder.state_dict()
-    full = lambda keys: some_of(found.prefix + key for key in keys)  # noqa: E731
-    missing = [key for key in expected if key not in found.state]
-    unexpected = [key for key in found.state if key not in expected]
-    shapes = [(key, found.state[key], value) for key, value in expected.items() if key in found.state]
-    wrong = [f"{key} {tuple(is_.shape)}, not {tuple(want.shape)}" for key, is_, want in shapes if is_.shape != want.shape]
-    reports = {"missing": missing, "unexpected": unexpected, "mis-shaped": wrong}
-    facts = [f"{kind}: {full(keys)}" for kind, keys in reports.items() if keys]
-    if facts:
-        what = f"does not fit the fusion encoder that its shapes describe. {'; '.join(facts)}"
-        raise _misfit(subject, f"{what}", "Give a complete checkpoint, or the hyper-parameters it was trained with.")
-    weights = {key: _plain(found.prefix + key, found.state[key], subject) for key in expected}
-    encoder.load_state_dict(weights, strict=True, assign=True)
-    converted = sorted({str(found.state[key].dtype).removeprefix("torch.") for key in expected} - {"float32"})
-    return f"{' and '.join(converted)} weights converted to float32" if converted else ""
-
-
-def _plain(key: str, value: Tensor, subject: str) -> Tensor:
-    """A float32 copy that no longer depends on the mapped file."""
-    plain = value.layout == torch.strided and value.device.type != "meta"
-    if not plain or value.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        kind = str(value.dtype).removeprefix("torch.") + ("" if plain else " without stored values or sparse")
-        raise _misfit(
-            subject, f"holds {key} as {kind}, not plain floating point", "Give the checkpoint before it was quantized."
-        )
-    copied = value.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    if not bool(torch.isfinite(copied).all()):
-        bad = int((~torch.isfinite(copied)).sum())
-        fact = f"has {bad} NaN or infinite values among the {copied.numel()} of {key}"
-        raise _misfit(subject, fact, "Give an undamaged checkpoint.")
-    return copied
+        raise SourceError(f"{path} is damaged, cut short, or no safetensors file ({error})", remedy=_AGAIN) from error

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from sam3x.errors import Sam3xError, SourceError
 from sam3x.fusion.config import FusionConfig, make_config
 from sam3x.fusion.encoder import layers_of
-from sam3x.sources.archive import weights_fault
-from sam3x.sources.checkpoint import find_encoder, hyper_parameters, load_state, load_weights
+from sam3x.sources.checkpoint import Checkpoint, read_checkpoint
+from sam3x.sources.fusion_part import find_encoder, hyper_parameters, load_weights
 
 _CHUNK = 1 << 24  # bytes hashed at a time
 
@@ -58,26 +58,34 @@ def default_source(seed: int) -> Source:
     )
 
 
-def checkpoint_source(path: str | Path, **overrides: Any) -> Source:
+def checkpoint_source(path: str | Path, weights_key: str | None = None, **overrides: Any) -> Source:
     """The fusion encoder in a SAM3 or EfficientSAM3 checkpoint.
 
     Args:
+        weights_key: which weights of a file that has several, see ``read_checkpoint``.
         overrides: ``FusionConfig`` fields, for what shapes cannot tell (num_heads, pre_norm, activation, position flags).
 
     Raises:
         SourceError: the file, its keys or its weights are not those of a fusion encoder.
     """
-    subject = str(path)
-    found = find_encoder(load_state(path), subject)
-    fault = weights_fault(Path(path), found.state)
-    if fault:
-        raise SourceError(f"{path} {fault[0]}", remedy=fault[1])
+    return encoder_in(read_checkpoint(path, weights_key), **overrides)
+
+
+def encoder_in(checkpoint: Checkpoint, **overrides: Any) -> Source:
+    """The fusion encoder in a checkpoint that has been read; see ``checkpoint_source``.
+
+    Raises:
+        SourceError: it has none, or its weights are missing, unexpected, mis-shaped or not finite.
+    """
+    subject = str(checkpoint.path)
+    found = find_encoder(checkpoint.state, subject)
+    checkpoint.check_bytes(f"{found.prefix}{name}" for name in found.state)
     given = {name: value for name, value in overrides.items() if value is not None}
     config = make_config(subject, **{**hyper_parameters(found, subject), **given})
     encoder = build_encoder(config, device="meta")
-    note = load_weights(encoder, found, subject)
+    converted = load_weights(encoder, found, subject)
     place = f"keys under '{found.prefix}'" if found.prefix else "keys without a prefix"
-    origin = f"checkpoint {Path(path).name}, {place}" + (f", {note}" if note else "")
+    origin = ", ".join([f"checkpoint {checkpoint.path.name}", *checkpoint.notes, place, *([converted] if converted else [])])
     return Source(module=encoder.eval(), origin=origin, config=config, weights_sha256=weights_hash(encoder))
 
 

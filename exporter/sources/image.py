@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from sam3x.errors import SourceError
-from sam3x.sources.checkpoint import load_state, some_of
+from sam3x.sources.checkpoint import read_checkpoint, some_of
 from sam3x.sources.contract import Cut, Expected, ImageModel
 from sam3x.sources.encoder import call_factory
 from sam3x.sources.image_config import ImageModelConfig
 from sam3x.sources.image_model import build_image_model
-from sam3x.sources.lint import compare_state
+from sam3x.sources.lint import Judged, judge
 from sam3x.sources.meta.source import is_meta, meta_model
-from sam3x.sources.state import config_of, detector_keys
-from sam3x.sources.transformers.source import is_transformers, load_folder, transformers_model
+from sam3x.sources.transformers.folder import read_folder
+from sam3x.sources.transformers.source import is_transformers, transformers_model
 from sam3x.spec import ExportSpec
 
 
@@ -67,57 +67,61 @@ def random_image_source(config: ImageModelConfig | None = None) -> Cut:
     return cut
 
 
-def checkpoint_image_source(path: str | Path) -> Cut:
-    """The image model in one of Meta's checkpoints; sizes come from the shapes.
+def checkpoint_image_source(path: str | Path, weights_key: str | None = None) -> Cut:
+    """The image model in one of Meta's checkpoints, SAM 3.1's detector among them; sizes come from the shapes.
+
+    Args:
+        weights_key: which weights of a file that has several, see ``read_checkpoint``.
 
     Raises:
-        SourceError: it is no SAM3 checkpoint, or parts of it are missing, mis-shaped or not finite.
+        SourceError: it is no SAM3 checkpoint, or weights of it are missing, unexpected, mis-shaped or not finite.
     """
 
     def cut(spec: ExportSpec, expected: Expected | None = None) -> ImageModel:
-        state = detector_keys(load_state(path))
-        config = config_of(state, str(path))
-        model = build_image_model(config, device="meta")
-        load_image_weights(model, state, str(path))
-        return meta_model(model, f"checkpoint {Path(path).name}, {_described(config)}", config.image_size, spec, expected)
+        checkpoint = read_checkpoint(path, weights_key)
+        judged = judge(checkpoint)
+        model, config = load_judged(judged)
+        kind = "SAM 3.1's detector" if judged.report.kind == "SAM 3.1" else _described(config)
+        cut_model = meta_model(model, f"checkpoint {checkpoint.path.name}, {kind}", config.image_size, spec, expected)
+        return replace(cut_model, notes=(*cut_model.notes, *judged.report.notes))
 
     return cut
 
 
 def transformers_image_source(folder: str | Path) -> Cut:
-    """A folder that ``Sam3Model.save_pretrained`` or ``Sam3LiteTextModel.save_pretrained`` wrote.
+    """A folder that ``Sam3Model`` or ``Sam3LiteTextModel`` was saved to, alone or as the detector of a video model.
 
     Raises:
-        SourceError: it holds no such model, its tokenizer cannot be read, or transformers is missing.
+        SourceError: it holds no such model, its weights are missing, unexpected or not finite, its tokenizer cannot be read, or
+            transformers is missing.
     """
     path = Path(folder)
 
     def cut(spec: ExportSpec, expected: Expected | None = None) -> ImageModel:
-        model = load_folder(path)
-        return transformers_model(model, f"transformers {type(model).__name__} in {path.name}", spec, path, expected)
+        read = read_folder(path)
+        read.report.refuse()
+        origin = f"transformers {type(read.model).__name__} in {path.name}"
+        cut_model = transformers_model(read.model, origin, spec, path, expected)
+        return replace(cut_model, notes=(*cut_model.notes, *read.report.notes))
 
     return cut
 
 
-def load_image_weights(model: nn.Module, state: Mapping[str, Tensor], subject: str) -> None:
-    """Give ``model`` (built on the meta device) the weights of a checkpoint, float32 ones mapped and not copied.
+def load_judged(judged: Judged) -> tuple[nn.Module, ImageModelConfig]:
+    """The model of a checkpoint that has been judged, with its weights: float32 ones mapped and not copied.
 
     Raises:
-        SourceError: missing, mis-shaped or non-finite weights.
+        SourceError: something stands in the way.
     """
-    findings = compare_state(model.state_dict(), state)
-    if findings.errors:
-        raise SourceError(f"{subject} does not fit its own shapes: {'; '.join(findings.errors)}")
-    wanted = {name: _plain(state[name], value) for name, value in model.state_dict().items()}
-    model.load_state_dict(wanted, strict=True, assign=True)
+    judged.report.refuse()
+    model, weights, config = judged.model, judged.weights, judged.config
+    assert model is not None and weights is not None and config is not None
+    model.load_state_dict(weights, strict=True, assign=True)
     for module in model.modules():
         for name, value in list(module._buffers.items()):
             if value is not None and value.device.type == "meta":  # buffers that no checkpoint holds
                 module._buffers[name] = _rebuilt(module, name)
-
-
-def _plain(value: Tensor, like: Tensor) -> Tensor:
-    return value if value.is_complex() or not value.is_floating_point() else value.to(torch.float32)
+    return model, config
 
 
 def _rebuilt(module: nn.Module, name: str) -> Tensor:

@@ -13,6 +13,7 @@ class ImageModelConfig(BaseModel):
         patch_size, embed_dim, depth, vit_heads, mlp_ratio, window_size, global_att_blocks, pretrain_img_size: the ViT trunk.
         text_width, text_heads, text_layers, context_length, vocab_size: the text encoder.
         d_model, num_heads, dim_feedforward: width, heads and hidden layer of everything after the trunks.
+        neck_scales: of the feature maps against the trunk's; a last one of 0.5 is made and not used (SAM 3.1 has none).
         encoder_layers, decoder_layers, geometry_layers, num_queries: fusion encoder, decoder, geometry encoder.
     """
 
@@ -32,6 +33,7 @@ class ImageModelConfig(BaseModel):
     text_layers: int = 24
     context_length: int = 32
     vocab_size: int = 49408
+    neck_scales: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5)
     d_model: int = 256
     num_heads: int = 8
     dim_feedforward: int = 2048

@@ -91,7 +91,7 @@ def _backbone(config: ImageModelConfig, tokenizer: Callable[..., Any] | None) ->
         bias_patch_embed=False,
     )
     neck = Sam3DualViTDetNeck(
-        position_encoding=_positions(config), d_model=config.d_model, scale_factors=[4.0, 2.0, 1.0, 0.5], trunk=trunk
+        position_encoding=_positions(config), d_model=config.d_model, scale_factors=list(config.neck_scales), trunk=trunk
     )
     text = VETextEncoder(
         tokenizer=tokenizer,
@@ -102,7 +102,7 @@ def _backbone(config: ImageModelConfig, tokenizer: Callable[..., Any] | None) ->
         context_length=config.context_length,
         vocab_size=config.vocab_size,
     )
-    return SAM3VLBackbone(visual=neck, text=text, scalp=1)
+    return SAM3VLBackbone(visual=neck, text=text, scalp=int(config.neck_scales[-1] < 1))
 
 
 def _transformer(config: ImageModelConfig) -> nn.Module:

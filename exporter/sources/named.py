@@ -19,8 +19,13 @@ class ImageSource(str, Enum):
     TRANSFORMERS = "transformers"
 
 
-def image_source(source: ImageSource | None, checkpoint: Path | None, module: str | None) -> Cut:
+def image_source(
+    source: ImageSource | None, checkpoint: Path | None, module: str | None, weights_key: str | None = None
+) -> Cut:
     """The image model that ``--source``, ``--checkpoint`` and ``--module`` name; a folder is transformers'.
+
+    Args:
+        weights_key: ``--weights-key``, which weights of a checkpoint file that has several.
 
     Raises:
         SpecError: ``--source`` contradicts what was given.
@@ -31,10 +36,12 @@ def image_source(source: ImageSource | None, checkpoint: Path | None, module: st
         raise SpecError("--source transformers takes --checkpoint FOLDER, as save_pretrained wrote it")
     if source is ImageSource.SAM3 and checkpoint is not None and checkpoint.is_dir():
         raise SpecError(f"--source sam3 takes a file, and {checkpoint} is a folder", remedy="Name the .pt or .safetensors.")
+    if weights_key is not None and (checkpoint is None or checkpoint.is_dir()):
+        raise SpecError("--weights-key chooses among the weights of one file, which --checkpoint FILE names")
     if checkpoint is not None and checkpoint.is_dir():
         return sources.transformers_image_source(checkpoint)
     if checkpoint is not None:
-        return sources.checkpoint_image_source(checkpoint)
+        return sources.checkpoint_image_source(checkpoint, weights_key)
     if module is not None:
         return sources.factory_image_source(module)
     return sources.random_image_source()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,11 +11,9 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from sam3x.cli.app import app
-from sam3x.errors import SourceError
-from sam3x.sources.image import load_image_weights
-from sam3x.sources.image_model import build_image_model
-from sam3x.sources.lint import lint
-from sam3x.sources.state import config_of, detector_keys
+from sam3x.sources.checkpoint import read_checkpoint
+from sam3x.sources.image import load_judged
+from sam3x.sources.lint import judge, lint
 from support.image_model import TINY
 
 
@@ -32,66 +29,43 @@ def saved(path: Path, state: dict[str, Tensor]) -> Path:
     return path
 
 
-def test_the_shapes_tell_the_architecture(state: dict[str, Tensor]) -> None:
-    config = config_of(detector_keys(state), "it")
+def test_the_shapes_tell_the_architecture(state: dict[str, Tensor], tmp_path: Path) -> None:
+    judged = judge(read_checkpoint(saved(tmp_path / "sam3.pt", state)))
+    model, config = load_judged(judged)
     assert config.model_copy(update={"text_heads": TINY.text_heads}) == TINY  # heads of the text encoder leave no trace
-    model = build_image_model(config, device="meta")
-    load_image_weights(model, detector_keys(state), "it")
     assert not any(value.is_meta for value in (*model.parameters(), *model.buffers()))
     loaded = model.state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in detector_keys(state).items())
+    assert all(torch.equal(loaded[name.removeprefix("detector.")], value) for name, value in state.items() if name in loaded)
 
 
 def test_lint_of_a_sound_checkpoint(state: dict[str, Tensor], tmp_path: Path) -> None:
     report = lint(saved(tmp_path / "sam3.pt", state))
-    assert report.clean and report.kind == "SAM3" and not report.unexpected
+    assert report.clean and report.kind == "SAM3" and report.exports == ("image model", "fusion encoder")
     assert report.facts["picture"].startswith("112 pixels") and report.facts["context length"] == "16 tokens"
     done = CliRunner().invoke(app, ["lint", str(tmp_path / "sam3.pt")])
-    assert done.exit_code == 0 and "nothing wrong" in done.stdout
+    assert done.exit_code == 0 and "nothing wrong" in done.stdout and "left out" in done.stdout
 
 
-def without(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if part not in name}
-
-
-BROKEN: dict[str, Any] = {
-    "missing": (lambda s: without(s, "decoder.layers.1.linear2.bias"), "missing", "transformer.decoder.layers.1.linear2.bias"),
-    "geometry": (lambda s: without(s, "geometry_encoder."), "traps", "random weights"),
-    "shape": (
-        lambda s: {**s, "detector.dot_prod_scoring.hs_proj.bias": torch.zeros(5)},
-        "misshaped",
-        "dot_prod_scoring.hs_proj.bias (5,), not (32,)",
-    ),
-    "nan": (
-        lambda s: {**s, "detector.dot_prod_scoring.hs_proj.bias": torch.full((32,), float("nan"))},
-        "not_finite",
-        "dot_prod_scoring.hs_proj.bias",
-    ),
-    "teacher": (
-        lambda s: {**s, "detector.backbone.vision_backbone.trunk.student_trunk.stem.weight": torch.zeros(4)},
-        "traps",
-        "both a student's trunk",
-    ),
-    "unknown": (lambda s: {"a.b": torch.zeros(3)}, "kind", "unknown"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_lint_names_what_is_wrong(name: str, state: dict[str, Tensor], tmp_path: Path) -> None:
-    change, field, fact = BROKEN[name]
-    path = saved(tmp_path / "broken.pt", change(state))
+def test_lint_of_what_cannot_be_exported_ends_with_status_1(state: dict[str, Tensor], tmp_path: Path) -> None:
+    path = saved(tmp_path / "c.pt", {name: value for name, value in state.items() if "transformer.decoder." not in name})
     done = CliRunner().invoke(app, ["lint", str(path), "--json"])
-    report = json.loads(done.stdout)
-    assert done.exit_code == 1 and fact in str(report[field])
-    if name in ("missing", "shape", "nan"):
-        model = build_image_model(config_of(detector_keys(state), "it"), device="meta")
-        with pytest.raises(SourceError, match="does not fit"):
-            load_image_weights(model, detector_keys(change(state)), "it")
+    assert done.exit_code == 1 and "nothing under 'transformer.decoder.'" in str(json.loads(done.stdout)["traps"])
+    assert "not fit for an export" in CliRunner().invoke(app, ["lint", str(path)]).stdout
 
 
-def test_a_transformers_checkpoint_is_known(tmp_path: Path) -> None:
-    path = saved(tmp_path / "model.pt", {"detector_model.detr_encoder.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)})
-    assert lint(path).kind == "transformers"
+def test_weights_key_on_the_command_line(state: dict[str, Tensor], tmp_path: Path) -> None:
+    ema = {name: value if value.is_complex() else value * 2 for name, value in state.items()}
+    torch.save({"model": state, "ema": ema}, tmp_path / "c.pt")
+    done = CliRunner().invoke(app, ["lint", str(tmp_path / "c.pt"), "--weights-key", "ema"])
+    assert done.exit_code == 0 and "weights under 'ema'" in done.stdout
+    words = ["--checkpoint", str(tmp_path / "c.pt"), "--weights-key", "ema", "--batch", "2", "--tokens", "16", "--dac", "off"]
+    words += ["--prompt-length", "4", "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, ["export", *words, "--pre-norm", "on", "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert "weights under 'ema'" in json.loads(done.stdout)["origin"]
+    verify = ["verify", str(tmp_path / "out"), "--checkpoint", str(tmp_path / "c.pt"), "-q"]
+    assert CliRunner().invoke(app, verify).exit_code == 2  # those under 'model' are other weights
+    assert CliRunner().invoke(app, [*verify, "--weights-key", "ema"]).exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -107,6 +81,8 @@ def test_a_transformers_checkpoint_is_known(tmp_path: Path) -> None:
         (["run", ".", "none.jpg", "--box", "1,2,3"], "expected X0,Y0,X1,Y1"),
         (["run", ".", "none.jpg", "--text", "a", "-o", "no/folder.png"], "cannot be written"),
         (["lint", "none.pt"], "does not exist"),
+        (["export", "--weights-key", "ema"], "--weights-key chooses among the weights of one file"),
+        (["export", "--pipeline", "--checkpoint", ".", "--weights-key", "ema"], "--weights-key chooses among the weights"),
     ],
 )
 def test_bad_command_lines(arguments: list[str], fact: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

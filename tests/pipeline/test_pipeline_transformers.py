@@ -16,61 +16,11 @@ from sam3x.errors import SourceError
 from sam3x.pipeline.export import DEFAULTS, export_pipeline
 from sam3x.runtime import Segmenter
 from sam3x.sources.contract import COMPONENTS
-from sam3x.sources.image import draw_image_weights, module_image_source, transformers_image_source
+from sam3x.sources.image import module_image_source, transformers_image_source
 from sam3x.sources.transformers.source import transformers_model
 from sam3x.spec import make_spec
 from support.image_model import between, iou, photograph
-
-SIZE = 112
-VISION = {
-    "backbone_config": {
-        "model_type": "sam3_vit_model",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": SIZE,
-        "patch_size": 14,
-        "window_size": 4,
-        "global_attn_indexes": [1],
-        "pretrain_image_size": 56,
-    },
-    "fpn_hidden_size": 32,
-    "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
-}
-WIDTHS = {"hidden_size": 32, "num_attention_heads": 4}
-PARTS = {
-    "vision_config": VISION,
-    "geometry_encoder_config": {**WIDTHS, "num_layers": 1, "intermediate_size": 64},
-    "detr_encoder_config": {**WIDTHS, "num_layers": 2, "intermediate_size": 64},
-    "detr_decoder_config": {**WIDTHS, "num_layers": 2, "intermediate_size": 64, "num_queries": 12},
-    "mask_decoder_config": {**WIDTHS},
-}
-ONE_LAYER = {**PARTS["detr_decoder_config"], "num_layers": 1}  # only the text encoder is another than Sam3Model's
-TEXT = {
-    "vocab_size": 600,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 2,
-    "projection_dim": 16,
-    "max_position_embeddings": 12,
-    "eos_token_id": 599,
-    "pad_token_id": 1,
-}
-
-
-def tiny(kind: str) -> nn.Module:
-    import transformers
-
-    if kind == "Sam3Model":
-        text = {"model_type": "clip_text_model", "num_hidden_layers": 2, **TEXT}
-        config: Any = transformers.Sam3Config(text_config=text, **PARTS)
-    else:
-        text = {"num_hidden_layers": 3, "use_repmixer_blocks": True, **TEXT}
-        config = transformers.Sam3LiteTextConfig(text_config=text, **{**PARTS, "detr_decoder_config": ONE_LAYER})
-    model = getattr(transformers, kind)(config).eval()
-    draw_image_weights(model, 3)
-    return model
+from support.transformers_model import SIZE, tiny
 
 
 @pytest.fixture(scope="module", params=["Sam3Model", "Sam3LiteTextModel"])

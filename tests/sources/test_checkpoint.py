@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from sam3x.errors import SourceError
 from sam3x.fusion.config import FusionConfig
-from sam3x.sources.checkpoint import find_encoder, load_state
+from sam3x.sources.checkpoint import read_checkpoint
 from sam3x.sources.encoder import build_encoder, checkpoint_source, draw_weights, weights_hash
+from sam3x.sources.fusion_part import find_encoder
 
 SMALL = FusionConfig(d_model=32, num_layers=3, dim_feedforward=48)
 META = "detector.transformer.encoder."
@@ -352,4 +353,4 @@ def test_a_dict_that_contains_itself(tmp_path: Path) -> None:
     loop: dict[str, Any] = {}
     loop.update(model=loop, state_dict=loop, model_state_dict=loop)
     with pytest.raises(SourceError, match="holds no tensors"):
-        load_state(saved(tmp_path / "c.pt", loop))
+        read_checkpoint(saved(tmp_path / "c.pt", loop))

@@ -12,7 +12,7 @@ from torch import nn
 from sam3x.errors import SourceError
 from sam3x.sources.contract import Expected, ImageModel
 from sam3x.sources.cut import cut_components, ranges_of
-from sam3x.sources.encoder import reason_of, untouched, weights_hash
+from sam3x.sources.encoder import reason_of, weights_hash
 from sam3x.sources.meta.source import private_twin
 from sam3x.sources.transformers import parts
 from sam3x.spec import ExportSpec
@@ -91,32 +91,6 @@ def transformers_model(
         threshold=0.3,
         mask_interpolation="probabilities",
     )
-
-
-def load_folder(folder: Path) -> nn.Module:
-    """A ``Sam3Model`` or ``Sam3LiteTextModel`` saved with ``save_pretrained``: safetensors only, no code of the folder's.
-
-    Raises:
-        SourceError: transformers is missing, or the folder holds no such model.
-    """
-    if not (folder / "config.json").is_file():
-        raise SourceError(f"{folder} has no config.json", remedy="Give a folder that transformers' save_pretrained wrote.")
-    with untouched():
-        try:
-            import transformers
-        except ImportError:
-            raise SourceError(
-                "reading it needs transformers", remedy='Install it: pip install "sam3x[transformers]".'
-            ) from None
-        try:
-            model = transformers.AutoModel.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
-            )
-        except Exception as error:  # transformers raises many kinds
-            raise SourceError(f"{folder} cannot be loaded by transformers ({reason_of(error)})") from error
-    if not is_transformers(model):
-        raise SourceError(f"{folder} holds a {type(model).__name__}", remedy="Give a Sam3Model or a Sam3LiteTextModel.")
-    return model.eval()
 
 
 def _pad_id(folder: Path | None, config: Any) -> int:

@@ -1,0 +1,117 @@
+"""Folders of transformers': the detector of a video model, and what is missing, left over or not finite in one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sam3x.errors import SourceError
+from sam3x.sources.encoder import weights_hash
+from sam3x.sources.image import transformers_image_source
+from sam3x.sources.lint import lint
+from sam3x.sources.report import LintReport
+from sam3x.spec import ExportSpec
+from support.transformers_model import tiny
+
+State = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return tiny("Sam3Model")
+
+
+@pytest.fixture
+def folder(model: nn.Module, tmp_path: Path) -> Path:
+    model.save_pretrained(tmp_path / "saved")  # type: ignore[operator]
+    return tmp_path / "saved"
+
+
+def rewritten(folder: Path, change: Callable[[State], State]) -> Path:
+    path = folder / "model.safetensors"
+    state = {name: value.clone() for name, value in load_file(path).items()}  # the file is mapped
+    save_file(change(state), path, metadata={"format": "pt"})
+    return folder
+
+
+def refused(folder: Path) -> LintReport:
+    """The report; export names the same faults."""
+    report = lint(folder)
+    with pytest.raises(SourceError) as caught:
+        transformers_image_source(folder)(ExportSpec())
+    assert report.faults and all(fault in str(caught.value) for fault in report.faults)
+    return report
+
+
+def test_a_video_models_folder_gives_its_detector_and_says_what_was_left_out(folder: Path, model: nn.Module) -> None:
+    """The layout of the official release: ``model_type: sam3_video``, ``detector_model.*`` beside ``tracker_model.*``."""
+    import transformers
+
+    transformers.Sam3VideoConfig(detector_config=model.config.to_dict()).save_pretrained(folder)  # type: ignore[union-attr,operator]
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "sam3_video"
+    tracker = {"tracker_model.mask_decoder.iou_token.weight": torch.zeros(1, 4), "tracker_neck.fpn.weight": torch.zeros(2)}
+    rewritten(folder, lambda state: {**{f"detector_model.{name}": value for name, value in state.items()}, **tracker})
+    cut = transformers_image_source(folder)(ExportSpec())
+    assert cut.weights_sha256 == weights_hash(model) and "Sam3Model" in cut.origin
+    said = "left out, not part of the image model: 'tracker_model.' (1), 'tracker_neck.' (1)"
+    assert "the detector of a video model (sam3_video)" in cut.notes and said in cut.notes
+    report = lint(folder)
+    assert report.clean and report.exports == ("image model",) and said in report.notes
+    rewritten(folder, lambda state: {name: value for name, value in state.items() if "geometry_encoder." not in name})
+    assert any("geometry_encoder." in name for name in refused(folder).missing)
+
+
+BROKEN: dict[str, tuple[Callable[[State], State], str, str]] = {
+    "geometry": (lambda s: {n: v for n, v in s.items() if "geometry_encoder." not in n}, "missing", "geometry_encoder."),
+    "one bias": (lambda s: {n: v for n, v in s.items() if n != "text_projection.bias"}, "missing", "text_projection.bias"),
+    "unexpected": (lambda s: {**s, "mask_decoder.more.weight": torch.ones(2)}, "unexpected", "mask_decoder.more.weight"),
+    "nan": (lambda s: {**s, "text_projection.bias": torch.full((32,), float("nan"))}, "not_finite", "text_projection.bias"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_folder_with_missing_unexpected_or_infinite_weights_is_refused(name: str, folder: Path) -> None:
+    change, field, fact = BROKEN[name]
+    assert fact in str(getattr(refused(rewritten(folder, change)), field))
+
+
+def test_a_folder_with_a_weight_of_another_shape_is_refused(folder: Path) -> None:
+    rewritten(folder, lambda s: {**s, "text_projection.bias": torch.ones(5)})
+    for read in (lint, lambda path: transformers_image_source(path)(ExportSpec())):
+        with pytest.raises(SourceError, match=r"text_projection\.bias|size mismatch|ignore_mismatched_sizes"):
+            read(folder)
+
+
+def test_shards_of_a_folder_are_judged_together(model: nn.Module, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    model.save_pretrained(folder, max_shard_size="200KB")  # type: ignore[operator]
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert transformers_image_source(folder)(ExportSpec()).weights_sha256 == weights_hash(model)
+    index = folder / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    shard = folder / listed["weight_map"]["text_projection.bias"]
+    state = {name: value.clone() for name, value in load_file(shard).items() if name != "text_projection.bias"}
+    save_file(state, shard, metadata={"format": "pt"})
+    assert "text_projection.bias" in refused(folder).missing
+    shard.unlink()
+    with pytest.raises(SourceError):
+        lint(folder)
+
+
+def test_the_precision_of_a_folder_is_said(folder: Path) -> None:
+    rewritten(folder, lambda state: {name: value.to(torch.bfloat16) for name, value in state.items()})
+    report = lint(folder)
+    assert report.clean and report.dtypes == ("bfloat16",) and "bfloat16 weights, exported as float32" in report.notes
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "sam3_video"}', '{"model_type": "bert"}', '{"model_type": 3}'])
+def test_a_config_that_is_none_is_a_typed_error(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(SourceError):
+        lint(tmp_path)
