@@ -31,7 +31,7 @@ WIDTH, NAMES, VALUES = 620, 130, 112
 def bench_page(report: BenchReport) -> str:
     """The whole page."""
     colours = _colours(report)
-    facts = {
+    metadata = {
         "Machine": machine_text(report.machine),
         "Versions": versions_text(report.machine),
         "Began": began_text(report),
@@ -42,7 +42,7 @@ def bench_page(report: BenchReport) -> str:
         "<h1>sam3x bench</h1>",
         f'<p class="soft">{escape(protocol_text(report))}</p>',
         f"<pre><code>{escape(report.command)}</code></pre>",
-        "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items()) + "</dl>",
+        "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in metadata.items()) + "</dl>",
         *_growth(report, colours),
         *(_section(case, colours) for case in report.cases),
         "<h2>What the columns mean</h2><dl>",

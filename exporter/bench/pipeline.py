@@ -20,7 +20,7 @@ from sam3x.runtime.manifest import ComponentSpec, load_manifest
 KINDS = {"pipeline": "pipeline", "eager": "pipeline-eager"}
 
 
-class PipelineFigures(BaseModel):
+class PipelineMetrics(BaseModel):
     """One contender. Seconds are wall time; memory is resident megabytes of its process.
 
     Attributes:
@@ -43,7 +43,7 @@ class PipelineFigures(BaseModel):
         return statistics.median(self.seconds)
 
 
-class ComponentFigures(BaseModel):
+class ComponentMetrics(BaseModel):
     """What the export of one component took; ``off`` is its largest difference from eager over an output's largest value."""
 
     model_config = ConfigDict(frozen=True)
@@ -67,11 +67,11 @@ class PipelineReport(BaseModel):
     origin: str
     export: dict[str, float]
     files_mb: float
-    components: dict[str, ComponentFigures]
+    components: dict[str, ComponentMetrics]
     machine: Machine
     picture: str | None
     threads: int
-    contenders: dict[str, PipelineFigures]
+    contenders: dict[str, PipelineMetrics]
     ratio: float | None = None
     largest_score_gap: float | None = None
 
@@ -125,9 +125,9 @@ def bench_pipeline(
                 workers[name] = made
                 made.until("loaded")
                 loaded = time.perf_counter()
-                facts = made.until("ready")
+                ready = made.until("ready")
                 starts[name] = (loaded - made.started, time.perf_counter() - loaded)
-                if facts["weights_sha256"] != manifest.weights_sha256:
+                if ready["weights_sha256"] != manifest.weights_sha256:
                     raise ArtifactError(
                         "its weights are not those of the pipeline",
                         subject=name,
@@ -143,7 +143,7 @@ def bench_pipeline(
             raise Sam3xError(str(error), subject=name, step=Step.BENCH) from error
         scores = {name: _scores(outputs[name]) for name in names}
     found = {
-        name: PipelineFigures(
+        name: PipelineMetrics(
             start_seconds=starts[name][0],
             first_seconds=starts[name][1],
             seconds=tuple(seconds[name]),
@@ -173,11 +173,11 @@ def bench_pipeline(
     )
 
 
-def _component(folder: Path, spec: ComponentSpec) -> ComponentFigures:
+def _component(folder: Path, spec: ComponentSpec) -> ComponentMetrics:
     data = folder / f"{spec.file}.data"
     size = (folder / spec.file).stat().st_size + (data.stat().st_size if data.exists() else 0)
     off = max((record.max_rel for record in spec.verification), default=None)
-    return ComponentFigures(seconds=spec.figures.get("seconds", 0.0), file_mb=size / 1e6, off=off)
+    return ComponentMetrics(seconds=spec.figures.get("seconds", 0.0), file_mb=size / 1e6, off=off)
 
 
 def _scores(path: Path) -> Any:

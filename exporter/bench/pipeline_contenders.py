@@ -40,7 +40,7 @@ class PipelineContender:
     def inputs(self) -> dict[str, Any]:
         return {"picture": self.job["picture"] or noise_picture()}
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return {"weights_sha256": self.segmenter.manifest.weights_sha256}
 
 
@@ -110,5 +110,5 @@ class EagerPipelineContender:
                 mask_head.eager(mask_head.feed(tensors))
         return scores[keep].numpy()
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return {"weights_sha256": self.model.weights_sha256}

@@ -33,7 +33,7 @@ from sam3x.runtime.manifest import is_pipeline
 
 Tell = Callable[[str], None]
 PACKAGES = ("sam3x", "torch", "onnxruntime", "onnx", "onnxscript", "openvino", "executorch", "sam3", "numpy")
-EXPORT_FIGURES = ("capture_seconds", "passes_seconds", "lower_seconds")
+EXPORT_METRICS = ("capture_seconds", "passes_seconds", "lower_seconds")
 
 
 def bench(request: BenchRequest, *, command: str | None = None, tell: Tell | None = None) -> BenchReport:
@@ -74,47 +74,47 @@ def bench(request: BenchRequest, *, command: str | None = None, tell: Tell | Non
 def _case(request: BenchRequest, tokens: int, branch: dict[str, bool], tell: Tell) -> Case:
     sizes = {"batch": request.batch, "tokens": tokens, "prompt_length": request.prompt_length}
     where = f"{tokens} tokens" + (f" {branch_text(branch)}" if len(request.branches) > 1 else "")
-    facts: dict[str, dict[str, Any]] = {}
+    measured: dict[str, dict[str, Any]] = {}
     samples: dict[str, list[tuple[float, float]]] = {}
     workers: dict[str, Worker] = {}
     with tempfile.TemporaryDirectory(prefix="sam3x-bench-") as scratch, workers_closed(workers):
         environment = _environment(request.threads, scratch)
         for name, path in contender_names(request).items():
             kind = "artifact" if path in request.folders else name
-            facts[name] = {"name": name, "kind": kind}
+            measured[name] = {"name": name, "kind": kind}
             job = {
                 "kind": kind,
                 "path": path,
                 "sizes": sizes,
                 "flags": branch,
-                "output": f"{scratch}/{len(facts)}.npy",
+                "output": f"{scratch}/{len(measured)}.npy",
                 "profile": request.profile,
                 **{key: getattr(request, key) for key in ("threads", "seed", "checkpoint", "module")},
             }
-            with _failures_in(facts[name]):
+            with _failures_in(measured[name]):
                 tell(f"{where}: {name}")
-                facts[name].update(_static_facts(kind, path))
+                measured[name].update(_static_metadata(kind, path))
                 if kind in ("onnx-default", "openvino"):
                     job["path"] = f"{scratch}/default.onnx"
-                    job["d_model"] = _default_file(job, facts, environment, request.timeout)
-                    _describe_file(Path(job["path"]), facts[name])
+                    job["d_model"] = _default_file(job, measured, environment, request.timeout)
+                    _describe_file(Path(job["path"]), measured[name])
                 workers[name] = worker = Worker(job, environment, request.timeout)
                 worker.until("first_output")
-                facts[name]["cold_start"] = time.perf_counter() - worker.started
-                facts[name].update(_known(worker.until("ready")))
+                measured[name]["cold_start"] = time.perf_counter() - worker.started
+                measured[name].update(_known(worker.until("ready")))
         tell(f"{where}: rounds")
-        _rounds(request, workers, facts, samples)
+        _rounds(request, workers, measured, samples)
         for name, worker in workers.items():
-            if "error" not in facts[name]:
-                with _failures_in(facts[name]):
+            if "error" not in measured[name]:
+                with _failures_in(measured[name]):
                     done = worker.finish()
-                    facts[name]["memory"], facts[name]["profile"] = Memory(**done["memory"]), done["profile"]
+                    measured[name]["memory"], measured[name]["profile"] = Memory(**done["memory"]), done["profile"]
         for name, values in samples.items():
-            if "error" not in facts[name]:
-                facts[name]["timing"] = timing_of([wall for wall, _ in values], [cpu for _, cpu in values])
-        results = [Result.model_validate({k: v for k, v in known.items() if k != "d_model"}) for known in facts.values()]
+            if "error" not in measured[name]:
+                measured[name]["timing"] = timing_of([wall for wall, _ in values], [cpu for _, cpu in values])
+        results = [Result.model_validate({k: v for k, v in known.items() if k != "d_model"}) for known in measured.values()]
         reference, ranked = with_ratios(results, [*([request.reference] if request.reference else []), *request.baselines])
-        outputs = {name: Path(scratch) / f"{number}.npy" for number, name in enumerate(facts, start=1)}
+        outputs = {name: Path(scratch) / f"{number}.npy" for number, name in enumerate(measured, start=1)}
         ranked = tuple(_compared(item, next((r for r in ranked if r.name == reference), None), outputs) for item in ranked)
     return Case(**sizes, branch=branch, reference=reference, results=ranked)
 
@@ -122,15 +122,15 @@ def _case(request: BenchRequest, tokens: int, branch: dict[str, bool], tell: Tel
 def _rounds(
     request: BenchRequest,
     workers: Mapping[str, Worker],
-    facts: dict[str, dict[str, Any]],
+    measured: dict[str, dict[str, Any]],
     samples: dict[str, list[tuple[float, float]]],
 ) -> None:
     """A, B, C, A, B, C, …: what slows the machine for a while slows all of them."""
     for number in range(request.warmup + request.repeat):
         for name, worker in workers.items():
-            if "error" in facts[name]:
+            if "error" in measured[name]:
                 continue
-            with _failures_in(facts[name]):
+            with _failures_in(measured[name]):
                 sample = worker.run()
                 if number >= request.warmup:
                     samples.setdefault(name, []).append(sample)
@@ -164,7 +164,7 @@ def _known(message: Mapping[str, Any]) -> dict[str, Any]:
 # ---- what needs no run
 
 
-def _static_facts(kind: str, path: str) -> dict[str, Any]:
+def _static_metadata(kind: str, path: str) -> dict[str, Any]:
     """From the folder of an artifact: how it was exported, its files, its nodes."""
     if kind != "artifact":
         return {}
@@ -178,8 +178,8 @@ def _static_facts(kind: str, path: str) -> dict[str, Any]:
             (folder / name).stat().st_size for name in manifest.files if (folder / name).is_file() and ".bpte" not in name
         ),
     }
-    if all(name in manifest.figures for name in EXPORT_FIGURES):
-        known["export_seconds"] = sum(manifest.figures[name] for name in EXPORT_FIGURES)
+    if all(name in manifest.figures for name in EXPORT_METRICS):
+        known["export_seconds"] = sum(manifest.figures[name] for name in EXPORT_METRICS)
     operators = [manifest.facts.get(name) for name in ("delegated", "portable")]
     if all(isinstance(item, dict) for item in operators):
         known["nodes"] = sum(sum(item.values()) for item in operators if item)
@@ -225,17 +225,17 @@ def _onnx_facts(path: Path) -> dict[str, Any]:
 
 
 def _default_file(
-    job: Mapping[str, Any], facts: dict[str, dict[str, Any]], environment: Mapping[str, str], timeout: float
+    job: Mapping[str, Any], measured: dict[str, dict[str, Any]], environment: Mapping[str, str], timeout: float
 ) -> int:
     """Write ``torch.onnx.export``'s file in a process of its own, once a case; returns the encoder's width."""
     name = "onnx-default" if job["kind"] == "openvino" else "openvino"
-    if Path(job["path"]).is_file() and "d_model" in facts.get(name, {}):
-        shared = _known(facts[name])
+    if Path(job["path"]).is_file() and "d_model" in measured.get(name, {}):
+        shared = _known(measured[name])
     else:
         worker = Worker({**job, "kind": "export"}, environment, timeout)
         with workers_closed({"export": worker}):
             shared = _known(worker.until("ready"))
-    facts[job["kind"]].update({key: value for key, value in shared.items() if key != "weight_bytes"})
+    measured[job["kind"]].update({key: value for key, value in shared.items() if key != "weight_bytes"})
     return shared["d_model"]
 
 

@@ -147,7 +147,7 @@ class ArtifactContender:
                 raise RuntimeError(f"its feature maps have {tokens} tokens, not {sizes['tokens']}")
         return make_inputs(tensors, self.job["flags"], self.job["seed"])
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return {"weights_sha256": self.artifact.manifest.weights_sha256}
 
     def profile(self, arrays: Arrays) -> list[dict[str, Any]]:
@@ -194,7 +194,7 @@ class TorchContender:
     def inputs(self) -> Arrays:
         return make_inputs(baseline_tensors(self.job["sizes"], self.encoder.d_model), {}, self.job["seed"])
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return {
             "weights_sha256": self.source.weights_sha256,
             "weight_bytes": self.weight_bytes,
@@ -206,7 +206,7 @@ class TorchContender:
 
         self.load()
         seconds = export_default(self.encoder, self.inputs(), Path(self.job["path"]))
-        return {"export_seconds": seconds, **self.facts()}
+        return {"export_seconds": seconds, **self.metadata()}
 
 
 class OnnxContender:
@@ -227,7 +227,7 @@ class OnnxContender:
     def inputs(self) -> Arrays:
         return make_inputs(baseline_tensors(self.job["sizes"], self.job["d_model"]), {}, self.job["seed"])
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return {}
 
 
@@ -323,18 +323,18 @@ def serve(commands: TextIO, tell: Callable[..., None]) -> None:
 
             numpy.save(job["output"], output)
         del output
-        tell("ready", **contender.facts())
+        tell("ready", **contender.metadata())
         for line in commands:
             command = json.loads(line)["do"]
             if command == "quit":
                 break
             step = "run"
             tell("ran", **_timed(run, arrays))
-        figures = {"imported": imported, "loaded": loaded, "peak_load": peak_load, "peak_first": peak_first}
+        at_start = {"imported": imported, "loaded": loaded, "peak_load": peak_load, "peak_first": peak_first}
         peak_run = peak_memory()
         step = "profile"
         profile = contender.profile(arrays) if job.get("profile") and hasattr(contender, "profile") else []
-        known = {**figures, "peak_run": peak_run, "peak": max(peak_load, peak_run), "restarted": restarted}
+        known = {**at_start, "peak_run": peak_run, "peak": max(peak_load, peak_run), "restarted": restarted}
         tell("done", memory=known, profile=profile)
     except BaseException as error:
         import traceback
@@ -347,8 +347,8 @@ def main() -> None:
     """Talk over stdin and stdout."""
     channel = _claim_stdout()
 
-    def tell(event: str, **facts: Any) -> None:
-        channel.write(json.dumps({"event": event, **facts}) + "\n")
+    def tell(event: str, **fields: Any) -> None:
+        channel.write(json.dumps({"event": event, **fields}) + "\n")
         channel.flush()
 
     serve(sys.stdin, tell)

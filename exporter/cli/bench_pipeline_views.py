@@ -10,7 +10,7 @@ from sam3x.bench.views import machine_text, versions_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sam3x.bench.pipeline import PipelineFigures, PipelineReport
+    from sam3x.bench.pipeline import PipelineMetrics, PipelineReport
 
 COLUMNS = ("contender", "start", "first result", "median run", "peak memory", "detections")
 
@@ -65,6 +65,6 @@ def _page(report: PipelineReport, command: str, export_command: str) -> Iterator
     yield "- **export** of a component: capture, passes, lowering, verification."
 
 
-def _cells(item: PipelineFigures) -> tuple[str, ...]:
+def _cells(item: PipelineMetrics) -> tuple[str, ...]:
     seconds = (f"{value:.2f} s" for value in (item.start_seconds, item.first_seconds, item.median))
     return (*seconds, f"{item.peak_mb:,.0f} MB", str(item.detections))

@@ -59,7 +59,7 @@ def doctor_page(report: DoctorReport) -> str:
     """One page, no script, nothing fetched."""
     worst = max((row.max_abs for row in report.operations if math.isfinite(row.max_abs)), default=0.0) or 1.0
     body = "".join(_row(row, worst) for row in report.operations)
-    facts = {
+    metadata = {
         "Precision": report.precision,
         "Bound": f"{report.bound:g} absolute, against eager float32",
         "Weights": report.origin,
@@ -72,7 +72,7 @@ def doctor_page(report: DoctorReport) -> str:
         "<h1>sam3x doctor</h1>",
         f"<p>{escape(_sentence(report))}</p>",
         f"<pre><code>sam3x export --target trt {escape(report.option)}</code></pre>",
-        "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items()) + "</dl>",
+        "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in metadata.items()) + "</dl>",
         '<h2>Operations, worst first</h2><div class="table"><table>',
         "<tr><th>operation</th><th>kind</th><th>error alone</th><th></th>"
         f"<th>cosine</th><th>peak</th><th>in float32</th></tr>{body}</table></div>",

@@ -65,7 +65,7 @@ class Kept(bench_worker.ArtifactContender):
 
 bench_worker.CONTENDERS["artifact"] = Kept
 events = []
-bench_worker.serve(io.StringIO(sys.argv[1]), lambda event, **facts: events.append([event, facts]))
+bench_worker.serve(io.StringIO(sys.argv[1]), lambda event, **fields: events.append([event, fields]))
 options = made[0].artifact._runner._session.get_session_options()
 print(json.dumps([events, "torch" in sys.modules, options.intra_op_num_threads]))
 """
