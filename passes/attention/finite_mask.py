@@ -1,4 +1,4 @@
-"""Float masks that hide no key: those that are computed and not filled."""
+"""Masks that leave every row a key: floats that are computed and not filled, and what canonicalization has repaired."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch.fx import Node
 
-from sam3x.passes.graph.aten_nodes import RESHAPES
+from sam3x.passes.graph.aten_nodes import RESHAPES, same_size, shape_of
 
 _aten = torch.ops.aten
 
@@ -55,6 +55,32 @@ _CARRYING = RESHAPES | {
 
 _FILLS = {_aten.full.default, _aten.full_like.default, _aten.scalar_tensor.default}
 _ZEROS = {_aten.zeros.default, _aten.zeros_like.default, _aten.ones.default, _aten.ones_like.default, _aten.new_zeros.default}
+
+
+_MOVING = {_aten.unsqueeze.default, _aten.expand.default, _aten.reshape.default, _aten.clone.default}
+
+
+def hides_no_row(mask: Node) -> bool:
+    """Whether every row of a mask, bool (True = may attend) or float, is known to leave a key that may be attended."""
+    if mask.meta["val"].dtype is not torch.bool:
+        return is_finite(mask)
+    while _keeps_rows(mask):
+        mask = mask.args[0]  # type: ignore[assignment]
+    if mask.target is not _aten.logical_or.default:
+        return False
+    return any(
+        other.target is _aten.logical_not.default  # type: ignore[union-attr]
+        and other.args[0].target is _aten.any.dim  # type: ignore[union-attr]
+        and other.args[0].args == (allowed, -1, True)  # type: ignore[union-attr]
+        for allowed, other in (mask.args[:2], mask.args[1::-1])
+    )
+
+
+def _keeps_rows(node: Node) -> bool:
+    """Whether each row of ``node`` is one of what it is made of."""
+    if node.target is _aten.select.int:
+        return 0 <= int(node.args[1]) < len(shape_of(node)) - 1  # type: ignore[arg-type]
+    return node.target in _MOVING and same_size(shape_of(node)[-1], shape_of(node.args[0])[-1])  # type: ignore[arg-type]
 
 
 def is_finite(mask: Node) -> bool:

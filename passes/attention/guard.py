@@ -10,7 +10,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from sam3x.passes.attention.finite_mask import is_finite
+from sam3x.passes.attention.finite_mask import hides_no_row
 from sam3x.passes.base import graph_modules
 from sam3x.passes.graph.aten_nodes import SDPA
 from sam3x.passes.graph.emitter import Emitter
@@ -70,14 +70,14 @@ def guarded(emit: Emitter, mask: Node | None) -> tuple[Node | None, Node | None]
 
     torch gives zeros there and a softmax alone NaN. A row that hides everything is cleared, which keeps the softmax finite, and
     the lowering then zeroes its output. Both work on the mask, which is small (it broadcasts over heads and mostly over
-    queries), never on the scores. A float mask that cannot hold −∞ needs none of it. Source of the rule: ``_safe_softmax`` in
-    aten/src/ATen/native/transformers/attention.cpp.
+    queries), never on the scores. A mask that is known to leave every row a key needs none of it.
+    Source of the rule: ``_safe_softmax`` in aten/src/ATen/native/transformers/attention.cpp.
     """
     if mask is None:
         return None, None
-    boolean = mask.meta["val"].dtype is torch.bool
-    if not boolean and is_finite(mask):
+    if hides_no_row(mask):
         return mask, None
+    boolean = mask.meta["val"].dtype is torch.bool
     allowed = mask if boolean else emit(_aten.gt.Scalar, mask, float("-inf"))
     hidden = emit(_aten.logical_not.default, emit(_aten.any.dim, allowed, -1, True))
     if boolean:

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import erase_dead
+from sam3x.passes.attention.finite_mask import hides_no_row
 from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult
 from sam3x.passes.graph.cond_graph import Builder, aten, expression, fake_mode_of
 from sam3x.passes.graph.constants import Constants
@@ -118,7 +119,18 @@ class _Attention:
     # --- projections
 
     def _projection(self, side: Node, scale: float) -> Callable[[int], Node]:
-        """head → (batch, length, width) of one side, projected on its own."""
+        """head → (batch, length, width) of one side, projected on its own; zeros where canonicalization clears a row."""
+        cleared = _cleared(side)
+        if cleared is not None:
+            seen, side = cleared
+            flags = self.emit(aten._to_copy.default, self._of_four(seen), dtype=torch.float32)
+            one = flags.meta["val"].shape[1] == 1
+            plain = self._projection(side, scale)
+
+            def clear(head: int) -> Node:
+                return self.emit(aten.mul.Tensor, plain(head), self.emit(aten.select.int, flags, 1, 0 if one else head))
+
+            return clear
         layout = layout_of(side)
         linear = layout.source
         if linear.target is not aten.linear.default:
@@ -168,13 +180,10 @@ class _Attention:
         """head → what is added to its scores, and head → 1.0 where a row sees a key, 0.0 where it sees none."""
         if self.mask is None:
             return (lambda head: None), (lambda head: None)
-        rank = self.mask.meta["val"].dim()
-        mask = self.mask
-        if rank < 4:
-            mask = self.emit(aten.reshape.default, mask, [1] * (4 - rank) + _sizes(self.emit, mask, mask.meta["val"].shape))
+        mask = self._of_four(self.mask)
         shared = self._without_heads(mask)
         additive: dict[int, Node] = {}
-        seen: dict[int, Node] = {}
+        seen: dict[int, Node | None] = {}
 
         def make(head: int) -> None:
             key = 0 if shared is not None or mask.meta["val"].shape[1] == 1 else head
@@ -184,6 +193,12 @@ class _Attention:
             additive[head], seen[head] = additive[key], seen[key]
 
         return (lambda head: make(head) or additive[head]), (lambda head: seen[head])  # type: ignore[func-returns-value]
+
+    def _of_four(self, mask: Node) -> Node:
+        """``mask`` with sizes of 1 in front, so that it has four dimensions."""
+        shape = mask.meta["val"].shape
+        missing = [1] * (4 - len(shape))
+        return self.emit(aten.reshape.default, mask, missing + _sizes(self.emit, mask, shape)) if missing else mask
 
     def _without_heads(self, mask: Node) -> Node | None:
         """(batch, queries or 1, keys) when the mask is a view that repeats one for all heads."""
@@ -200,8 +215,11 @@ class _Attention:
         shape = [source.meta["val"].shape[digits[0].dim] if digits else 1 for digits in (batch, queries, keys)]
         return self.emit(aten.reshape.default, source, _sizes(self.emit, source, shape))
 
-    def _additive(self, mask: Node) -> tuple[Node, Node]:
-        """Nothing infinite reaches the softmax: −inf becomes the lowest number, which no other value is near."""
+    def _additive(self, mask: Node) -> tuple[Node, Node | None]:
+        """What is added, and 1.0 where a row sees a key, 0.0 where it sees none; None where each is known to see one.
+
+        Nothing infinite reaches the softmax: −inf becomes the lowest number, which no other value is near.
+        """
         emit = self.emit
         low, half, zero = (emit(aten.full.default, [], x, dtype=torch.float32) for x in (self.lowest, self.lowest / 2, 0.0))
         if mask.meta["val"].dtype is torch.bool:
@@ -211,15 +229,27 @@ class _Attention:
             visible = emit(aten.gt.Scalar, mask, float("-inf"))
             number = emit(aten.where.self, emit(aten.lt.Scalar, mask, self.lowest / 2), half, mask)
             additive = emit(aten.where.self, visible, number, low)
+        if hides_no_row(mask):
+            return additive, None
         seen = emit(aten.any.dim, visible, -1, True)
         return additive, emit(aten._to_copy.default, seen, dtype=torch.float32)
 
 
+def _cleared(side: Node) -> tuple[Node, Node] | None:
+    """(rows, x) of ``where(rows, x, 0)``, rows bool (…, N or 1, 1)."""
+    if side.target is not aten.where.self:
+        return None
+    rows, kept, zero = side.args
+    known = isinstance(zero, Node) and zero.target is aten.full.default and zero.args[1] == 0
+    plain = isinstance(kept, Node) and kept.meta["val"].shape == side.meta["val"].shape
+    return (rows, kept) if known and plain and rows.meta["val"].shape[-1] == 1 else None  # type: ignore[union-attr, return-value]
+
+
 def _steps(digits: tuple[Digit, ...]) -> np.ndarray | None:
-    """Every offset along dimension 2 that the digits count through."""
+    """Every offset along dimension 2 that the digits count through; one that repeats stays where it is."""
     result = np.zeros(1, dtype=np.int64)
     for digit in digits:
-        if digit.dim != 2 or not digit.size.is_Integer or not digit.stride.is_Integer:
+        if digit.dim not in (2, -1) or not digit.size.is_Integer or not digit.stride.is_Integer:
             return None
         result = (result[:, None] + np.arange(int(digit.size))[None, :] * int(digit.stride)).reshape(-1)
     return result

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from sam3x.passes.attention.layout import arrange
-from sam3x.passes.graph.aten_nodes import aten, dtype_of
+from sam3x.passes.graph.aten_nodes import aten, dtype_of, shape_of
 from sam3x.passes.graph.emitter import Emitter
 from sam3x.passes.graph.form import Layout, MaskStep
 
@@ -26,19 +26,16 @@ def combine_masks(
     if not masks:
         return None, None
     steps = [step for step, _ in masks]
-    tensors = [arrange(emit, step.tensor, layout, wanted, full=False) for step, layout in masks]
-    finite = [at for at, step in enumerate(steps) if step.fill is not None and math.isfinite(step.fill)]
-    if all(step.fill == -math.inf for step in steps):
+    tensors = [_of_two(emit, arrange(emit, step.tensor, layout, wanted, full=False)) for step, layout in masks]
+    fills = {step.fill for step in steps}
+    if fills == {-math.inf}:
         return _allowed(emit, steps, tensors), None
-    # one value that nothing is added to: the lowest number swallows the scores, so a filled row stays uniform
-    after = steps[finite[0] :] if finite else steps
-    swallow = dtype not in HALF and len({steps[at].fill for at in finite}) == 1 and all(s.fill is not None for s in after)
     rows = None
-    if finite and not swallow:
+    if any(fill is not None and math.isfinite(fill) for fill in fills):
         filling = [(step, tensor) for step, tensor in zip(steps, tensors, strict=True) if step.fill is not None]
         allowed = _allowed(emit, [step for step, _ in filling], [tensor for _, tensor in filling])
         rows = emit(aten.any.dim, allowed, -1, True)
-        if len(finite) == len(steps) and len({step.fill for step in steps}) == 1:
+        if len(fills) == 1:
             return emit(aten.logical_or.default, allowed, emit(aten.logical_not.default, rows)), rows
     lowest = torch.finfo(dtype).min
     result: Node | None = None
@@ -48,22 +45,36 @@ def combine_masks(
             tensor = tensor if step.factor == 1.0 else emit(aten.mul.Tensor, tensor, step.factor)
             result = tensor if result is None else emit(aten.add.Tensor, result, tensor)
             continue
-        fill = step.fill if math.isinf(step.fill) else lowest if swallow else max(step.fill, lowest)
-        filled = _scalar(emit, fill, dtype, tensor)
+        filled = _scalar(emit, step.fill if math.isinf(step.fill) else max(step.fill, lowest), dtype, tensor)
         other = result if result is not None else _scalar(emit, 0.0, dtype, tensor)
-        result = emit(aten.where.self, tensor, *((other, filled) if step.inverted else (filled, other)))
+        keep = _kept(emit, step, tensor) if step.additive else tensor
+        inverted = step.inverted or step.additive
+        result = emit(aten.where.self, keep, *((other, filled) if inverted else (filled, other)))
     return result, rows
+
+
+def _of_two(emit: Emitter, mask: Node) -> Node:
+    """``mask`` with two dimensions at least, as attention asks of it: (S,) is (1, S)."""
+    while len(shape_of(mask)) < 2:
+        mask = emit(aten.unsqueeze.default, mask, 0)
+    return mask
+
+
+def _kept(emit: Emitter, step: MaskStep, tensor: Node) -> Node:
+    """bool, True where a step that fills lets a query attend."""
+    if step.additive:
+        return emit(aten.eq.Scalar, tensor, 0.0)
+    if step.inverted:
+        return tensor
+    if tensor.target is aten.logical_not.default and dtype_of(tensor.args[0]) is torch.bool:  # type: ignore[arg-type]
+        return tensor.args[0]  # type: ignore[return-value]
+    return emit(aten.logical_not.default, tensor)
 
 
 def _allowed(emit: Emitter, steps: Sequence[MaskStep], tensors: Sequence[Node]) -> Node:
     result: Node | None = None
     for step, tensor in zip(steps, tensors, strict=True):
-        if step.inverted:
-            keep = tensor
-        elif tensor.target is aten.logical_not.default and dtype_of(tensor.args[0]) is torch.bool:  # type: ignore[arg-type]
-            keep = tensor.args[0]  # type: ignore[assignment]
-        else:
-            keep = emit(aten.logical_not.default, tensor)
+        keep = _kept(emit, step, tensor)
         result = keep if result is None else emit(aten.logical_and.default, result, keep)
     assert result is not None
     return result

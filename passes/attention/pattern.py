@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from sam3x.passes.graph.aten_nodes import (
@@ -34,6 +35,8 @@ PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default}
 ASSERTIONS = {aten._assert_tensor_metadata.default}
 SIZE_READERS = {aten.sym_size.int, aten.full_like.default}
 MASKED_AT_MOST = -1e4
+ABSORBS = -1e30
+"""Float32 loses what is added to a number at or below it: a score is never near 10²²."""
 
 
 def match(softmax: Node, constant: Constant) -> Attention:
@@ -225,8 +228,37 @@ def _added(node: Node, constant: Constant, after: float, depth: int) -> Scores:
             reasons.append(reason)
             continue
         _check_broadcast(node, tensor, depth)
-        return replace(inner, masks=(*inner.masks, MaskStep(mask, node, on_mask * after)))
+        step = MaskStep(mask, node, on_mask * after)
+        fill = _low_or_zero(mask, constant)
+        if fill is not None and -math.inf < fill * step.factor <= ABSORBS and not any(m.fill for m in inner.masks):
+            step = replace(step, fill=fill * step.factor, additive=True)
+        return replace(inner, masks=(*inner.masks, step))
     raise max(reasons, key=lambda reason: reason.depth)
+
+
+def _low_or_zero(mask: Any, constant: Constant) -> float | None:
+    """The number c of a float mask that is c or 0 everywhere, made of a bool one; None of another."""
+    factor = 1.0
+    while isinstance(mask, Node) and mask.op == "call_function":
+        scaled = number_factor(mask, constant)
+        if scaled is not None:
+            mask, factor = scaled[0], factor * scaled[1]
+        elif mask.target in CASTS:
+            if dtype_of(mask.args[0]) is torch.bool:  # type: ignore[arg-type]
+                return factor
+            mask = mask.args[0]
+        elif mask.target in NOOPS | RESHAPES | PERMUTES | {aten.slice.Tensor, aten.select.int}:
+            mask = mask.args[0]
+        elif mask.target is aten.sub.Tensor and constant(mask.args[0]) == 1.0 and not mask.kwargs:  # 1 − mask
+            mask = mask.args[1]
+        elif mask.target is aten.where.self:
+            values = {constant(value) for value in mask.args[1:]}
+            if None in values or 0.0 not in values or len(values) != 2:
+                return None
+            return factor * (values - {0.0}).pop()  # type: ignore[operator]
+        else:
+            return None
+    return None
 
 
 def _where(node: Node, constant: Constant, after: float, depth: int) -> Scores:

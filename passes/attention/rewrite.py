@@ -60,8 +60,12 @@ def _rewrite(emit: Emitter, found: Attention, constant: Constant) -> Node:
         dtype = torch.float32  # a finite fill plus a float mask, and the distance of two fills, may not fit a half type
     mask, rows = combine_masks(emit, found.masks, (*lead, found.queries, found.keys), dtype)
     q, k, v = (emit.cast(node, dtype) for node in (q, k, v))
-    if rows is not None:
-        q = emit(aten.where.self, rows, q, emit(aten.full.default, [], 0.0, dtype=dtype, device=q.meta["val"].device))
+    if rows is not None:  # scores of zero, from the shorter side where a row is one for all queries
+        zero = emit(aten.full.default, [], 0.0, dtype=dtype, device=q.meta["val"].device)
+        if same_size(shape_of(rows)[-2], 1):
+            k = emit(aten.where.self, rows, k, zero)
+        else:
+            q = emit(aten.where.self, rows, q, zero)
     output, layout = found.output
     result = attend(emit, q, k, v, mask, scale)
     result = emit.cast(result, dtype_of(output))
@@ -170,5 +174,5 @@ def repeat_heads(emit: Emitter, node: Node, heads: int) -> Node:
         return node
     node = emit(aten.unsqueeze.default, node, -3)
     node = emit(aten.expand.default, node, emit.sizes([*outer, groups, heads // operator.index(groups), length, width]))
-    node = emit(aten.clone.default, node, memory_format=torch.contiguous_format)
-    return emit(aten.view.default, node, emit.sizes([*outer, heads, length, width]))
+    shape = [*outer, heads, length, width]
+    return emit.shaped(node, shape, aten.reshape.default, node, emit.sizes(shape))

@@ -34,13 +34,16 @@ Layout = tuple[tuple[Axis, ...], ...]
 @dataclass(frozen=True, slots=True)
 class MaskStep:
     """One mask on the scores: ``tensor · factor`` added, or (``fill`` given) ``tensor`` bool with True, or False where
-    ``inverted``, for positions that get ``fill``. ``at`` is the node that applies it: ``tensor`` broadcasts to its shape."""
+    ``inverted``, for positions that get ``fill``. ``at`` is the node that applies it: ``tensor`` broadcasts to its shape.
+
+    ``additive``: ``tensor`` is a float that is added, 0 or a number so low that ``fill`` is all that is left of the sum."""
 
     tensor: Node
     at: Node
     factor: float = 1.0
     fill: float | None = None
     inverted: bool = False
+    additive: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,9 +99,9 @@ def test_scale_is_the_product_of_all_factors(name: str, scale: float) -> None:
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("masked_fill_inf", torch.bool), ("where_keep", torch.bool), ("padding_and_bool_mask", torch.bool),
-     ("mask_on_split_heads", torch.bool), ("masked_fill_large", torch.float32), ("finite_and_infinite_fills", torch.float32)],
+     ("mask_on_split_heads", torch.bool), ("masked_fill_large", torch.bool), ("finite_and_infinite_fills", torch.float32)],
 )  # fmt: skip
-def test_masks_of_minus_infinity_stay_bool(name: str, dtype: torch.dtype) -> None:
+def test_masks_that_only_hide_stay_bool(name: str, dtype: torch.dtype) -> None:
     mask = sdpa_of(canonical(name)).args[3]
     assert mask.meta["val"].dtype is dtype
 
