@@ -28,6 +28,7 @@ from sam3x.capture.capture import capture
 from sam3x.capture.program import CapturedProgram
 from sam3x.capture.samples import Sizes, samples_for, thinned, verification_sizes
 from sam3x.errors import ArtifactError, Step, TargetUnavailableError
+from sam3x.fusion.ambient import settled
 from sam3x.fusion.dimensions import dims_of
 from sam3x.fusion.encoder import FusionEncoder
 from sam3x.passes.default_pipeline import default_pipeline
@@ -42,6 +43,7 @@ from sam3x.verify.compare import FIND_PASS, check_pass, compare, require
 Progress = Callable[[str], None]
 
 
+@settled()
 def export(
     encoder: nn.Module | Sequence[nn.Module] | Source | None = None,
     *,
@@ -137,6 +139,7 @@ def export(
     return load(output)
 
 
+@settled()
 def verify(folder: str | Path, source: nn.Module | Source | None = None, *, full: bool = False) -> list[VerificationRecord]:
     """Run an artifact against the eager encoder again; one that was never verified is from then on.
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sam3x.fusion.encoder import d_model_of, layers_of, twin_of
+from sam3x.fusion.encoder import d_model_of, layers_of
 from sam3x.fusion.layer import OPTIONAL_INPUTS, fusion_layer, is_stock, opaque_layer
+from sam3x.fusion.twin import twin_of
 from sam3x.sources.encoder import Source, checkpoint_source, default_source, factory_source
 from sam3x.spec import DEFAULT_TOKENS_INPUTS
 

@@ -12,7 +12,9 @@ from sam3x.capture.inline import inline_layers
 from sam3x.capture.program import CapturedProgram
 from sam3x.capture.refusal import refusal
 from sam3x.capture.samples import branch_values, make_inputs, samples_for, trace_sizes
-from sam3x.errors import CaptureError, Sam3xError
+from sam3x.capture.watch import traced
+from sam3x.errors import CaptureError
+from sam3x.fusion.ambient import settled
 from sam3x.fusion.dimensions import dims_of
 from sam3x.fusion.encoder import FusionEncoder
 from sam3x.fusion.layer_op import LAYER_OP
@@ -29,6 +31,7 @@ KEPT_WHOLE = (
 """Operators the passes and targets want to see as one node."""
 
 
+@settled()
 def capture(source: nn.Module | Sequence[nn.Module], spec: ExportSpec) -> CapturedProgram:
     """Export ``source`` with its runtime flags as ``torch.cond`` and its ranges as dynamic dimensions.
 
@@ -50,20 +53,19 @@ def capture(source: nn.Module | Sequence[nn.Module], spec: ExportSpec) -> Captur
         dynamic.append({i: Dim.DYNAMIC for i, dim in enumerate(dims) if dim and ranges[dim][0] != ranges[dim][1]} or None)
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # nn.MultiheadAttention's fused kernel is opaque to every pass
+
+    def run() -> ExportedProgram:
+        program = torch.export.export(encoder, example, dynamic_shapes=(tuple(dynamic),), strict=False)
+        if not _only_layers(program):
+            program = program.run_decompositions(core_decompositions())
+        inline_layers(program, _templates(encoder, program))
+        free_layouts(program.graph_module)
+        return program
+
+    remedy = "Fix that size (for instance --tokens 5184), fix the flag (--dac off), or leave the input out (--inputs)."
+    traced_at = {name: getattr(sizes, name) for name, (low, high) in ranges.items() if low != high}
     try:
-        with torch.no_grad():
-            program = torch.export.export(encoder, example, dynamic_shapes=(tuple(dynamic),), strict=False)
-            if not _only_layers(program):
-                program = program.run_decompositions(core_decompositions())
-            inline_layers(program, _templates(encoder, program))
-            free_layouts(program.graph_module)
-    except Sam3xError:
-        raise
-    except Exception as error:
-        sizes_remedy = (
-            "Fix that size (for instance --tokens 5184), fix the flag (--dac off), or leave the input out (--inputs)."
-        )
-        raise refusal(f"the encoder at {sizes} ({label})", error, sizes_remedy) from error
+        program = traced(encoder, run, traced_at, lambda error: refusal(f"the encoder at {sizes} ({label})", error, remedy))
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
     placeholders = user_placeholders(program)

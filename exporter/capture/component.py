@@ -6,16 +6,20 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 
 from sam3x.capture.capture import capture, core_decompositions, free_layouts, rename_input, user_placeholders
 from sam3x.capture.program import CapturedProgram, Sample
 from sam3x.capture.refusal import refusal
+from sam3x.capture.watch import traced
 from sam3x.errors import CaptureError
+from sam3x.fusion.ambient import settled
+from sam3x.fusion.twin import attributes_kept
 from sam3x.sources.contract import Component, Port
 from sam3x.spec import ExportSpec
 
 
+@settled()  # with gradients, decompositions meet strides they refuse
 def capture_component(component: Component, example: Mapping[str, Tensor], samples: Sequence[Sample] = ()) -> CapturedProgram:
     """Export a component with its named dimensions dynamic.
 
@@ -32,14 +36,20 @@ def capture_component(component: Component, example: Mapping[str, Tensor], sampl
     dynamic = tuple({i: Dim.DYNAMIC for i, dim in enumerate(p.dims) if dim in free} or None for p in component.inputs)
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # nn.MultiheadAttention's fused kernel is opaque to every pass
+    args = tuple(_example(example[port.name], port, free) for port in component.inputs)
+    whole = _Positional(component.module)
+
+    def run() -> ExportedProgram:
+        program = torch.export.export(whole, args, dynamic_shapes=(dynamic,), strict=False)
+        program = program.run_decompositions(core_decompositions())
+        free_layouts(program.graph_module)
+        return program
+
+    given = zip(component.inputs, args, strict=True)
+    traced_at = {dim: size for port, value in given for dim, size in zip(port.dims, value.shape, strict=True) if dim in free}
+    remedy = "Its code must read sizes from its tensors' shapes."
     try:
-        with torch.no_grad():  # with gradients, decompositions meet strides they refuse
-            args = tuple(_example(example[port.name], port, free) for port in component.inputs)
-            program = torch.export.export(_Positional(component.module), args, dynamic_shapes=(dynamic,), strict=False)
-            program = program.run_decompositions(core_decompositions())
-            free_layouts(program.graph_module)
-    except Exception as error:
-        raise refusal(f"the {component.name}", error, "Its code must read sizes from its tensors' shapes.") from error
+        program = traced(whole, run, traced_at, lambda error: refusal(f"the {component.name}", error, remedy))
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
     dims: dict[str, str] = {}
@@ -83,4 +93,5 @@ class _Positional(torch.nn.Module):
         self.module = module
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return self.module(*tensors)
+        with attributes_kept(self.module):
+            return self.module(*tensors)

@@ -56,7 +56,7 @@ class _Inliner:
 
     def run(self, inputs: list[Node], weights: list[Node]) -> None:
         program = self.template.program
-        by_name = dict(zip(self.template.weights, weights, strict=True))
+        by_name = {name: weights[position] for name, position in self.template.weights.items()}
         remaining = iter(inputs)
         placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
         for placeholder, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from sam3x.errors import SourceError, SpecError
+from sam3x.fusion.ambient import settled
 from sam3x.fusion.dimensions import dims_of
-from sam3x.fusion.layer import OPTIONAL_INPUTS, fusion_layer, is_stock, opaque_layer, shallow_copy
+from sam3x.fusion.layer import OPTIONAL_INPUTS, fusion_layer, is_stock, opaque_layer
 from sam3x.fusion.layer_op import LAYER_OP
 from sam3x.fusion.layer_template import weights_of
+from sam3x.fusion.twin import Twins, attributes_kept, check_module, shallow_copy, twin_of, unwrapped
 from sam3x.spec import ExportSpec
 
 FUSION_OUTPUTS = ("memory", "padding_mask", "pos_embed", "memory_text", "level_start_index", "spatial_shapes", "valid_ratios")
@@ -38,37 +39,13 @@ class LayerInputs:
     fixed: dict[str, Any]
 
 
-def twin_of(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
-    """A second module tree over the same tensors, in eval mode, so that nothing is ever set on the user's own.
-
-    A ``forward`` stored on the instance (``compile_mode`` wraps it in ``torch.compile``) gives way to the class's, as it
-    is bound to the original.
-    """
-    memo = {} if memo is None else memo
-    if id(module) in memo:
-        return memo[id(module)]
-    twin = shallow_copy(module)
-    memo[id(module)] = twin
-    for name in ("_parameters", "_buffers"):
-        twin.__dict__[name] = dict(module.__dict__[name])
-    own_forward = twin.__dict__.get("forward")
-    if hasattr(own_forward, "_torchdynamo_orig_callable"):
-        del twin.__dict__["forward"]
-    elif isinstance(own_forward, types.MethodType) and own_forward.__self__ is module:
-        twin.__dict__["forward"] = types.MethodType(own_forward.__func__, twin)
-    twin.__dict__["training"] = False
-    twin.__dict__["_modules"] = {
-        name: None if child is None else twin_of(child, memo) for name, child in module.__dict__["_modules"].items()
-    }
-    return twin
-
-
 def layers_of(module: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
     """The fusion layers of an encoder, a list of layers, or a single layer.
 
     Raises:
         SourceError: when nothing in it takes ``tgt`` and ``memory``.
     """
+    module = unwrapped(module) if isinstance(module, nn.Module) else module
     if isinstance(module, (list, tuple, nn.ModuleList)):
         layers = list(module)
     elif isinstance(getattr(module, "layers", None), (nn.ModuleList, list, tuple)):
@@ -77,6 +54,7 @@ def layers_of(module: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
         layers = [module]  # type: ignore[list-item]
     if not layers:
         raise SourceError("the encoder has no layers", remedy="Give at least one TransformerEncoderLayer.")
+    layers = [unwrapped(layer) if isinstance(layer, nn.Module) else layer for layer in layers]
     for index, layer in enumerate(layers):
         names = inspect.signature(layer.forward).parameters if isinstance(layer, nn.Module) else {}
         if not {"tgt", "memory"} <= set(names):
@@ -101,15 +79,6 @@ def d_model_of(layers: Sequence[nn.Module]) -> int:
     raise SourceError("the layers tell no d_model", remedy="Set an int attribute 'd_model' on the layer.")
 
 
-def _check_weights(module: nn.Module) -> None:
-    """Inputs are float32 on the CPU, so the weights must be too: converting them would change or copy the module."""
-    for name, value in (*module.named_parameters(), *module.named_buffers()):
-        if value.device.type != "cpu":
-            raise SourceError(f"'{name}' is on {value.device}, export needs the CPU", remedy="Call module.cpu() first.")
-        if value.is_floating_point() and value.dtype != torch.float32:
-            raise SourceError(f"'{name}' is {value.dtype}, export takes torch.float32", remedy="Call module.float() first.")
-
-
 class FusionEncoder(nn.Module):
     """``forward(*tensors)`` in the order of ``input_names``; flags that are runtime inputs come last.
 
@@ -121,12 +90,14 @@ class FusionEncoder(nn.Module):
         self.spec = spec
         layers = layers_of(source)
         whole = source if isinstance(source, nn.Module) else nn.ModuleList(layers)
-        _check_weights(whole)
-        memo: dict[int, nn.Module] = {}
-        self.encoder = twin_of(whole, memo)
-        self.layers = [memo[id(layer)] if id(layer) in memo else twin_of(layer, memo) for layer in layers]
+        check_module(whole)
+        self.encoder = twin_of(whole)
+        self.layers = layers_of(self.encoder)
+        registered = set(map(id, self.encoder.modules()))
+        self.loose = nn.ModuleList(layer for layer in self.layers if id(layer) not in registered)  # in a list of Python's own
         self.d_model = d_model_of(layers)
-        self.stock = [is_stock(layer, self.d_model) for layer in self.layers]
+        with settled():
+            self.stock = [is_stock(layer, self.d_model) for layer in self.layers]
         self.calls = LayerCalls()
         if spec.dac_dim == 1 and spec.dac is not False and not all(self.stock):
             odd = type(self.layers[self.stock.index(False)]).__name__
@@ -187,7 +158,8 @@ class FusionEncoder(nn.Module):
         _check_sizes(given)
         dac = given.pop("dac", self.spec.dac)
         fixed = None if self.spec.pre_norm == "module" else self.spec.pre_norm
-        return self._run(given, dac, given.pop("pre_norm", fixed), self._stand_in)
+        with attributes_kept(self.encoder):
+            return self._run(given, dac, given.pop("pre_norm", fixed), self._stand_in)
 
     def _stand_in(self, index: int, values: dict[str, Tensor | None], dac: Any, pre_norm: Any) -> Tensor:
         """Record what layer ``index`` is called with and put the operator in its place."""
@@ -219,12 +191,29 @@ class FusionEncoder(nn.Module):
         pre_norm: Any = given.pop("pre_norm", None if self.spec.pre_norm == "module" else self.spec.pre_norm)
         if isinstance(pre_norm, Tensor):
             pre_norm = pre_norm.tolist()
-        dtype = next(iter(given.values())).dtype
-        state = {name: value.to(dtype) for name, value in self.state_dict(keep_vars=True).items() if value.is_floating_point()}
-        caller = _Definition(self, dac, pre_norm)
-        with torch.no_grad():
-            outputs = torch.func.functional_call(caller, {f"encoder.{k}": v for k, v in state.items()}, (given,))
+        with settled():
+            own = self._in(next(iter(given.values())).dtype)
+            outputs = own._run(given, dac, pre_norm, own.run_layer)
         return dict(zip(self.output_names, outputs, strict=True))
+
+    def _in(self, dtype: torch.dtype) -> FusionEncoder:
+        """This encoder with weights of a dtype, complex ones as wide; a tensor that is held in two places still is."""
+        if dtype is torch.float32:
+            return self
+        twins, made = Twins(), dict[int, Tensor]()
+        other = twins.of(self)
+
+        def converted(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+                return value
+            if id(value) not in made:
+                made[id(value)] = value.detach().to(dtype.to_complex() if value.is_complex() else dtype)
+            return made[id(value)]
+
+        for module in twins.made:
+            for held in (module._parameters, module._buffers, module.__dict__):
+                held.update({name: converted(value) for name, value in held.items() if isinstance(value, Tensor)})
+        return other  # type: ignore[return-value]
 
     def _run(self, given: dict[str, Any], dac: Any, pre_norm: Any, layer: LayerRun) -> tuple[Tensor, ...]:
         def run(index: int, *, tgt: Tensor, memory: Tensor, dac: Any = dac, **optional: Tensor | None) -> Tensor:
@@ -266,7 +255,7 @@ class FusionEncoder(nn.Module):
             stand_ins.append(stand_in)
         encoder.__dict__["_modules"]["layers"] = nn.ModuleList(stand_ins)
         if self._is_fusion:
-            result = encoder.forward(
+            result = encoder(
                 src=[x.flatten(2).permute(2, 0, 1) for x in src or ()],
                 prompt=prompt,
                 src_key_padding_mask=None if masks is None else [m.flatten(1).transpose(0, 1) for m in masks],
@@ -276,7 +265,7 @@ class FusionEncoder(nn.Module):
             )
             named = dict(result)
         else:
-            values = encoder.forward(
+            values = encoder(
                 src, src_key_padding_masks=masks, pos=pos, prompt=prompt.transpose(0, 1), prompt_key_padding_mask=prompt_mask
             )
             keys = ("memory", "padding_mask", "pos_embed", "level_start_index", "spatial_shapes", "valid_ratios")
@@ -293,15 +282,3 @@ def _check_sizes(given: Mapping[str, Tensor]) -> None:
         for size, meaning in zip(value.shape, dims_of(name, value.dim()), strict=True):
             if meaning is not None:
                 torch._check(size == sizes.setdefault(meaning, size))
-
-
-class _Definition(nn.Module):
-    """Lets ``functional_call`` swap the weights' dtype around one eager run."""
-
-    def __init__(self, encoder: FusionEncoder, dac: Any, pre_norm: Any) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.dac, self.pre_norm = dac, pre_norm
-
-    def forward(self, given: dict[str, Any]) -> tuple[Tensor, ...]:
-        return self.encoder._run(given, self.dac, self.pre_norm, self.encoder.run_layer)

@@ -8,13 +8,14 @@ a full-batch ``query_pos`` or target mask) it adds the missing rule: both are sl
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+
+from sam3x.fusion.twin import holding, shallow_copy
 
 LayerFlag = bool | Tensor
 OPTIONAL_INPUTS = ("tgt_mask", "memory_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "pos", "query_pos")
@@ -46,9 +47,15 @@ def branch(flag: LayerFlag, if_true: Callable[..., Tensor], if_false: Callable[.
     return torch.ops.higher_order.cond(flag, lambda *a: (if_true(*a),), lambda *a: (if_false(*a),), operands)[0]
 
 
-def _lifted(module: nn.Module) -> tuple[list[str], list[Tensor]]:
-    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return list(state), list(state.values())
+def _lifted(module: nn.Module) -> list[Tensor]:
+    """Its parameters and buffers, each once, to be operands of a branch."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def _called(module: nn.Module, lifted: list[Tensor], operands: Sequence[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Call ``module`` with ``operands`` in the place of what was ``lifted``."""
+    with holding(module, dict(zip(map(id, lifted), operands, strict=True))):
+        return module(*args, **kwargs)
 
 
 def _and(left: LayerFlag, right: LayerFlag) -> LayerFlag:
@@ -66,10 +73,8 @@ def _not(flag: LayerFlag) -> LayerFlag:
 def _norm_if(flag: LayerFlag, norm: nn.Module, x: Tensor) -> Tensor:
     if isinstance(flag, bool):
         return norm(x) if flag else x
-    names, values = _lifted(norm)
-    return branch(
-        flag, lambda x, *p: functional_call(norm, dict(zip(names, p, strict=True)), (x,)), lambda x, *_: x.clone(), x, *values
-    )
+    lifted = _lifted(norm)
+    return branch(flag, lambda x, *operands: _called(norm, lifted, operands, x), lambda x, *_: x.clone(), x, *lifted)
 
 
 def _rows(half: LayerFlag, x: Tensor, dim: int) -> int:
@@ -193,12 +198,12 @@ def opaque_layer(
     """
     given = {"tgt": tgt, "memory": memory, **{k: v for k, v in optional.items() if v is not None}}
     keys = list(given)
-    state_names, state_values = _lifted(layer)
+    lifted = _lifted(layer)
 
     def call(pre: bool | None, use_dac: bool) -> Callable[..., Tensor]:
         def run(*operands: Tensor) -> Tensor:
             values = dict(zip(keys, operands, strict=False))
-            state = dict(zip(state_names, operands[len(keys) :], strict=True))
+            state = operands[len(keys) :]
             variant = shallow_copy(layer)
             if pre is not None:
                 variant.pre_norm = pre  # type: ignore[assignment]
@@ -208,8 +213,8 @@ def opaque_layer(
             arguments = {k: v for k, v in arguments.items() if open_ended or k in names}
             if use_dac and "query_pos" in values:
                 with _SliceQueryPos(values["query_pos"]):
-                    return functional_call(variant, state, (), arguments)
-            return functional_call(variant, state, (), arguments)
+                    return _called(variant, lifted, state, **arguments)
+            return _called(variant, lifted, state, **arguments)
 
         return run
 
@@ -219,17 +224,10 @@ def opaque_layer(
         return lambda flag, *operands: branch(flag, call(pre, True), call(pre, False), *operands)
 
     flag_operand = () if isinstance(dac, bool) else (dac,)
-    operands = (*flag_operand, *given.values(), *state_values)
+    operands = (*flag_operand, *given.values(), *lifted)
     if pre_norm is None or isinstance(pre_norm, bool):
         return by_dac(pre_norm)(*operands)
     return branch(pre_norm, by_dac(True), by_dac(False), *operands)
-
-
-def shallow_copy(module: nn.Module) -> nn.Module:
-    """Another object of the same class over the same ``__dict__`` entries; setting an attribute leaves the original alone."""
-    copied = module.__class__.__new__(module.__class__)
-    copied.__dict__ = dict(module.__dict__)
-    return copied
 
 
 def is_stock(layer: nn.Module, d_model: int) -> bool:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from sam3x.fusion.twin import attributes_kept
+
 LayerCall = Callable[..., Tensor]
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -23,11 +25,11 @@ class LayerTemplate:
 
     Attributes:
         program: its inputs are those of the operator it replaces, in the same order.
-        weights: names of the layer's parameters and buffers, in the order of the operator's ``weights``.
+        weights: each name of each of the layer's parameters and buffers → its position in the operator's ``weights``.
     """
 
     program: ExportedProgram
-    weights: tuple[str, ...]
+    weights: Mapping[str, int]
 
 
 class _OneLayer(nn.Module):
@@ -37,12 +39,20 @@ class _OneLayer(nn.Module):
         self._call = call
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        return self._call(*tensors)
+        with attributes_kept(self.layer):
+            return self._call(*tensors)
 
 
 def weights_of(layer: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, those registered under two names once."""
     return {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+
+
+def _positions(layer: nn.Module) -> dict[str, int]:
+    """Every name of a parameter or buffer → where it stands in ``weights_of``; torch.export may use any of them."""
+    order = {id(value): position for position, value in enumerate(weights_of(layer).values())}
+    named = (*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False))
+    return {name: order[id(value)] for name, value in named}
 
 
 def kind_of(layer: nn.Module, signature: Sequence[object]) -> str:
@@ -88,7 +98,7 @@ def trace_template(
         try:
             program = torch.export.export(_OneLayer(layer, call), example, dynamic_shapes=(dynamic,), strict=False)
             program = program.run_decompositions(decompositions)
-            return LayerTemplate(program=program, weights=tuple(weights_of(layer)))
+            return LayerTemplate(program=program, weights=_positions(layer))
         except GuardOnDataDependentSymNode:
             if position + 1 == len(calls):
                 raise

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sam3x.capture.samples import branch_values, make_inputs, trace_sizes
-from sam3x.fusion.encoder import FusionEncoder, twin_of
+from sam3x.fusion.encoder import FusionEncoder
+from sam3x.fusion.twin import twin_of
 from sam3x.spec import ExportSpec
 
 SMALLEST = 256

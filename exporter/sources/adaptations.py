@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 from unittest import mock
 
@@ -43,12 +45,83 @@ def wide_floats() -> Iterator[None]:
         yield
 
 
+def _symbolic_len(x: Any) -> Any:
+    return x.shape[0] if isinstance(x, Tensor) and x.dim() else len(x)
+
+
+class _AlsoSymbolic(type):
+    """``int`` to whoever asks what it is; called, it leaves a symbolic size symbolic."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        if len(args) == 1 and isinstance(args[0], (torch.SymInt, torch.SymFloat)):
+            return torch.sym_int(args[0])
+        return int(*args, **options)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, int)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, int)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is int or other is cls
+
+    def __hash__(cls) -> int:
+        return hash(int)
+
+
+class _SymbolicInt(int, metaclass=_AlsoSymbolic):
+    pass
+
+
+_borrowed: dict[tuple[int, str], int] = {}
+"""(id of a namespace, name set in it) → by how many threads."""
+_borrowing = threading.Lock()
+
+
 @contextlib.contextmanager
-def symbolic_len(module: nn.Module) -> Iterator[None]:
-    """``len(x)`` in the file of ``module``'s class gives ``x.shape[0]``: the built-in turns a dynamic size into a number."""
-    namespace = sys.modules[type(module).__module__]
-    with mock.patch.object(namespace, "len", lambda x: x.shape[0] if isinstance(x, Tensor) else len(x), create=True):
+def symbolic_sizes(module: nn.Module, *, numbers: bool = False) -> Iterator[None]:
+    """In all code of ``module``'s source ``len(x)`` of a tensor gives ``x.shape[0]``; the built-in makes a number of it.
+
+    The source: every package that a class in the tree comes from, but torch. Its modules get a global ``len``, which does for
+    anything else, and in any other thread, what the built-in does.
+
+    Args:
+        numbers: ``int(size)`` leaves a dynamic size as it is, too.
+    """
+    names: dict[str, Any] = {"len": _symbolic_len, **({"int": _SymbolicInt} if numbers else {})}
+    held = []
+    with _borrowing:
+        for namespace in _namespaces(module):
+            for name, value in names.items():
+                key = (id(namespace), name)
+                if key in _borrowed or name not in namespace:  # a name of the source's own is left alone
+                    namespace[name] = value
+                    _borrowed[key] = _borrowed.get(key, 0) + 1
+                    held.append((namespace, name, key))
+    try:
         yield
+    finally:
+        with _borrowing:
+            for namespace, name, key in held:
+                _borrowed[key] -= 1
+                if not _borrowed[key]:
+                    del _borrowed[key]
+                    namespace.pop(name, None)
+
+
+def _namespaces(module: nn.Module) -> list[dict[str, Any]]:
+    """Globals of the code that ``module`` and its children may run."""
+    kinds = {kind for child in module.modules() for kind in type(child).__mro__ if not _is_foreign(kind.__module__)}
+    packages = {kind.__module__.partition(".")[0] for kind in kinds}
+    found = [vars(item) for name, item in list(sys.modules.items()) if name.partition(".")[0] in packages and item is not None]
+    functions = (value for kind in kinds for value in vars(kind).values() if isinstance(value, FunctionType))
+    found += [value.__globals__ for value in functions if not _is_foreign(str(value.__globals__.get("__name__")))]
+    return list({id(namespace): namespace for namespace in found}.values())
+
+
+def _is_foreign(name: str) -> bool:
+    return name.partition(".")[0] in ("torch", "builtins", "sam3x")
 
 
 @contextlib.contextmanager

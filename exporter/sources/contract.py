@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from sam3x.errors import ArtifactError, Step
+from sam3x.fusion.ambient import settled
 from sam3x.fusion.encoder import FusionEncoder
+from sam3x.fusion.twin import holding
 from sam3x.sources import adaptations
 from sam3x.spec import ExportSpec
 
@@ -91,7 +93,7 @@ class Component:
         """The source's own float32 result, graph output by graph output."""
         if isinstance(self.module, FusionEncoder):
             return self.module.eager(inputs)
-        with torch.no_grad():
+        with settled():
             results = self.module(*(inputs[port.name] for port in self.inputs))
         return dict(zip(self.outputs, results, strict=True))
 
@@ -100,9 +102,9 @@ class Component:
         doubled = {name: _wide(value) for name, value in inputs.items()}
         if isinstance(self.module, FusionEncoder):
             return self.module.eager(doubled)
-        weights = {name: _wide(value) for name, value in (*self.module.named_parameters(), *self.module.named_buffers())}
-        with torch.no_grad(), adaptations.wide_floats():
-            results = torch.func.functional_call(self.module, weights, tuple(doubled[port.name] for port in self.inputs))
+        weights = {id(value): _wide(value) for value in (*self.module.parameters(), *self.module.buffers())}
+        with settled(), adaptations.wide_floats(), holding(self.module, weights):
+            results = self.module(*(doubled[port.name] for port in self.inputs))
         return dict(zip(self.outputs, results, strict=True))
 
 

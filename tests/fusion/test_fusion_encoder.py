@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import sam3x
 from sam3x.capture.samples import Sizes, make_inputs
 from sam3x.errors import SourceError, SpecError
-from sam3x.fusion.encoder import FusionEncoder, layers_of, twin_of
+from sam3x.fusion.encoder import FusionEncoder, layers_of
 from sam3x.fusion.layer_template import kind_of
+from sam3x.fusion.twin import twin_of
 from sam3x.spec import make_spec
 from support.upstream import assert_equal_to_upstream, encoder_of
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from sam3x.fusion.encoder import twin_of
+from sam3x.fusion.twin import twin_of
 from sam3x.sources import adaptations
 from sam3x.sources.image import draw_image_weights
 from sam3x.sources.image_model import _geometry_encoder
@@ -57,7 +57,7 @@ def test_all_adaptations_together_give_upstreams_numbers(geometry: nn.Module) ->
     twin = twin_of(geometry)
     adaptations.without_points(twin)
     adaptations.boxes_of_one_picture(twin, batch_first=False)
-    with adaptations.symbolic_len(twin.pos_enc), adaptations.no_empty_joins(twin):
+    with adaptations.symbolic_sizes(twin), adaptations.no_empty_joins(twin):
         got, got_mask = run(twin, boxes, labels, mask, tokens)
     assert torch.equal(got_mask, wanted_mask)
     valid = ~wanted_mask.transpose(0, 1)
@@ -72,7 +72,7 @@ def test_what_was_changed_is_put_back_also_after_an_error(geometry: nn.Module) -
     contexts = (
         adaptations.unpinned(),
         adaptations.wide_floats(),
-        adaptations.symbolic_len(geometry.pos_enc),
+        adaptations.symbolic_sizes(geometry.pos_enc),
         adaptations.no_empty_joins(geometry),
     )
     for context in contexts:
@@ -96,7 +96,7 @@ def test_len_bakes_in_the_number_of_boxes(geometry: nn.Module) -> None:
     example, dynamic = (torch.rand(6),), {"x": {0: Dim.DYNAMIC}}
     with pytest.raises(Exception, match=r"specialized|constant"):
         torch.export.export(positions, example, dynamic_shapes=dynamic)
-    with adaptations.symbolic_len(geometry.pos_enc):
+    with adaptations.symbolic_sizes(geometry.pos_enc):
         program = torch.export.export(positions, example, dynamic_shapes=dynamic)
     assert program.module()(torch.rand(9)).shape[0] == 9
 

@@ -85,7 +85,7 @@ class PromptEncoder(nn.Module):
             mask_labels=None,
         )
         encoder = self.geometry_encoder
-        with adaptations.unpinned(), adaptations.symbolic_len(encoder.pos_enc), adaptations.no_empty_joins(encoder):
+        with adaptations.unpinned(), adaptations.no_empty_joins(encoder):
             features, mask = encoder(
                 geo_prompt=prompt,
                 img_feats=[image_tokens.transpose(0, 1).expand(-1, prompts, -1)],

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sam3x.errors import SourceError
-from sam3x.fusion.encoder import FusionEncoder, shallow_copy, twin_of
+from sam3x.fusion.encoder import FusionEncoder
+from sam3x.fusion.twin import shallow_copy, twin_of
 from sam3x.sources.contract import Component, Expected, ImageModel, Port
 from sam3x.sources.cut import cut_components, ranges_of
 from sam3x.sources.encoder import weights_hash
