@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from sam3x.errors import SpecError, did_you_mean
+from sam3x.errors import SpecError, Step, did_you_mean
 from sam3x.spec import Branches, ExportSpec, checked, make_spec
 from sam3x.verify.record import Runner
 
@@ -122,6 +122,21 @@ def half_sums(target: Target, options: TargetOptions) -> bool:
     return False if own is None else own(options)
 
 
+def session_settings(target: Target, **given: Any) -> dict[str, Any]:
+    """Keywords of ``load_runner`` for the settings that are not None: what the target's own ``session_settings`` makes of them.
+
+    Raises:
+        SpecError: the target has no such setting. TargetUnavailableError: what a setting names is not installed.
+    """
+    wanted = {name: value for name, value in given.items() if value is not None}
+    own = getattr(target, "session_settings", None)
+    if not wanted:
+        return {}
+    if own is None:
+        raise SpecError(f"{' and '.join(wanted)} are settings of ONNX Runtime, and the target is {target.name}", step=Step.LOAD)
+    return own(**wanted)
+
+
 class Target(Protocol):
     """A back end: legalize the canonical graph, lower it to files, run them.
 
@@ -151,8 +166,8 @@ class Target(Protocol):
     def unverifiable(self, options: TargetOptions) -> str | None:
         """Why an artifact with these options cannot be run on this machine; None where it can, and so is verified."""
 
-    def load_runner(self, path: Path) -> Runner:
-        """Open an artifact without torch where the back end allows."""
+    def load_runner(self, path: Path, **settings: Any) -> Runner:
+        """Open an artifact without torch where the back end allows. ``settings``: what its own ``session_settings`` gave."""
 
     def versions(self) -> dict[str, Any]:
         """Versions of the packages that made the artifact."""

@@ -35,7 +35,12 @@ class PipelineContender:
         from sam3x.runtime import Segmenter
 
         self.segmenter = Segmenter(self.job["path"])
-        return lambda arrays: self.segmenter.segment(arrays["picture"], [TOKENS], threshold=self.job["threshold"]).scores
+        return self._run
+
+    def _run(self, arrays: dict[str, Any]) -> np.ndarray:
+        found = self.segmenter.segment(arrays["picture"], [TOKENS], threshold=self.job["threshold"])
+        assert found.masks.shape[0] == len(found)  # masks are stretched when they are asked for
+        return found.scores
 
     def inputs(self) -> dict[str, Any]:
         return {"picture": self.job["picture"] or noise_picture()}

@@ -73,14 +73,15 @@ def _quality(quality: Quality) -> list[RenderableType]:
     return [f"{quality.precision} against fp32: mask IoU {worst}, {where}", table]
 
 
-def detections_view(result: Result) -> RenderableType:
-    """One row a detection, best first, or that nothing was found."""
+def detections_view(result: Result, picture: str | None = None) -> RenderableType:
+    """One row a detection, best first, or that nothing was found; ``picture``: its name, where there are several."""
+    where = "" if picture is None else f" in {picture}"
     if not len(result):
-        return f"nothing found for {_listed(result.prompts)}"
-    table = plain_table(f"{len(result)} found", "label", "score", "box", "pixels")
+        return f"nothing found{where} for {_listed(result.prompts)}"
+    table = plain_table(f"{len(result)} found{where}", "label", "score", "box", "pixels")
     for index in sorted(range(len(result)), key=lambda i: -float(result.scores[i])):
         box = ", ".join(f"{value:.0f}" for value in result.boxes[index])
-        table.add_row(result.labels[index], f"{result.scores[index]:.3f}", box, f"{int(result.masks[index].sum()):,}")
+        table.add_row(result.labels[index], f"{result.scores[index]:.3f}", box, f"{result.area(index):,}")
     return table
 
 

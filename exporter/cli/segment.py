@@ -2,74 +2,229 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sam3x.cli.console import reporting
 from sam3x.errors import SpecError, Step
 
-Boxes = Annotated[
-    list[str] | None,
-    typer.Option("--box", metavar="X0,Y0,X1,Y1", help="An example in pixels; repeatable. With a minus in front: not wanted."),
-]
+if TYPE_CHECKING:
+    from sam3x.runtime import Result, Segmenter
+
+STDIN = "-"
+_FORMS = {"box": ("X0,Y0,X1,Y1 in pixels, as in 10,20,200,180", float, 4), "ids": ("token ids, as in 598,17,599", int, None)}
 
 
 def run(
     folder: Annotated[Path, typer.Argument(help="What `sam3x export --pipeline` wrote.", metavar="FOLDER")],
-    picture: Annotated[Path, typer.Argument(help="A JPEG, PNG or WebP file.", metavar="PICTURE")],
+    pictures: Annotated[
+        list[str],
+        typer.Argument(help="Files that Pillow reads, folders of them, - for stdin.", metavar="PICTURE..."),
+    ],
     text: Annotated[list[str] | None, typer.Option("--text", metavar="WORDS", help="What to look for; repeatable.")] = None,
-    box: Boxes = None,
-    threshold: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Detections score above it; default: what the source has.")
+    ids: Annotated[
+        list[str] | None, typer.Option("--ids", metavar="N,N", help="The same in token ids; repeatable, after the texts.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the picture with masks and boxes.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write detections and masks.")] = None,
+    box: Annotated[
+        list[str] | None,
+        typer.Option("--box", metavar="X0,Y0,X1,Y1", help="An example in pixels, for every prompt; repeatable."),
+    ] = None,
+    not_box: Annotated[
+        list[str] | None, typer.Option("--not-box", metavar="X0,Y0,X1,Y1", help="An example of what is not wanted; repeatable.")
+    ] = None,
+    threshold: Annotated[
+        list[float] | None,
+        typer.Option(help="Detections score above it, 0 to 1; repeat it for one a prompt. Default: the model's own."),
+    ] = None,
+    max_detections: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Keep the N best of each prompt. Default: all.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write the picture with masks and boxes; of several, into this folder."),
+    ] = None,
+    masks: Annotated[
+        Path | None, typer.Option("--masks", metavar="DIR", help="Write each mask as PICTURE_INDEX.png, white on black.")
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write a line of JSON for each picture; - is standard output."),
+    ] = None,
+    coco: Annotated[
+        Path | None, typer.Option("--coco", metavar="FILE", help="Write COCO annotations, masks as compressed RLE.")
+    ] = None,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Most pixels of a file. Default: 178,956,970, as in Pillow."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Threads of ONNX Runtime. Default: one for each core.")
+    ] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Execution provider of ONNX Runtime, as in cuda; repeatable, the preferred first."),
+    ] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare every file with its sha256 first.")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceback of an error.")] = False,
 ) -> None:
-    """Find what words or boxes describe in a picture. Needs no torch."""
+    """Find what words or boxes describe in pictures. Needs no torch."""
     with reporting(verbose):
-        boxes, labels = parse_boxes(box or ())
-        if not text and not boxes:
-            raise SpecError("nothing to look for", remedy="Give --text or --box.", step=Step.RUN)
-        for path in (output, json_file):
-            if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-                raise SpecError(f"{path} cannot be written", remedy="Name a file in a folder that exists.", step=Step.RUN)
+        boxes = [*_parsed("box", "--box", box), *_parsed("box", "--not-box", not_box)]
+        labels = [True] * len(box or ()) + [False] * len(not_box or ())
+        texts = [*(text or ()), *_parsed("ids", "--ids", ids)]
+        if not texts and not boxes:
+            raise SpecError("nothing to look for", remedy="Give --text, --ids or --box.", step=Step.RUN)
+        several = len(pictures) > 1 or any(Path(name).is_dir() for name in pictures)
+        _check_outputs([] if several else [output], [None if str(json_file) == STDIN else json_file, coco])
+        found = list(_pictures(pictures))
         from sam3x.runtime import Segmenter
 
-        segmenter = Segmenter(folder, check=check)
-        found = segmenter.segment(picture, text or None, boxes or None, labels or None, threshold=threshold)
-        if output is not None:
-            found.draw(output)
-        if json_file is not None:
-            found.write_json(json_file)
-        if not quiet:
+        with Segmenter(folder, check=check, threads=threads, providers=provider or None, max_pixels=max_pixels) as segmenter:
+            asked: dict[str, Any] = {
+                "text": texts or None,
+                "boxes": boxes or None,
+                "labels": labels or None,
+                "threshold": threshold[0] if threshold and len(threshold) == 1 else threshold or None,
+            }
+            segmenter.prompts(**asked)  # what is wrong with them is told once
+            asked["max_detections"] = max_detections
+            with _Written(output=output, masks=masks, json_file=json_file, coco=coco, several=several, quiet=quiet) as written:
+                failed = sum(not _answered(segmenter, picture, asked, written) for picture in found)
+        if failed:
+            raise typer.Exit(SpecError.exit_code)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Picture:
+    """``name`` as it is told; ``stem`` of the files that are written for it, no two the same; ``source`` for ``Segmenter``."""
+
+    name: str
+    stem: str
+    source: Any
+
+
+def _pictures(given: list[str]) -> Iterator[_Picture]:
+    """Every file that is named, and those of a folder that Pillow reads, by name.
+
+    Raises:
+        SpecError: a folder without a picture, or standard input twice.
+    """
+    from sam3x.runtime.pictures import picture_files
+
+    if given.count(STDIN) > 1:
+        raise SpecError("standard input is given twice", step=Step.RUN)
+    taken: set[str] = set()
+    for argument in given:
+        if argument == STDIN:
+            yield _Picture(name="stdin", stem=_unused("stdin", taken), source=typer.get_binary_stream("stdin"))
+            continue
+        path = Path(argument)
+        files = picture_files(path) if path.is_dir() else [path]
+        for file in files:
+            name = file.name if len(given) == 1 and file != path else str(file)
+            yield _Picture(name=name, stem=_unused(file.stem, taken), source=file)
+
+
+def _unused(stem: str, taken: set[str]) -> str:
+    """``stem``, or with a number where two pictures of different folders or endings share it."""
+    name, number = stem, 2
+    while name in taken:
+        name, number = f"{stem}-{number}", number + 1
+    taken.add(name)
+    return name
+
+
+def _answered(segmenter: Segmenter, picture: _Picture, asked: dict[str, Any], written: _Written) -> bool:
+    """Whether a picture could be read; of one among several, what is wrong goes to stderr and the others follow."""
+    try:
+        result = segmenter.segment(picture.source, **asked)
+    except SpecError as error:
+        if not written.several:
+            raise
+        typer.secho(f"sam3x: {error}", err=True, fg="red")
+        return False
+    written.add(picture, result)
+    return True
+
+
+class _Written:
+    """What is made of each result, as soon as it is there; COCO's one document at the end."""
+
+    def __init__(
+        self, *, output: Path | None, masks: Path | None, json_file: Path | None, coco: Path | None, several: bool, quiet: bool
+    ) -> None:
+        from sam3x.runtime.coco import CocoFile
+        from sam3x.runtime.output import written
+
+        self.output, self.masks, self.several, self.json_file, self.coco_path = output, masks, several, json_file, coco
+        self.coco = CocoFile() if coco is not None else None
+        self.printed = json_file is not None and str(json_file) == STDIN
+        if json_file is not None and not self.printed:
+            written(json_file, lambda path: path.write_text("", encoding="utf-8"))
+        if output is not None and several:
+            written(output, lambda path: path.mkdir(parents=True, exist_ok=True))
+        self.shown = not quiet and not self.printed
+
+    def __enter__(self) -> _Written:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self.coco is not None and self.coco_path is not None:
+            self.coco.write(self.coco_path)
+
+    def add(self, picture: _Picture, result: Result) -> None:
+        from sam3x.runtime.output import written
+
+        if self.output is not None:
+            result.draw(self.output / f"{picture.stem}.png" if self.several else self.output)
+        if self.masks is not None:
+            result.write_masks(self.masks, picture.stem)
+        if self.json_file is not None:
+            line = json.dumps({"picture": picture.name, **result.to_dict()})
+            if self.printed:
+                typer.echo(line)
+            else:
+                written(self.json_file, lambda path: _append(path, line))
+        if self.coco is not None:
+            self.coco.add(picture.name, result)
+        if self.shown:
             from sam3x.cli import pipeline_views
             from sam3x.cli import views as cli_views
 
-            cli_views.show([pipeline_views.detections_view(found)])
+            cli_views.show([pipeline_views.detections_view(result, picture.name if self.several else None)])
 
 
-def parse_boxes(given: list[str] | tuple[str, ...]) -> tuple[list[list[float]], list[bool]]:
-    """``10,20,200,180`` → the box and True; ``-10,20,200,180`` → the same and False.
+def _append(path: Path, line: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def _check_outputs(pictures: list[Path | None], files: list[Path | None]) -> None:
+    for path in (*pictures, *files):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise SpecError(f"{path} cannot be written", remedy="Name a file in a folder that exists.", step=Step.RUN)
+
+
+def _parsed(form: str, option: str, given: list[str] | None) -> list[list[Any]]:
+    """``10,20,200,180`` → a list of numbers. A minus is a number's sign.
 
     Raises:
-        SpecError: not four numbers.
+        SpecError: something else.
     """
-    boxes, labels = [], []
-    for text in given:
-        wanted = not text.strip().startswith("-")
+    words, kind, length = _FORMS[form]
+    found = []
+    for text in given or ():
         try:
-            numbers = [float(part) for part in text.strip().removeprefix("-").split(",")]
+            numbers = [kind(part) for part in text.split(",")]
         except ValueError:
             numbers = []
-        if len(numbers) != 4:
-            raise SpecError(
-                f"expected X0,Y0,X1,Y1 in pixels, as in 10,20,200,180, got {text!r}", subject="--box", step=Step.RUN
-            )
-        boxes.append(numbers)
-        labels.append(wanted)
-    return boxes, labels
+        if not numbers or (length is not None and len(numbers) != length):
+            raise SpecError(f"expected {words}, got {text!r}", subject=option, step=Step.RUN)
+        found.append(numbers)
+    return found

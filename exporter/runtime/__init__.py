@@ -6,7 +6,8 @@
 >>> result.masks, result.boxes, result.scores, result.draw("dog.png")
 """
 
+from sam3x.runtime.coco import CocoFile
 from sam3x.runtime.result import Result
 from sam3x.runtime.segmenter import EncodedImage, Segmenter
 
-__all__ = ["EncodedImage", "Result", "Segmenter"]
+__all__ = ["CocoFile", "EncodedImage", "Result", "Segmenter"]

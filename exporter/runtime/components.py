@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sam3x.errors import ArtifactError, Sam3xError, Step
 from sam3x.runtime.manifest import ComponentSpec, PipelineManifest
+from sam3x.targets.base import session_settings
 from sam3x.targets.registry import get_target
 
 if TYPE_CHECKING:
@@ -16,18 +19,55 @@ if TYPE_CHECKING:
 
 
 class Components:
-    """Runs one component at a time on the pipeline's named tensors; a file is opened when it is first needed."""
+    """Runs one component at a time on the pipeline's named tensors; a file is opened when it is first needed.
 
-    def __init__(self, folder: Path, manifest: PipelineManifest) -> None:
+    Args:
+        threads, providers: see ``Segmenter``.
+
+    Raises:
+        SpecError: a setting that the pipeline's target does not have, or a value that it does not take.
+        TargetUnavailableError: a provider is missing, with the package that brings it.
+    """
+
+    def __init__(self, folder: Path, manifest: PipelineManifest, *, threads: Any = None, providers: Any = None) -> None:
         self.folder, self.manifest = folder, manifest
-        self._runners: dict[str, Runner] = {}
+        self._target = get_target(manifest.target)
+        self._settings = session_settings(self._target, threads=threads, providers=providers)
+        self._runners: dict[str, Runner] | None = {}
 
     def run(self, name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The outputs of component ``name``, under the names of pipeline tensors."""
+        """The outputs of component ``name``, under the names of pipeline tensors.
+
+        Raises:
+            ArtifactError: the file cannot be opened or run, or ``close`` was called.
+        """
         spec = self.manifest.component(name)
+        if self._runners is None:
+            raise ArtifactError(
+                "the Segmenter is closed", remedy=f"Open another: Segmenter({str(self.folder)!r})", step=Step.RUN
+            )
         if name not in self._runners:
-            self._runners[name] = get_target(self.manifest.target).load_runner(self.folder / spec.file)
-        return run_component(spec, self._runners[name], tensors)
+            with _failing(spec, "opened", Step.LOAD):
+                self._runners[name] = self._target.load_runner(self.folder / spec.file, **self._settings)
+        runner = self._runners[name]
+        with _failing(spec, "run", Step.RUN):
+            return run_component(spec, runner, tensors)
+
+    def close(self) -> None:
+        """Let go of every file and its memory."""
+        self._runners = None
+
+
+@contextlib.contextmanager
+def _failing(spec: ComponentSpec, what: str, step: Step) -> Iterator[None]:
+    """Every runtime has exceptions of its own; what comes out is an ``ArtifactError`` that names the file."""
+    try:
+        yield
+    except Sam3xError:
+        raise
+    except Exception as error:
+        fact = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ArtifactError(f"{spec.file} cannot be {what} ({type(error).__name__}: {fact})", step=step) from error
 
 
 def run_component(spec: ComponentSpec, runner: Runner, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -42,19 +42,24 @@ def _integer_weights(have: int, size: int) -> tuple[np.ndarray, np.ndarray, int]
     return starts, (0.5 + weights * (1 << bits)).astype(np.int32), bits
 
 
-def resize_bilinear(maps: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(N, h, w) float32 → (N, height, width), as ``torch.nn.functional.interpolate`` (bilinear, align_corners=False)."""
-    return _interpolated(_interpolated(maps, height, 1), width, 2)
+def resize_bilinear(maps: np.ndarray, height: int, width: int, rows: slice | None = None) -> np.ndarray:
+    """(N, h, w) float32 → (N, height, width), as ``torch.nn.functional.interpolate`` (bilinear, align_corners=False).
+
+    Args:
+        rows: give these rows of the result alone, the same numbers.
+    """
+    return _interpolated(_interpolated(maps, height, 1, rows), width, 2)
 
 
-def _interpolated(maps: np.ndarray, size: int, axis: int) -> np.ndarray:
+def _interpolated(maps: np.ndarray, size: int, axis: int, part: slice | None = None) -> np.ndarray:
     have = maps.shape[axis]
-    at = np.maximum((np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(have / size) - np.float32(0.5), 0)
+    wanted = np.arange(size, dtype=np.float32)[part or slice(None)]
+    at = np.maximum((wanted + np.float32(0.5)) * np.float32(have / size) - np.float32(0.5), 0)
     low = np.minimum(at.astype(np.int64), have - 1)
     high = np.minimum(low + 1, have - 1)
-    part = (at - low).astype(np.float32).reshape((-1, 1) if axis == 1 else (1, -1))
+    share = (at - low).astype(np.float32).reshape((-1, 1) if axis == 1 else (1, -1))
     below, above = np.take(maps, low, axis=axis), np.take(maps, high, axis=axis)
     above -= below
-    above *= part
+    above *= share
     above += below
     return above

@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 import colorsys
+import functools
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sam3x.errors import ArtifactError, Step
+from sam3x.errors import SpecError, Step
+from sam3x.runtime.output import run_lengths, written
+from sam3x.runtime.resize import resize_bilinear
 
 if TYPE_CHECKING:
     from PIL import Image
 
+_BAND = 1 << 20  # pixels that are stretched at a time
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Result:
     """Detections of all prompts, those of one prompt together, in the order of the model's queries.
 
+    Masks are kept as the model gives them, 288 by 288 in SAM3, and stretched to the picture when they are asked for: ``masks``
+    is all of them, a byte a pixel each; ``mask(index)`` is one.
+
     Attributes:
-        masks: (N, height, width) bool. boxes: (N, 4) float32, x0, y0, x1, y1 in pixels. scores: (N,) float32, 0 to 1.
+        boxes: (N, 4) float32, x0, y0, x1, y1 in pixels. scores: (N,) float32, 0 to 1.
         prompt: (N,) int64, which prompt each detection answers. prompts: the prompts in words.
-        picture: the picture they were found in.
+        picture: the picture they were found in, RGB, turned as its EXIF orientation said.
+        small_masks: (N, h, w) float32, what is stretched. border: a stretched value above it is part of the mask.
     """
 
-    masks: np.ndarray
     boxes: np.ndarray
     scores: np.ndarray
     prompt: np.ndarray
     prompts: tuple[str, ...]
     picture: Image.Image
+    small_masks: np.ndarray
+    border: float
+    _runs: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -41,59 +53,119 @@ class Result:
         """The prompt of each detection."""
         return [self.prompts[index] for index in self.prompt]
 
+    @functools.cached_property
+    def masks(self) -> np.ndarray:
+        """(N, height, width) bool, made at the first use and kept.
+
+        Raises:
+            SpecError: there is no memory for all of them.
+        """
+        width, height = self.picture.size
+        try:
+            masks = np.empty((len(self), height, width), dtype=bool)
+        except MemoryError:
+            size = len(self) * height * width / 1e9
+            raise SpecError(
+                f"the masks of {len(self)} detections in {width} x {height} pixels take {size:.1f} GB, more than there is",
+                remedy="Take one at a time with mask(index), or find fewer: threshold, max_detections.",
+                step=Step.RUN,
+            ) from None
+        for index in range(len(self)):
+            self._fill(index, masks[index])
+        return masks
+
+    def mask(self, index: int) -> np.ndarray:
+        """(height, width) bool, of one detection."""
+        width, height = self.picture.size
+        mask = np.empty((height, width), dtype=bool)
+        self._fill(range(len(self))[index], mask)
+        return mask
+
+    def run_lengths(self, index: int) -> np.ndarray:
+        """A mask as COCO's uncompressed RLE: (runs,) uint32, column by column, the first of zeros. Made once and kept."""
+        at = range(len(self))[index]
+        if at not in self._runs:
+            self._runs[at] = run_lengths(self.mask(at))
+        return self._runs[at]
+
+    def area(self, index: int) -> int:
+        """Pixels of a mask."""
+        return int(self.run_lengths(index)[1::2].sum())
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; masks as uncompressed COCO run lengths (column by column, starting with zeros)."""
+        width, height = self.picture.size
         detections = [
             {
-                "label": self.prompts[index],
-                "prompt": int(index),
+                "label": self.prompts[prompt],
+                "prompt": int(prompt),
                 "score": round(float(score), 6),
                 "box": [round(float(value), 3) for value in box],
-                "mask": {"size": list(mask.shape), "counts": run_lengths(mask)},
+                "mask": {"size": [height, width], "counts": self.run_lengths(index).tolist()},
             }
-            for mask, box, score, index in zip(self.masks, self.boxes, self.scores, self.prompt, strict=True)
+            for index, (box, score, prompt) in enumerate(zip(self.boxes, self.scores, self.prompt, strict=True))
         ]
-        width, height = self.picture.size
         return {"width": width, "height": height, "prompts": list(self.prompts), "detections": detections}
 
     def write_json(self, path: str | Path) -> None:
-        """``to_dict`` as a file."""
-        _written(path, lambda file: file.write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8"))
+        """``to_dict`` as a file.
+
+        Raises:
+            ArtifactError: it cannot be written.
+        """
+        written(path, lambda file: file.write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8"))
+
+    def write_masks(self, folder: str | Path, stem: str = "mask") -> list[Path]:
+        """Each mask as a gray PNG, 255 where it is, named ``STEM_INDEX.png``; the folder is made where there is none.
+
+        Raises:
+            ArtifactError: they cannot be written.
+        """
+        from PIL import Image
+
+        written(folder, lambda path: path.mkdir(parents=True, exist_ok=True))
+        paths = [Path(folder) / f"{stem}_{index}.png" for index in range(len(self))]
+        for index, path in enumerate(paths):
+            written(path, Image.fromarray(self.mask(index).view(np.uint8) * np.uint8(255)).save)
+        return paths
 
     def draw(self, path: str | Path | None = None) -> Image.Image:
-        """The picture with masks, boxes and labels over it; also written to ``path`` where one is given."""
+        """The picture with masks, boxes and labels over it; also written to ``path`` where one is given.
+
+        Raises:
+            ArtifactError: it cannot be written.
+        """
         drawn = _overlaid(self)
         if path is not None:
-            _written(path, drawn.save)
+            written(path, drawn.save)
         return drawn
 
+    def _fill(self, index: int, mask: np.ndarray) -> None:
+        for rows in self._bands():
+            mask[rows] = self._rows(index, rows)
 
-def run_lengths(mask: np.ndarray) -> list[int]:
-    """Lengths of the runs of equal values, column by column, the first of zeros (it may be 0): COCO's uncompressed RLE."""
-    flat = np.concatenate([[False], mask.ravel(order="F"), [not mask.ravel(order="F")[-1]] if mask.size else [True]])
-    changes = np.flatnonzero(flat[1:] != flat[:-1])
-    return np.diff(changes, prepend=0).tolist()
+    def _bands(self) -> Iterator[slice]:
+        width, height = self.picture.size
+        step = max(1, _BAND // width)
+        return (slice(start, min(start + step, height)) for start in range(0, height, step))
 
-
-def _written(path: str | Path, write: Any) -> None:
-    file = Path(path)
-    try:
-        write(file)
-    except (OSError, ValueError) as error:  # Pillow: unknown extension
-        fact = getattr(error, "strerror", None) or str(error)
-        raise ArtifactError(
-            f"{file} cannot be written ({fact})", remedy="Name a file in a folder that exists.", step=Step.RUN
-        ) from error
+    def _rows(self, index: int, rows: slice) -> np.ndarray:
+        width, height = self.picture.size
+        return resize_bilinear(self.small_masks[index : index + 1], height, width, rows)[0] > self.border
 
 
 def _overlaid(result: Result) -> Image.Image:
     from PIL import Image, ImageDraw
 
-    pixels = np.array(result.picture.convert("RGB"), dtype=np.float32)
+    pixels = np.array(result.picture)
     colours = [_colour(index) for index in range(len(result))]
-    for mask, colour in zip(result.masks, colours, strict=True):
-        pixels[mask] = pixels[mask] * 0.5 + np.array(colour, dtype=np.float32) * 0.5
-    drawn = Image.fromarray(pixels.round().astype(np.uint8))
+    for rows in result._bands():
+        band = pixels[rows].astype(np.float32)
+        for index, colour in enumerate(colours):
+            mask = result._rows(index, rows)
+            band[mask] = band[mask] * 0.5 + np.array(colour, dtype=np.float32) * 0.5
+        pixels[rows] = band.round()
+    drawn = Image.fromarray(pixels)
     pen = ImageDraw.Draw(drawn)
     line = max(1, round(max(drawn.size) / 400))
     for box, score, label, colour in zip(result.boxes, result.scores, result.labels, colours, strict=True):

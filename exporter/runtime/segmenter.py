@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,8 @@ import numpy as np
 from sam3x.errors import ArtifactError, SpecError, Step
 from sam3x.runtime.components import Components
 from sam3x.runtime.manifest import SEGMENTER, load_manifest
-from sam3x.runtime.pictures import boxes_to_fractions, boxes_to_pixels, open_picture, sigmoid, to_tensor
-from sam3x.runtime.resize import resize_bilinear
+from sam3x.runtime.pictures import open_picture, sigmoid, to_tensor
+from sam3x.runtime.prompts import Limits, Prompt, boxes_to_fractions, boxes_to_pixels, read_prompts, whole_number
 from sam3x.runtime.result import Result
 from sam3x.runtime.text import Tokenizer, pad
 
@@ -27,41 +28,87 @@ Boxes = Sequence[Sequence[float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EncodedImage:
-    """A picture and what the vision encoder made of it; use it for as many prompts as you like."""
+    """A picture and what the vision encoder made of it; use it for as many prompts as you like.
+
+    Attributes:
+        picture: RGB, turned as its EXIF orientation said.
+        tensors: the vision encoder's outputs by name.
+        weights_sha256: of the pipeline that made them; only one of the same weights and picture size takes them.
+    """
 
     picture: Image.Image
     tensors: dict[str, np.ndarray]
+    weights_sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Prompt:
-    """One question to the model: token ids, and boxes as fractions with True for what is wanted."""
+class _Found:
+    """What one prompt found: scores (N,), boxes (N, 4) as fractions, mask logits (N, h, w)."""
 
-    name: str
-    ids: Sequence[int]
+    scores: np.ndarray
     boxes: np.ndarray
-    labels: np.ndarray
+    masks: np.ndarray
 
 
 class Segmenter:
     """An exported pipeline, opened once. Component files are loaded when they are first needed.
 
+    ``with Segmenter(folder) as segmenter:`` or ``close()`` lets go of the files and their memory. A pickle holds the folder's
+    path and the arguments, and opens the folder again where it is read.
+
     Args:
         folder: what ``sam3x export --pipeline`` wrote.
         check: compare every file with its sha256 first.
         batch: prompts that go through the model together; memory grows with it.
+        threads: of one operator, where the pipeline runs in ONNX Runtime; None: one for each core.
+        providers: ONNX Runtime's execution providers, the one to be preferred first: a name (``"cuda"`` or
+            ``"CUDAExecutionProvider"``), or a list of names and of pairs (name, options). None: the CPU.
+        max_pixels: most pixels that a picture's file may hold; None: as many as Pillow decodes (178,956,970).
 
     Raises:
         ArtifactError: ``folder`` is no pipeline, or a file was changed.
-        TargetUnavailableError: a package is missing, with the command that installs it.
+        SpecError: an argument of another kind, or a setting that the pipeline's target does not have.
+        TargetUnavailableError: a package or a provider is missing, with the command that installs it.
     """
 
-    def __init__(self, folder: str | Path, *, check: bool = True, batch: int = 4) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        check: bool = True,
+        batch: int = 4,
+        threads: int | None = None,
+        providers: str | Sequence[str | tuple[str, dict[str, Any]]] | None = None,
+        max_pixels: int | None = None,
+    ) -> None:
+        if not isinstance(folder, (str, os.PathLike)) or "\0" in str(folder):
+            raise SpecError(f"the folder of a pipeline is a path, got {folder!r}", step=Step.LOAD)
         self.folder = Path(folder)
+        self._arguments = {"check": check, "batch": batch, "threads": threads, "providers": providers, "max_pixels": max_pixels}
+        self.max_pixels = None if max_pixels is None else whole_number(max_pixels, "max_pixels")
+        batch = whole_number(batch, "batch")
         self.manifest = load_manifest(folder, check=check)
-        self._components = Components(self.folder, self.manifest)
-        limit = self.manifest.component(SEGMENTER if self.manifest.fused else "decoder").ranges.get("prompts", (1, 1))[1]
-        self.batch = max(1, min(batch, limit))
+        self._components = Components(self.folder, self.manifest, threads=threads, providers=providers)
+        self.batch = min(
+            batch, self.manifest.component(SEGMENTER if self._fused else "decoder").ranges.get("prompts", (1, 1))[1]
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (str(self.folder.absolute()), self._arguments)
+
+    def __enter__(self) -> Segmenter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the component files and their memory. ``encode`` and ``segment`` then raise ``ArtifactError``."""
+        self._components.close()
+
+    @property
+    def _fused(self) -> bool:
+        return self.manifest.fused
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -81,102 +128,116 @@ class Segmenter:
         """Run the vision encoder on a picture.
 
         Args:
-            image: a path, a ``PIL.Image.Image``, or a uint8 array (H, W, 3).
+            image: a path, the bytes of a file, a binary file object, a ``PIL.Image.Image`` of any mode, an array or nested list
+                (H, W), (H, W, 3) or (H, W, 4), or a torch tensor (3, H, W). See ``sam3x.runtime.pictures.open_picture``.
 
         Raises:
             SpecError: it cannot be read as a picture.
         """
-        picture = open_picture(image)
+        picture = open_picture(image, self.max_pixels)
         tensor = to_tensor(picture, self.manifest.image_size, self.manifest.mean, self.manifest.std)
-        return EncodedImage(picture=picture, tensors=self._components.run("vision_encoder", {"image": tensor}))
+        tensors = self._components.run("vision_encoder", {"image": tensor})
+        return EncodedImage(picture=picture, tensors=tensors, weights_sha256=self.manifest.weights_sha256)
+
+    def prompts(
+        self,
+        text: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        boxes: Boxes | Sequence[Boxes] | None = None,
+        labels: Sequence[bool] | Sequence[Sequence[bool]] | None = None,
+        threshold: float | Sequence[float] | None = None,
+    ) -> tuple[Prompt, ...]:
+        """Read and check prompts, which ``segment`` does before anything else; its arguments, and what it raises."""
+        part = self.manifest.component(SEGMENTER if self._fused else "prompt_encoder")
+        limits = Limits(
+            context_length=self.manifest.context_length,
+            vocab_size=self.manifest.vocab_size,
+            boxes=part.ranges.get("boxes", (1, 1))[1],
+        )
+        return read_prompts(
+            text,
+            boxes,
+            labels,
+            threshold,
+            default_threshold=self.manifest.threshold,
+            limits=limits,
+            box_text=self.manifest.box_text,
+            tokenize=lambda words: self.tokenizer(words),
+        )
 
     def segment(
         self,
         image: Any,
-        text: str | Sequence[str] | Sequence[Sequence[int]] | None = None,
+        text: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | None = None,
         boxes: Boxes | Sequence[Boxes] | None = None,
         labels: Sequence[bool] | Sequence[Sequence[bool]] | None = None,
-        threshold: float | None = None,
+        threshold: float | Sequence[float] | None = None,
+        max_detections: int | None = None,
     ) -> Result:
         """Everything that any of the prompts describes.
 
         Args:
             image: what ``encode`` returned, or anything it takes.
             text: one prompt or many, in words or token ids; each is answered on its own. None: only boxes.
-            boxes: examples, x0, y0, x1, y1 in pixels: one list for all prompts, or a list a prompt.
-            labels: one a box, False for an example of what is not wanted. Default all True.
-            threshold: detections score above it; None: the source's own default (0.5 for Meta's, 0.3 for transformers').
+            boxes: examples, x0, y0, x1, y1 in pixels: one list for all prompts, or a list a prompt. A box may reach over the
+                picture's edge.
+            labels: one a box and listed as the boxes are, False for an example of what is not wanted. Default all True.
+            threshold: detections score above it, 0 to 1: one for all prompts, or one for each. None: the source's own default
+                (0.5 for Meta's, 0.3 for transformers').
+            max_detections: keep as many of each prompt, those that score highest. None: all.
 
         Raises:
-            SpecError: neither text nor boxes, too many boxes, or lists that do not fit together.
+            SpecError: a picture or a prompt that cannot be read, neither text nor boxes, too many boxes, a box outside the
+                picture, lists that do not fit together, or an ``EncodedImage`` of another pipeline.
+            ArtifactError: words for a pipeline without a vocabulary, or a file that cannot be run.
         """
-        encoded = image if isinstance(image, EncodedImage) else self.encode(image)
+        prompts = self.prompts(text, boxes, labels, threshold)
+        most = None if max_detections is None else whole_number(max_detections, "max_detections")
+        encoded = self._checked(image) if isinstance(image, EncodedImage) else self.encode(image)
         width, height = encoded.picture.size
-        threshold = self.manifest.threshold if threshold is None else threshold
-        prompts = self._prompts(text, boxes, labels, height, width)
-        masks, found, scores, owners = [], [], [], []
+        fractions = [boxes_to_fractions(item.boxes, height, width) for item in prompts]
+        found: list[_Found] = []
         for start in range(0, len(prompts), self.batch):
-            for offset, (kept, score, mask) in enumerate(self._run(encoded, prompts[start : start + self.batch], threshold)):
-                masks.append(_at_full_size(mask, height, width, self.manifest.mask_interpolation))
-                found.append(boxes_to_pixels(kept, height, width))
-                scores.append(score)
-                owners.append(np.full(len(score), start + offset, dtype=np.int64))
+            batch = slice(start, start + self.batch)
+            found += self._run(encoded, prompts[batch], fractions[batch], most)
+        logits = [item.masks for item in found if len(item.masks)]
+        masks = np.concatenate(logits) if logits else np.zeros((0, 1, 1), dtype=np.float32)
+        of_logits = self.manifest.mask_interpolation == "logits"
         return Result(
-            masks=np.concatenate(masks),
-            boxes=np.concatenate(found),
-            scores=np.concatenate(scores),
-            prompt=np.concatenate(owners),
+            small_masks=masks if of_logits else sigmoid(masks),
+            border=0.0 if of_logits else 0.5,
+            boxes=boxes_to_pixels(np.concatenate([item.boxes for item in found]), height, width),
+            scores=np.concatenate([item.scores for item in found]),
+            prompt=np.repeat(np.arange(len(found)), [len(item.scores) for item in found]),
             prompts=tuple(item.name for item in prompts),
             picture=encoded.picture,
         )
 
-    def _prompts(self, text: Any, boxes: Any, labels: Any, height: int, width: int) -> list[_Prompt]:
-        texts = [text] if isinstance(text, str) else list(text) if text is not None else []
-        if text is not None and not texts:
-            raise SpecError("the list of texts is empty", remedy="Give at least one, or None with boxes.", step=Step.RUN)
-        given = [] if boxes is None else list(boxes)
-        if not texts and not given:
-            raise SpecError("nothing to look for", remedy="Give text, boxes or both.", step=Step.RUN)
-        nested = any(np.ndim(item) != 1 or len(item) == 0 for item in given)
-        count = len(texts) or (len(given) if nested else 1)
-        if nested and len(given) != count:
+    def _checked(self, encoded: EncodedImage) -> EncodedImage:
+        """An ``EncodedImage`` whose tensors are those that this pipeline's components read."""
+        spec = self.manifest.component("vision_encoder")
+        fits = encoded.weights_sha256 == self.manifest.weights_sha256 and all(
+            _is(encoded.tensors.get(spec.writes[item.name]), item.dtype, item.shape) for item in spec.outputs
+        )
+        if not fits:
             raise SpecError(
-                f"{len(given)} lists of boxes for {count} texts", remedy="Give a list for each, or one for all.", step=Step.RUN
+                "the EncodedImage was made by a pipeline of other weights or another picture size",
+                remedy="Encode the picture with this Segmenter.",
+                step=Step.RUN,
             )
-        limit = self.manifest.component(SEGMENTER if self.manifest.fused else "prompt_encoder").ranges["boxes"][1]
-        prompts = []
-        for index in range(count):
-            fractions = boxes_to_fractions(given[index] if nested else given, height, width)
-            own = [True] * len(fractions) if labels is None else labels[index] if nested else labels
-            if len(own) != len(fractions):
-                raise SpecError(f"{len(own)} labels for {len(fractions)} boxes", remedy="Give one for each.", step=Step.RUN)
-            if len(fractions) > limit:
-                raise SpecError(f"{len(fractions)} boxes in one prompt, the model takes at most {limit}", step=Step.RUN)
-            words = texts[index] if texts else self.manifest.box_text
-            ids = self._ids(words)
-            name = words if isinstance(words, str) and texts else "boxes" if not texts else f"ids {ids}"
-            prompts.append(_Prompt(name=name, ids=ids, boxes=fractions, labels=np.asarray(own, dtype=np.int64)))
-        return prompts
+        return encoded
 
-    def _ids(self, words: str | Sequence[int]) -> list[int]:
-        if isinstance(words, str):
-            return self.tokenizer(words)
-        ids, limit = [int(value) for value in words], self.manifest.context_length
-        if not 0 < len(ids) <= limit or not all(0 <= value < self.manifest.vocab_size for value in ids):
-            raise SpecError(f"expected 1 to {limit} token ids below {self.manifest.vocab_size}, got {ids}", step=Step.RUN)
-        return ids
-
-    def _valid(self, prompts: Sequence[_Prompt]) -> np.ndarray:
+    def _valid(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """(prompts, length) bool, True where there is a token of the text."""
         lengths = np.array([len(item.ids) for item in prompts])
         longest = self.manifest.context_length if self.manifest.fixed_length else lengths.max()
         return np.arange(longest)[None] < lengths[:, None]
 
     def _run(
-        self, encoded: EncodedImage, prompts: Sequence[_Prompt], threshold: float
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(boxes as fractions, scores, mask logits) of what each prompt found."""
-        count, most = len(prompts), max([1, *(len(item.boxes) for item in prompts)])
+        self, encoded: EncodedImage, prompts: Sequence[Prompt], boxes: Sequence[np.ndarray], most: int | None
+    ) -> Iterator[_Found]:
+        """What each prompt found, the ``most`` that score highest."""
+        count, longest = len(prompts), max([1, *(len(item) for item in boxes)])
+        thresholds = np.array([item.threshold for item in prompts], dtype=np.float32)
         tensors = {
             **encoded.tensors,
             "input_ids": pad(
@@ -186,42 +247,49 @@ class Segmenter:
                 fixed_length=self.manifest.fixed_length,
             ),
             "attention_mask": self._valid(prompts),
-            "boxes": np.full((count, most, 4), 0.5, dtype=np.float32),
-            "box_labels": np.ones((count, most), dtype=np.int64),
-            "box_mask": np.ones((count, most), dtype=bool),  # True: padding, as everywhere
+            "boxes": np.full((count, longest, 4), 0.5, dtype=np.float32),
+            "box_labels": np.ones((count, longest), dtype=np.int64),
+            "box_mask": np.ones((count, longest), dtype=bool),  # True: padding, as everywhere
         }
-        for row, item in enumerate(prompts):
-            used = len(item.boxes)
-            tensors["boxes"][row, :used], tensors["box_labels"][row, :used] = item.boxes, item.labels
+        for row, (item, own) in enumerate(zip(prompts, boxes, strict=True)):
+            used = len(own)
+            tensors["boxes"][row, :used], tensors["box_labels"][row, :used] = own, item.labels
             tensors["box_mask"][row, :used] = False
         tensors.update(self._components.run("text_encoder", tensors))
-        if self.manifest.fused:
-            found = self._components.run(SEGMENTER, {**tensors, "threshold": np.array([threshold], dtype=np.float32)})
+        if self._fused:
+            found = self._components.run(SEGMENTER, {**tensors, "threshold": thresholds.min(keepdims=True)})
             for row in range(count):
-                own = found["found_prompts"] == row
-                yield found["found_boxes"][own], found["found_scores"][own], found["found_masks"][own]
+                rows = np.flatnonzero(found["found_prompts"] == row)
+                keep = rows[_best(found["found_scores"][rows], thresholds[row], most)]
+                yield _Found(
+                    scores=found["found_scores"][keep], boxes=found["found_boxes"][keep], masks=found["found_masks"][keep]
+                )
             return
         for name in ("prompt_encoder", "fusion_encoder", "decoder"):
             tensors.update(self._components.run(name, tensors))
         scores = sigmoid(tensors["pred_logits"]) * sigmoid(tensors["presence_logit_dec"])
         for row in range(count):
-            keep = np.flatnonzero(scores[row] > threshold)
+            keep = _best(scores[row], thresholds[row], most)
             masks = np.zeros((0, 1, 1), dtype=np.float32)
             if len(keep):  # the mask head sees what is wanted alone
-                own = {
-                    name: value[row : row + 1]
-                    for name, value in tensors.items()
-                    if name in ("encoded", "prompt", "prompt_mask")
-                }
-                own["queries"] = np.ascontiguousarray(tensors["queries"][row : row + 1, keep])
-                masks = self._components.run("mask_head", {**encoded.tensors, **own})["pred_masks"][0]
-            yield tensors["pred_boxes"][row, keep], scores[row, keep], masks
+                given = {name: tensors[name][row : row + 1] for name in ("encoded", "prompt", "prompt_mask")}
+                given["queries"] = np.ascontiguousarray(tensors["queries"][row : row + 1, keep])
+                masks = self._components.run("mask_head", {**encoded.tensors, **given})["pred_masks"][0]
+            yield _Found(scores=scores[row, keep], boxes=tensors["pred_boxes"][row, keep], masks=masks)
 
 
-def _at_full_size(masks: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
-    """Masks at the picture's size, more probable than not; one at a time, as many large ones would fill the memory."""
-    full = np.zeros((len(masks), height, width), dtype=bool)
-    values, border = (masks, 0.0) if interpolation == "logits" else (sigmoid(masks), 0.5)
-    for index in range(len(masks)):
-        full[index] = resize_bilinear(values[index : index + 1], height, width)[0] > border
-    return full
+def _reopened(folder: str, arguments: dict[str, Any]) -> Segmenter:
+    return Segmenter(folder, **arguments)
+
+
+def _is(value: Any, dtype: str, shape: Sequence[int | str]) -> bool:
+    """Whether ``value`` is an array of one picture, of that dtype and, the first size aside, that shape."""
+    return isinstance(value, np.ndarray) and value.dtype == np.dtype(dtype) and value.shape == (1, *shape[1:])
+
+
+def _best(scores: np.ndarray, threshold: np.floating, most: int | None) -> np.ndarray:
+    """Indices, in order, of the scores above ``threshold``, or of the ``most`` highest of those."""
+    keep = np.flatnonzero(scores > threshold)
+    if most is not None and len(keep) > most:
+        keep = np.sort(keep[np.argsort(-scores[keep], kind="stable")[:most]])
+    return keep

@@ -7,14 +7,14 @@ import functools
 import importlib.util
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from sam3x.errors import LoweringError, Step, TargetUnavailableError
+from sam3x.errors import LoweringError
 from sam3x.spec import Branches
 from sam3x.targets.base import AttentionMemory, TargetStatus
 from sam3x.targets.quiet import errors_only
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from sam3x.capture.program import CapturedProgram
     from sam3x.passes.base import Pass
+    from sam3x.targets.onnx import session as onnx_session
 
 _EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 _CHATTY = ("onnxscript", "torch.onnx._internal.exporter._core")  # a warning for each Split, each node without a stack trace
@@ -157,8 +158,19 @@ class OnnxTarget:
     def unverifiable(self, options: OnnxOptions) -> None:
         return None
 
-    def load_runner(self, path: Path) -> OnnxRunner:
-        return OnnxRunner(path)
+    def session_settings(self, *, threads: Any = None, providers: Any = None) -> dict[str, Any]:
+        """Checked: ``threads`` a whole number, ``providers`` names or (name, options) that this ONNX Runtime has."""
+        from sam3x.targets.onnx import session as onnx_session
+
+        settings: dict[str, Any] = {}
+        if threads is not None:
+            settings["threads"] = onnx_session.checked_threads(threads)
+        if providers is not None:
+            settings["providers"] = onnx_session.checked_providers(providers)
+        return settings
+
+    def load_runner(self, path: Path, **settings: Any) -> OnnxRunner:
+        return OnnxRunner(path, **settings)
 
     def versions(self) -> dict[str, Any]:
         names = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
@@ -166,19 +178,12 @@ class OnnxTarget:
 
 
 class OnnxRunner:
-    """An ONNX Runtime CPU session."""
+    """An ONNX Runtime session, on the CPU unless ``providers`` says otherwise."""
 
-    def __init__(self, path: Path) -> None:
-        try:
-            import onnxruntime
-        except ImportError:
-            raise TargetUnavailableError(
-                "running an ONNX artifact needs onnxruntime", remedy='Install it: pip install "sam3x[runtime]"', step=Step.LOAD
-            ) from None
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.enable_mem_pattern = False  # it plans a second run's memory beside that of the first and keeps both
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    def __init__(self, path: Path, threads: int | None = None, providers: Sequence[onnx_session.Provider] = ()) -> None:
+        from sam3x.targets.onnx import session as onnx_session
+
+        self._session = onnx_session.open_session(path, threads, providers)
         self._outputs = [item.name for item in self._session.get_outputs()]
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

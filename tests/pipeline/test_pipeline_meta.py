@@ -126,8 +126,8 @@ def test_run_needs_no_torch_and_writes_picture_and_json(tiny_pipeline: Path, pic
         "the red car",
         "--box",
         "60,80,300,390",
-        "--box",
-        "-350,20,620,200",
+        "--not-box",
+        "350,20,620,200",
         "--threshold",
         "0.1",
     ]
@@ -185,7 +185,7 @@ def test_bad_prompts_get_one_sentence(given: dict[str, Any], fact: str, segmente
 
 def test_pictures_that_are_none(segmenter: Segmenter, tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("no picture")
-    for given in (tmp_path / "text.jpg", tmp_path / "none.jpg", tmp_path, np.zeros((4, 4), dtype=np.uint8)):
+    for given in (tmp_path / "text.jpg", tmp_path / "none.jpg", tmp_path, np.zeros((4, 4, 2), dtype=np.uint8)):
         with pytest.raises(SpecError, match="run: "):
             segmenter.encode(given)
 
