@@ -50,11 +50,15 @@ class Layout:
         return not any(self.offsets.values()) and self.dims == tuple(self.whole(dim) for dim in range(rank))
 
 
-def layout_of(node: Node) -> Layout:
-    """The view that ``node`` is, of the first tensor on its way that is no view this module understands."""
+def layout_of(node: Node, *, whole: bool = False) -> Layout:
+    """The view that ``node`` is, of the first tensor on its way that is no view this module understands.
+
+    Args:
+        whole: follow only views of everything there is: a slice, a selection or a part of a split is a source.
+    """
     chain: list[Node] = []
     source = node
-    while (before := _viewed(source)) is not None:
+    while (before := _viewed(source)) is not None and not (whole and source.target in _PARTS):
         chain.append(source)
         source = before
     while True:
@@ -68,6 +72,9 @@ def layout_of(node: Node) -> Layout:
         else:
             assert layout is not None
             return layout
+
+
+_PARTS = {operator.getitem, aten.select.int, aten.slice.Tensor}
 
 
 def _plain(source: Node) -> Layout:

@@ -60,6 +60,8 @@ def _shorten(node: Node) -> int:
 
 def _hoist(module: GraphModule, node: Node) -> int:
     layout = layout_of(node.args[0])  # type: ignore[arg-type]
+    if _rows(layout) is None:  # as behind dac's half of a batch of two
+        layout = layout_of(node.args[0], whole=True)  # type: ignore[arg-type]
     source, width = layout.source, layout.source.meta["val"].dim() - 1
     order = _rows(layout)
     if source is node.args[0] or order is None or width < 1:

@@ -9,10 +9,14 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from sam3x.passes.graph.cond_graph import aten
+from sam3x.targets.executorch.facts import flops_of
 from sam3x.targets.executorch.partition import partitions
 
 _CAT = 5
 """The most tensors XNNPACK joins at once."""
+
+_LIGHT = 1_000_000
+"""FLOPs that are no reason for a delegate of their own; ExecuTorch's kernels need about a millisecond for them."""
 
 _PLAIN = {
     *(aten.linear.default, aten.bmm.default, aten._softmax.default, aten.permute.default, aten.relu.default, aten.gelu.default),
@@ -112,7 +116,9 @@ def _xnnpack(precision: str, plain: bool) -> list[Any]:
             return [group for group in super().get_matched_nodes_from_configs(ep) if not any(map(_too_dynamic, group))]
 
         def generate_partitions(self, ep: ExportedProgram) -> list[Any]:
-            found = partitions(ep.graph, self.get_matched_nodes_from_configs(ep))
+            groups = self.get_matched_nodes_from_configs(ep)
+            whole = sum(flops_of(node) for group in groups for node in group)
+            found = partitions(ep.graph, groups, lambda program: sum(map(flops_of, program)) < min(_LIGHT, whole / 1000))
             return [Partition(id=index, nodes=nodes) for index, nodes in enumerate(found)]
 
         def ops_to_not_decompose(self, ep: ExportedProgram) -> Any:

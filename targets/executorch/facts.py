@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 _PRODUCTS = {"linear", "bmm", "mm", "addmm", "matmul"}
+_IN_PLACE = {"_softmax", "add", "sub", "mul", "relu", "gelu", "rsqrt", "sigmoid"}
 
 
 def facts_of(graph: GraphModule) -> dict[str, Any]:
@@ -22,6 +23,7 @@ def facts_of(graph: GraphModule) -> dict[str, Any]:
     Returns:
         ``delegates`` (how many), ``delegated`` and ``portable`` (operator → count), ``gflops`` of one run at the largest sizes,
         and ``delegated_flops`` (their share, 0 to 1). A product is two FLOPs a term, any other operator one an element.
+        ``workspace_bytes``: what the tensors inside one delegate take at once at the largest sizes, in the one that needs most.
     """
     delegated: Counter[str] = Counter()
     portable: Counter[str] = Counter()
@@ -31,7 +33,7 @@ def facts_of(graph: GraphModule) -> dict[str, Any]:
         if _name(node) is None:
             continue
         (delegated if inside else portable)[str(_name(node))] += 1
-        flops[inside] += _flops(node)
+        flops[inside] += flops_of(node)
     delegates = sum(1 for node in graph.graph.nodes if _is_delegate(node))
     total = flops[True] + flops[False]
     return {
@@ -40,6 +42,7 @@ def facts_of(graph: GraphModule) -> dict[str, Any]:
         "portable": dict(sorted(portable.items())),
         "gflops": round(total / 1e9, 3),
         "delegated_flops": round(flops[True] / total, 6) if total else 0.0,
+        "workspace_bytes": max((_workspace(part) for part in _delegates(graph)), default=0),
     }
 
 
@@ -48,12 +51,35 @@ def _is_delegate(node: Node) -> bool:
 
 
 def _operators(graph: GraphModule) -> Iterator[tuple[Node, bool]]:
+    yield from ((inner, True) for part in _delegates(graph) for inner in part.nodes)
+    yield from ((node, False) for node in graph.graph.nodes if not _is_delegate(node))
+
+
+def _delegates(graph: GraphModule) -> Iterator[Graph]:
+    """The graph inside every delegate, in the order it runs."""
     for node in graph.graph.nodes:
         if _is_delegate(node):
-            lowered = getattr(graph, str(node.args[0].target))  # type: ignore[union-attr]
-            yield from ((inner, True) for inner in lowered.original_module.graph.nodes)
-        else:
-            yield node, False
+            yield getattr(graph, str(node.args[0].target)).original_module.graph
+
+
+def _workspace(graph: Graph) -> int:
+    """The most bytes alive at once, in the order of the nodes, as XNNPACK plans them: inputs and outputs have a place of their
+    own, and what works element by element, softmax too, writes over an input that nothing else reads."""
+    own = {node for node in graph.nodes if _name(node) is not None} - set(graph.output_node().all_input_nodes)
+    last = {item: node for node in graph.nodes for item in node.all_input_nodes}
+    alive = most = 0
+    for node in graph.nodes:
+        dying = [_bytes(item) for item in node.all_input_nodes if last[item] is node and item in own]
+        made = _bytes(node) if node in own else 0
+        over = made if _name(node) in _IN_PLACE and made in dying else 0
+        most = max(most, alive + made - over)
+        alive += made - sum(dying)
+    return most
+
+
+def _bytes(node: Node) -> int:
+    value = node.meta["val"]
+    return int(_elements(value)) * value.element_size() if isinstance(value, torch.Tensor) else 0
 
 
 def _name(node: Node) -> str | None:
@@ -64,10 +90,12 @@ def _name(node: Node) -> str | None:
     return name.split(".")[-2] if name.count(".") >= 2 else None
 
 
-def _flops(node: Node) -> float:
-    value = node.meta["val"]
+def flops_of(node: Node) -> float:
+    """FLOPs of a node at the largest sizes: two a term of a product, one an element of any other operator."""
+    value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
-        return float(sum(_elements(item) for item in value if isinstance(item, torch.Tensor)))
+        several = value if isinstance(value, (tuple, list)) else ()
+        return float(sum(_elements(item) for item in several if isinstance(item, torch.Tensor)))
     if _name(node) in _PRODUCTS:
         left: Any = node.args[1 if _name(node) == "addmm" else 0]
         return 2.0 * _elements(value) * _largest(left.meta["val"].shape[-1])

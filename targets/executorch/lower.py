@@ -118,6 +118,24 @@ def _bounded(captured: CapturedProgram) -> Iterator[None]:
         captured.program.range_constraints.update(constraints)
 
 
+@contextlib.contextmanager
+def _graph_order() -> Iterator[None]:
+    """Nodes keep their order when a delegate is cut out.
+
+    ExecuTorch sorts what is left breadth first (``legalize_graph``), and a second delegate then computes the scores of all
+    heads before it uses those of the first. torch's stable sort stands in for it.
+    """
+    from executorch.exir import lowered_backend_module
+    from torch.fx.passes.tools_common import stable_topological_sort
+
+    before = lowered_backend_module.legalize_graph
+    lowered_backend_module.legalize_graph = stable_topological_sort
+    try:
+        yield
+    finally:
+        lowered_backend_module.legalize_graph = before
+
+
 def write(captured: CapturedProgram, path: Path, delegate: str, precision: str, contract: str) -> dict[str, Any]:
     """Lower ``captured`` and write ``path``; returns the facts of the lowered graph.
 
@@ -131,7 +149,7 @@ def write(captured: CapturedProgram, path: Path, delegate: str, precision: str, 
     captured, _ = PassPipeline((UnifyDimensionsPass(captured),)).run(captured)
     names = {"inputs": captured.input_names, "outputs": captured.output_names}
     plain = delegate == "xnnpack" and is_plain(captured.program)
-    with torch.no_grad(), _bounded(captured), suppressed_output():
+    with torch.no_grad(), _bounded(captured), _graph_order(), suppressed_output():
         edge = to_edge_transform_and_lower(
             PlainProgram.of(captured.program) if plain else captured.program,
             partitioner=partitioners(delegate, precision, plain=plain),

@@ -35,8 +35,21 @@ def waits_for_itself(nodes: list[Node], program: list[Node]) -> bool:
 
 def test_what_others_compute_in_between_parts_two_programs() -> None:
     graph, (a, b, c, d) = graph_of([[], [0], [1], []])
-    assert partitions(graph, [[a], [c], [d]]) == [[a, d], [c]]
+    assert partitions(graph, [[a], [c], [d]]) == [[a], [c, d]]
     assert partitions(graph, [[a], [b], [c], [d]]) == [[a, b, c, d]]
+
+
+def test_what_can_wait_waits_so_that_little_crosses_from_program_to_program() -> None:
+    """0 is a view of a mask, 1 the mask, 2 to 4 an attention: its scores, masked, and the answer."""
+    graph, (view, _, scores, masked, answer) = graph_of([[], [0], [], [1, 2], [3]])
+    assert partitions(graph, [[view], [scores], [masked], [answer]]) == [[view], [scores, masked, answer]]
+
+
+def test_little_work_is_no_program_of_its_own() -> None:
+    graph, (view, _, scores, masked, _) = graph_of([[], [0], [], [1, 2], [3]])
+    found = partitions(graph, [[view], [scores], [masked]], lambda program: len(program) == 1)
+    assert found == [[scores, masked]]
+    assert partitions(graph, [[view]], lambda program: True) == [[view]]  # all there is
 
 
 def test_a_group_waits_as_a_whole() -> None:
@@ -80,3 +93,5 @@ def test_any_graph(data: st.DataObject) -> None:
         for node in program:  # what is delegated and read is of an earlier program, or of this one
             assert {item for item in node.all_input_nodes if item in taken} <= ran | set(program)
         ran |= set(program)
+    for earlier, later in itertools.pairwise(found):  # none could wait for the next
+        assert any(user not in later and user.op != "output" for node in earlier for user in node.users)

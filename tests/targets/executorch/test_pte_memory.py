@@ -1,0 +1,57 @@
+"""What a run of a .pte takes: one head's scores at a time, whatever is fixed and whatever is dynamic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from sam3x.capture.capture import capture
+from sam3x.passes.default_pipeline import default_pipeline
+from sam3x.targets.base import resolve
+from sam3x.targets.executorch.target import PteTarget
+from support.upstream import encoder_of
+
+TOKENS, WIDTH = 256, 32
+ALL_MASKS = ("tgt", "memory", "tgt_mask", "memory_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "pos", "query_pos")
+
+
+@pytest.fixture(scope="module")
+def encoder() -> nn.Module:
+    return encoder_of(2)
+
+
+def facts_of(encoder: nn.Module, folder: Path, **options: Any) -> tuple[dict[str, Any], int]:
+    """The facts of the file, and the largest batch."""
+    spec, own = resolve(PteTarget(), {"tokens": TOKENS, "verify": "off", **options})
+    passes = default_pipeline(str(spec.branches)).then(*PteTarget().legalization_passes(own))
+    return PteTarget().lower(passes.run(capture(encoder, spec))[0], folder / "x.pte", own), spec.batch[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"prompt_length": 9},
+        {"prompt_length": 9, "batch": 1, "dac": False, "pre_norm": True},
+        {"prompt_length": 9, "batch": 2, "dac": True, "pre_norm": True},
+        {"prompt_length": 9, "tokens": (16, TOKENS)},
+        {"prompt_length": 9, "precision": "int8"},
+        {"prompt_length": 9, "precision": "fp16"},
+        {"prompt_length": 9, "dac": False, "inputs": ALL_MASKS},
+    ],
+    ids=str,
+)
+def test_a_fixed_prompt_takes_one_heads_scores_at_a_time(encoder: nn.Module, options: dict[str, Any], tmp_path: Path) -> None:
+    """A view of the mask was a delegate of its own; the second one then held the scores of every head at once."""
+    facts, batch = facts_of(encoder, tmp_path, **options)
+    size = 2 if options.get("precision") == "fp16" else 4
+    images = batch // 2 if options.get("dac") is True else batch
+    scores, tokens = images * TOKENS * TOKENS * size, batch * TOKENS * WIDTH * 4
+    masks = batch * TOKENS * TOKENS * 5 if "inputs" in options else 0  # bool and float, prepared once by portable kernels
+    if "inputs" not in options:  # where masks of all pairs are prepared, which is much of so narrow a model
+        assert facts["delegates"] == 1 and facts["delegated_flops"] > 0.99
+    assert facts["workspace_bytes"] <= scores + 8 * tokens
+    assert facts["planned_bytes"] <= 3 * tokens + 2 * masks + 100_000
