@@ -1,7 +1,8 @@
-"""LayerNorm and the choices of a flag in operators that XNNPACK has."""
+"""Layer norm, group norm and the choices of a flag in operators that XNNPACK has."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from sam3x.passes.graph.constants import Constants
 
 
 class LegalizeNormsForPtePass(Pass):
-    """``layer_norm`` → products, sums and a reciprocal root; ``where(flag, a, b)`` → arithmetic with the flag as 0 or 1.
+    """``layer_norm``, ``native_group_norm`` → products, sums, a reciprocal root; ``where(flag, a, b)`` → arithmetic.
 
-    XNNPACK has neither operator, and each would cut its graph in two. The mean is a product with a row of 1/n. A norm that a
+    XNNPACK has none of these, and each would cut its graph in two. The mean is a product with a row of 1/n. A norm that a
     flag switches (``where(flag, norm(x), x)``) costs nothing more than the norm: the flag acts on the small tensors, mean,
     reciprocal root, weight and bias, and with 0 they leave ``x`` as it is to the bit. As long as values are finite, the result
-    is that of ``where``.
+    is that of ``where``. ExecuTorch's own group norm takes E[x²] − E[x]², each summed in one float32: of the 2.65 million
+    elements of a group of SAM3's mask head two digits are left. Here the mean is one of means, dimension by dimension.
     """
 
     name = "legalize_norms_for_pte"
@@ -43,6 +45,10 @@ class LegalizeNormsForPtePass(Pass):
                     continue
                 work.norm(node)
                 rewrites += 1
+            elif node.target is aten.native_group_norm.default:
+                reason = work.group_norm(node)
+                failures += [] if reason is None else [MatchFailure(node=node.name, reason=reason)]
+                rewrites += reason is None
             elif node.target is aten.where.self and node.users and _is_flag(node):
                 work.select(node)
                 rewrites += 1
@@ -113,6 +119,40 @@ class _Rewrite:
         (node if on is None else choice).replace_all_uses_with(result)  # type: ignore[union-attr]
         if on is not None:
             choice.args = (choice.args[0], x, x)  # type: ignore[union-attr]
+
+    def group_norm(self, node: Node) -> str | None:
+        """(N, C, …) → the same; why not, where it stays."""
+        x, weight, bias, _, channels, _, groups, eps = node.args
+        value = x.meta["val"]  # type: ignore[union-attr]
+        if value.dtype is not torch.float32 or not all(isinstance(size, int) for size in value.shape[1:]):
+            return "not float32, or of a size that only a run tells"
+        if any(user.target is not operator.getitem or (user.args[1] != 0 and user.users) for user in node.users):
+            return "its mean or its deviation is read"
+        emit = Builder(self.module.graph, node, fake_mode_of(self.module))
+        batch = int(value.shape[0]) if isinstance(value.shape[0], int) else -1
+        inner = [int(channels) // int(groups), *map(int, value.shape[2:])]  # type: ignore[call-overload]
+        parts = emit(aten.reshape.default, x, [batch, groups, *inner])
+        ones = [1] * len(inner)
+
+        def mean(of: Node, extra: float = 0.0) -> Node:
+            for index in reversed(range(len(inner))):
+                row = self.constants.add(torch.full((1, inner[index]), 1.0 / inner[index]), "mean_row")
+                more = [self.constants.add(torch.full((1,), extra), "norm_eps")] if extra and not index else []
+                shape = [batch, groups, *(inner[:index] or ones)]
+                of = emit(aten.reshape.default, emit(aten.linear.default, of, row, *more), shape)
+            return of
+
+        centred = emit(aten.sub.Tensor, parts, mean(parts))
+        root = emit(aten.rsqrt.default, mean(emit(aten.mul.Tensor, centred, centred), float(eps)))  # type: ignore[arg-type]
+        result = emit(aten.reshape.default, emit(aten.mul.Tensor, centred, root), [batch, channels, *inner[1:]])
+        for operator_, own in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
+            if own is not None:
+                held, shape = self.constants.value(own), [int(channels), *ones[1:]]  # type: ignore[call-overload]
+                factor = emit(aten.reshape.default, own, shape) if held is None else None
+                result = emit(operator_, result, factor or self.constants.add(held.reshape(shape), "norm"))  # type: ignore[union-attr]
+        for user in list(node.users):
+            user.replace_all_uses_with(result)
+        return None
 
     def select(self, node: Node) -> None:
         condition, a, b = node.args
