@@ -97,6 +97,7 @@ def export(
         tell(f"lower to {target}")
         path = staging / file_name(back_end, STEM, target_options)
         facts = _timed(figures, "lower_seconds", lambda: back_end.lower(captured, path, target_options)) or {}
+        told = facts.pop("notes", ())
         unverified = back_end.unverifiable(target_options)
         runner = back_end.load_runner(path) if unverified is None else None
         if spec.verify == "off":
@@ -132,7 +133,7 @@ def export(
             facts=facts,
             files={name: sha256_of(staging / name) for name in names_in(staging)},
             figures={name: round(value, 3) for name, value in figures.items()},
-            notes=captured.notes,
+            notes=(*captured.notes, *told),
         )
         (staging / MANIFEST).write_text(sealed(manifest))
         publication.commit()

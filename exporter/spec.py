@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from sam3x.errors import SpecError
 
@@ -101,7 +101,7 @@ class ExportSpec(BaseModel):
     """Tensor inputs of the graph; others are None in the eager call. Left out: those SAM3 uses with this interface."""
 
     dac: Flag = "runtime"
-    """runtime makes it a graph input, a bool scalar; on and off fix it."""
+    """runtime makes it a graph input, a bool scalar; on and off fix it. With an odd fixed size, as one picture, it is off."""
 
     pre_norm: PreNormFlag = "runtime"
     """runtime makes it a graph input, a bool scalar; per-layer a bool vector, one flag a layer; module keeps what each layer
@@ -136,6 +136,13 @@ class ExportSpec(BaseModel):
 
     seed: int = 0
     """Seed of random default weights and of the verification inputs."""
+
+    _notes: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the request became that it did not say, for the manifest."""
+        return self._notes
 
     @model_validator(mode="before")
     @classmethod
@@ -178,11 +185,13 @@ class ExportSpec(BaseModel):
         object.__setattr__(self, "inputs", tuple(name for name in known if name in self.inputs))
         if self.dac is not False:
             axis, (low, high) = ("batch", self.batch) if self.dac_dim == 0 else ("tokens", self.halved_range)
-            if low == high and low % 2 and (self.dac is True or low > 1 or axis == "tokens"):
-                raise ValueError(
-                    f"dac halves the {axis}, and the {axis} is fixed at the odd size {low}; give an even size or dac=False"
-                )
-            if self.dac is True and high < 2:
+            if low == high and low % 2:
+                odd = f"halves the {axis}, and the {axis} is fixed at the odd size {low}"
+                if self.dac is True:
+                    raise ValueError(f"dac {odd}; give an even size or dac=False")
+                object.__setattr__(self, "dac", False)
+                self._notes = (f"dac is fixed off: it {odd}",)
+            elif self.dac is True and high < 2:
                 raise ValueError(f"dac halves the {axis}, and the {axis} is at most {high}")
         if self.dac is True and self.pre_norm is False:
             raise ValueError("dac=True with pre_norm=False: upstream's post-norm layer ignores dac; leave one of them out")

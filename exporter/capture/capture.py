@@ -72,7 +72,8 @@ def capture(source: nn.Module | Sequence[nn.Module], spec: ExportSpec) -> Captur
     dim_names = _dim_names(placeholders, names, dynamic)
     for node, name in zip(placeholders, names, strict=True):
         rename_input(program, node, name)
-    notes = ["a row whose keys are all masked gets zeros from the attention, as torch's scaled_dot_product_attention gives"]
+    zeros = "a row whose keys are all masked gets zeros from the attention, as torch's scaled_dot_product_attention gives"
+    notes = [*spec.notes, zeros]
     if not all(encoder.stock):
         odd = sorted({type(layer).__name__ for layer, stock in zip(encoder.layers, encoder.stock, strict=True) if not stock})
         notes.append(f"layers with their own forward, captured whole in every branch: {', '.join(odd)}")

@@ -120,6 +120,7 @@ def export_summary(manifest: ExportManifest, folder: Path, *, verbose: bool) -> 
         if key in manifest.figures
     ]
     rows.append(("cost", ", ".join(figures)))
+    rows += [("note", note) for note in manifest.notes]
     more = [passes_table(manifest.passes), *_refusals(manifest.passes)] if verbose else []
     return [*more, pairs(rows)]
 

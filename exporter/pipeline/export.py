@@ -136,7 +136,7 @@ def export_pipeline(
                 "total_seconds": round(time.perf_counter() - started, 3),
                 "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 3),
             },
-            notes=model.notes,
+            notes=(*model.notes, *job.notes),
         )
         (staging / MANIFEST).write_text(sealed(manifest))
         publication.commit()

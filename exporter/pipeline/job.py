@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,7 @@ class ComponentJob:
     spec: ExportSpec
     folder: Path
     tell: Progress
+    notes: list[str] = field(default_factory=list)
 
     @property
     def precision(self) -> str | None:
@@ -78,6 +79,7 @@ class ComponentJob:
         self.tell(f"{component.name}: lower to {self.target.name}")
         path = self.folder / file_name(self.target, component.name, self.options)
         facts = self.target.lower(captured, path, self.options) or {}
+        self.notes.extend(f"{component.name}: {note}" for note in facts.pop("notes", ()))
         del captured
         remedy = "Leave the component out (--components), or take another target."
         verification = self.verified(component, path, cases, remedy, unrounded)
