@@ -5,13 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import tempfile
 import time
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sam3x.errors import BuilderError, LoweringError, Step, TargetUnavailableError
+from sam3x.errors import BuilderError, LoweringError, Sam3xError, Step, TargetUnavailableError
+from sam3x.passes.attention.legalize_attention_for_trt import UNLIMITED
+from sam3x.passes.attention.operators import TILED_ATTENTION
+from sam3x.passes.base import graph_modules
 from sam3x.targets.tensorrt.driver import import_torch_tensorrt, named_device
 from sam3x.targets.tensorrt.in_subprocess import Crashed, in_subprocess
 from sam3x.targets.tensorrt.options import TrtOptions, capability_of, optima
@@ -19,6 +25,7 @@ from sam3x.targets.tensorrt.options import TrtOptions, capability_of, optima
 if TYPE_CHECKING:
     from sam3x.capture.program import CapturedProgram
 
+T = TypeVar("T")
 _LOG = "torch_tensorrt [TensorRT Conversion Context]"
 _SIZES = "Data-dependent shapes"
 """What the builder says of sizes it cannot follow into a conditional or a loop: dynamic tokens with dac and several masks."""
@@ -35,22 +42,104 @@ class Built:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+FORMS = {
+    "loops": "attention in loops over tiles of queries",
+    "tiles": "attention in tiles of queries, one after another",
+    "products": "attention as products and a softmax, all scores in memory at once",
+}
+"""Forms of attention → what they are. Where none needs tiles, ``loops`` and ``tiles`` are TensorRT's own layer both."""
+
+
 def build(captured: CapturedProgram, options: TrtOptions, capability: str) -> Built:
-    """One engine of the whole graph for ``capability``, a driver or none.
+    """Build one engine of the whole graph for ``capability``, a driver or none.
+
+    TensorRT's builder crashes on some networks, so it works in a process of its own, and where it crashes the next form is
+    built by another. ``facts["form"]`` says which it came to, and ``facts["notes"]`` why.
 
     Raises:
         LoweringError: operations that cannot be converted, by name and reason, or what the builder says.
+        BuilderError: it crashed on every form.
     """
+    failed: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="sam3x-trt-") as folder:
+        path = Path(folder) / "program.pt2"
+        _save(captured, path)
+        slim = replace(captured, program=None, samples=(), eager=None)  # type: ignore[arg-type]
+        for form in forms_of(captured):
+            try:
+                built = in_builder_process(engine_of, slim, path, options, capability, form)
+            except BuilderError as error:
+                failed.append(f"{FORMS[form]}: {error.fact}")
+                last = error
+                continue
+            facts = {**built.facts, "form": FORMS[form]}
+            if failed:
+                facts["notes"] = [f"built with {FORMS[form]}; TensorRT's builder failed on other forms: {'; '.join(failed)}"]
+            return Built(built.engine, facts)
+    raise BuilderError("; ".join(failed), subject="trt", remedy=last.remedy)
+
+
+def forms_of(captured: CapturedProgram) -> list[str]:
+    """The forms to try, the best first."""
+    tiled = any(
+        node.target is TILED_ATTENTION and int(node.args[5]) < UNLIMITED  # type: ignore[arg-type]
+        for _, module in graph_modules(captured.program)
+        for node in module.graph.nodes
+    )
+    return list(FORMS) if tiled else ["loops", "products"]
+
+
+def _save(captured: CapturedProgram, path: Path) -> None:
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that weights are views of each other
+            torch.export.save(captured.program, path)
+    except Exception as error:
+        raise LoweringError(
+            f"the graph cannot be handed to the builder: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            subject="trt",
+        ) from error
+
+
+def in_builder_process(work: Callable[..., T], *args: Any) -> T:
+    """``in_subprocess``, a crash told as an error of the export.
+
+    Raises:
+        BuilderError: the process ended. LoweringError: whatever else went wrong there.
+    """
+    try:
+        return in_subprocess(work, *args)
+    except Crashed as crash:
+        raise BuilderError(
+            f"TensorRT's builder crashed on the network ({crash})",
+            subject="trt",
+            remedy="Allow attention more memory (--attention-memory 2GB), or take --precision fp16.",
+        ) from None
+    except Sam3xError:
+        raise
+    except Exception as error:
+        raise LoweringError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", subject="trt") from error
+
+
+def engine_of(slim: CapturedProgram, path: Path, options: TrtOptions, capability: str, form: str) -> Built:
+    """Load the program at ``path`` and build its engine, in this process. ``slim``: the capture without its program."""
+    import torch
+
+    import sam3x.passes.attention.operators  # noqa: F401 - what the program calls
+
+    captured = replace(slim, program=torch.export.load(path))
     with named_device(capability_of(capability)), builder_log() as log:
         import_torch_tensorrt()
-        network, interpreter, profile = convert(captured, options, log)
+        network, interpreter, profile = convert(captured, options, log, form)
         started = time.perf_counter()
         config = interpreter._populate_trt_builder_config()
         engine = serialize(interpreter.builder, network, config, capability, options, log)
         return Built(engine, {**facts_of(network), "profile": profile, **figures(log, engine, started)})
 
 
-def convert(captured: CapturedProgram, options: TrtOptions, log: list[str]) -> tuple[Any, Any, dict[str, str]]:
+def convert(captured: CapturedProgram, options: TrtOptions, log: list[str], form: str) -> tuple[Any, Any, dict[str, str]]:
     """The network, the interpreter that holds its weights, and the profile in words. Call inside ``named_device``.
 
     Raises:
@@ -60,10 +149,12 @@ def convert(captured: CapturedProgram, options: TrtOptions, log: list[str]) -> t
 
     module = captured.program.module(check_guards=False)
     with described(module):
-        return _convert(module, captured, options, log)
+        return _convert(module, captured, options, log, form)
 
 
-def _convert(module: Any, captured: CapturedProgram, options: TrtOptions, log: list[str]) -> tuple[Any, Any, dict[str, str]]:
+def _convert(
+    module: Any, captured: CapturedProgram, options: TrtOptions, log: list[str], form: str
+) -> tuple[Any, Any, dict[str, str]]:
     from sam3x.targets.tensorrt.interpreter import Interpreter, unconverted
 
     left = unconverted(module)
@@ -80,7 +171,7 @@ def _convert(module: Any, captured: CapturedProgram, options: TrtOptions, log: l
     shapes = shapes_of(captured, options)
     dtypes = {node.name: node.meta["val"].dtype for node in module.graph.nodes if node.op == "placeholder"}
     inputs = [_input(shapes[name], dtypes[name]) for name in captured.input_names]
-    interpreter = Interpreter(module, inputs, (captured.input_names, captured.output_names), bounds)
+    interpreter = Interpreter(module, inputs, (captured.input_names, captured.output_names), bounds, form)
     try:
         return interpreter.construct(), interpreter, in_words(shapes)
     except Exception as error:
@@ -151,21 +242,7 @@ def serialize(builder: Any, network: Any, config: Any, capability: str, options:
             step=Step.LOWER,
         )
 
-    def work() -> bytes | None:
-        plan = builder.build_serialized_network(network, config)
-        return None if plan is None else bytes(plan)
-
-    try:
-        plan = work() if torch.cuda.is_available() else in_subprocess(work, log)
-    except Crashed as crash:
-        raise BuilderError(
-            f"TensorRT's builder crashed on the network ({crash})",
-            subject="trt",
-            remedy=(
-                "It does on several attentions in loops: allow them more memory (--attention-memory 2GB), or take "
-                "--precision fp16."
-            ),
-        ) from None
+    plan = builder.build_serialized_network(network, config)
     if plan is None:
         said = ([line for line in log if "Error" in line] or log or ["no reason given"])[-1][:400]
         if _SIZES in said:
@@ -184,7 +261,7 @@ def serialize(builder: Any, network: Any, config: Any, capability: str, options:
                 ),
             )
         raise LoweringError(f"the builder refused the network: {said}", subject="trt")
-    return plan
+    return bytes(plan)
 
 
 def facts_of(network: Any) -> dict[str, Any]:

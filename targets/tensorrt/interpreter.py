@@ -39,7 +39,9 @@ class Interpreter(TRTInterpreter):
         inputs: Sequence[Input],
         names: tuple[Sequence[str], Sequence[str]],
         bounds: Mapping[str, int],
+        form: str,
     ) -> None:
+        self.form = form
         self.bounds = bounds
         self.held: list[Any] = []
         self.conditional = any(node.target is COND for node in module.graph.nodes)
@@ -207,7 +209,10 @@ def _alias(self: Interpreter, args: Any, kwargs: Any) -> Any:
     return args[0]
 
 
-# ---- attention in a loop over tiles of queries: TensorRT-RTX does not fuse it in float32, and all scores would be in memory
+MOST_TILES = 64
+"""Of one attention where they stand one after another."""
+
+# ---- attention in tiles of queries: TensorRT-RTX does not fuse it in float32, and all scores would be in memory
 
 
 def fused(interpreter: Interpreter, query: Any, key: Any, value: Any, mask: Any | None) -> Any:
@@ -244,23 +249,30 @@ def constant(interpreter: Interpreter, value: np.ndarray) -> Any:
 
 
 def tiled_attention(interpreter: Interpreter, args: Any, kwargs: Any) -> Any:
-    """A loop of ``ceil(N / rows)`` turns; ``rows`` is the most queries whose scores fit half the budget, as scores and
-    probabilities are there at once. Queries that fill up the last tile are zeros, and their answers are cut off."""
+    """``ceil(N / rows)`` turns, in a loop or one after another; ``rows`` is the most queries whose scores fit half the budget,
+    as scores and probabilities are there at once. Queries that fill up the last tile are zeros, and their answers are cut off.
+    One after another, they are ``MOST_TILES`` at most: each is a part of the network."""
     query, key, value, mask, scale, budget = args
     net, name = interpreter.ctx.net, str(interpreter._cur_node_name)
     most = interpreter.largest(interpreter._cur_node.args[0]), interpreter.largest(interpreter._cur_node.args[1])  # type: ignore[union-attr]
     (batch, heads, tokens, _), keys = most[0], most[1][2]
+    if interpreter.form == "tiles":
+        budget = budget * 3 // 4  # the answers of all tiles wait to be joined, and the queries are there twice
     rows = max(1, min(tokens, budget // (2 * batch * heads * keys * 4)))
-    tiles = math.ceil(tokens / rows)
+    tiles = {"loops": math.ceil(tokens / rows), "tiles": min(MOST_TILES, math.ceil(tokens / rows)), "products": 1}[
+        interpreter.form
+    ]
     rows = math.ceil(tokens / tiles)
     factor = constant(interpreter, np.full([1] * 4, scale, np.float32))
     factor = factor if query.dtype == trt.float32 else net.add_cast(factor, query.dtype).get_output(0)
     query = net.add_elementwise(query, factor, trt.ElementWiseOperation.PROD).get_output(0)
     if tiles == 1:
         # TensorRT-RTX 1.6 crashes on an attention layer beside conditionals, but in float16
-        plain = interpreter.conditional and query.dtype != trt.float16
+        plain = interpreter.form == "products" or (interpreter.conditional and query.dtype != trt.float16)
         return (decomposed if plain else fused)(interpreter, query, key, value, mask)
 
+    if interpreter.form == "tiles":
+        return _unrolled(interpreter, query, key, value, mask, tiles, rows)
     loop = net.add_loop()
     loop.name = name
     count = constant(interpreter, np.array(tiles, np.int32))
@@ -274,10 +286,33 @@ def tiled_attention(interpreter: Interpreter, args: Any, kwargs: Any) -> Any:
     order.set_input(1, _nothing(interpreter, answer))
     joined = loop.add_loop_output(answer, trt.LoopOutput.CONCATENATE, 2)
     joined.set_input(1, count)
-    sizes = [*_sizes(interpreter, query)[:2], tiles * rows, _sizes(interpreter, value)[3]]
     layer = net.add_shuffle(joined.get_output(0))
-    layer.set_input(1, _shape_tensor(interpreter, sizes))
+    layer.reshape_dims = (0, 0, tiles * rows, value.shape[3])  # 0: as before
     return _first_rows(interpreter, layer.get_output(0), query)
+
+
+def _unrolled(interpreter: Interpreter, query: Any, key: Any, value: Any, mask: Any | None, tiles: int, rows: int) -> Any:
+    """The turns of the loop one after another, each a part of the network."""
+    net = interpreter.ctx.net
+    rowwise = mask is not None and mask.shape[2] != 1
+    padded = [_padded(interpreter, tensor, tiles * rows) for tensor in ((query, mask) if rowwise else (query,))]
+    answers: list[Any] = []
+    for index in range(tiles):
+        tile, *own = (_rows(interpreter, tensor, index * rows, rows) for tensor in padded)
+        if answers:
+            tile = net.add_elementwise(tile, _nothing(interpreter, answers[-1]), trt.ElementWiseOperation.SUM).get_output(0)
+        answers.append(decomposed(interpreter, tile, key, value, own[0] if rowwise else mask))
+    joined = net.add_concatenation(answers)
+    joined.axis = 2
+    return _first_rows(interpreter, joined.get_output(0), query)
+
+
+def _rows(interpreter: Interpreter, tensor: Any, start: int, rows: int) -> Any:
+    """``tensor[:, :, start : start + rows]`` of a (B, H, N, D) tensor."""
+    sizes = _sizes(interpreter, tensor)
+    layer = interpreter.ctx.net.add_slice(tensor, (0, 0, start, 0), (0,) * 4, (1,) * 4)
+    layer.set_input(2, _shape_tensor(interpreter, [*sizes[:2], rows, sizes[3]]))
+    return layer.get_output(0)
 
 
 def _nothing(interpreter: Interpreter, answer: Any) -> Any:
@@ -313,16 +348,20 @@ def _shape_tensor(interpreter: Interpreter, sizes: list[Any]) -> Any:
 
 def _in_tiles(interpreter: Interpreter, tensor: Any, tiles: int, rows: int) -> Any:
     """(B, H, N, D) → (B, H, tiles, rows, D), zeros behind the last query."""
-    net = interpreter.ctx.net
+    layer = interpreter.ctx.net.add_shuffle(_padded(interpreter, tensor, tiles * rows))
+    # 0: as before; only a mask's keys may be dynamic
+    layer.reshape_dims = (0, 0, tiles, rows, tensor.shape[3])
+    return layer.get_output(0)
+
+
+def _padded(interpreter: Interpreter, tensor: Any, rows: int) -> Any:
+    """(B, H, N, D) → (B, H, rows, D), zeros behind the last query."""
+    if tensor.shape[2] == rows:
+        return tensor
     sizes = _sizes(interpreter, tensor)
-    if tensor.shape[2] != tiles * rows:
-        wanted = [*sizes[:2], tiles * rows, *sizes[3:]]
-        layer = net.add_slice(tensor, (0,) * 4, (0,) * 4, (1,) * 4)
-        layer.set_input(2, _shape_tensor(interpreter, wanted))
-        layer.mode = trt.SampleMode.FILL
-        tensor = layer.get_output(0)
-    layer = net.add_shuffle(tensor)
-    layer.set_input(1, _shape_tensor(interpreter, [*sizes[:2], tiles, rows, *sizes[3:]]))
+    layer = interpreter.ctx.net.add_slice(tensor, (0,) * 4, (0,) * 4, (1,) * 4)
+    layer.set_input(2, _shape_tensor(interpreter, [*sizes[:2], rows, *sizes[3:]]))
+    layer.mode = trt.SampleMode.FILL
     return layer.get_output(0)
 
 

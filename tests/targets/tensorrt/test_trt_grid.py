@@ -1,0 +1,52 @@
+"""The default encoder for every GPU, precision and form of flags, three times in a row: all of it builds."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+
+from sam3x.capture.capture import capture
+from sam3x.capture.program import CapturedProgram
+from sam3x.passes.default_pipeline import default_pipeline
+from sam3x.sources.encoder import default_source
+from sam3x.targets.base import resolve
+from sam3x.targets.tensorrt.build import build
+from sam3x.targets.tensorrt.target import TrtTarget
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "fixed": {"dac": False, "pre_norm": True, "prompt_length": 32},
+    "runtime": {"branches": "select"},
+    "conditionals": {"branches": "cond"},
+}
+GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120")
+TIMES = 3
+
+
+@functools.cache
+def default_encoder(flags: str) -> CapturedProgram:
+    return capture(default_source(0).module, resolve(TrtTarget(), {"compute_capability": "sm89", **FLAGS[flags]})[0])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("flags", "precision"), itertools.product(FLAGS, ("fp32", "tf32", "fp16", "bf16")))
+def test_the_default_encoder_builds_for_every_gpu_three_times_in_a_row(
+    flags: str, precision: str, record_property: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Batch 1:4, 72×72 tokens, prompt 1:77 or 32: what a user gets who names no sizes."""
+    target = TrtTarget()
+    spec, options = resolve(target, {"compute_capability": "sm89", "precision": precision, **FLAGS[flags]})
+    passes = default_pipeline(str(spec.branches)).then(*target.legalization_passes(options))
+    program, _ = passes.run(default_encoder(flags))
+    for gpu, _ in itertools.product(GPUS, range(TIMES)):
+        facts = build(program, options, gpu).facts
+        figures = (
+            f"{flags} {precision} {gpu}: {facts['activation_bytes'] / 1e6:.0f} MB, {facts['build_seconds']} s, {facts['form']}"
+        )
+        with capsys.disabled():
+            print(figures, flush=True)
+        assert facts["left_to_torch"] == 0
+        assert facts["activation_bytes"] <= 400e6, figures
