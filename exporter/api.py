@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from sam3x.artifact.manifest import (
     VerificationRecord,
     sealed,
 )
+from sam3x.artifact.memory import peak_memory
 from sam3x.artifact.publish import publishing, replace_manifest
 from sam3x.capture.capture import capture
 from sam3x.capture.program import CapturedProgram
@@ -110,7 +110,7 @@ def export(
             )
             require(verification, Step.VERIFY, target, "" if spec.verify == "each" else FIND_PASS)
         figures["total_seconds"] = time.perf_counter() - started
-        figures["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        figures["peak_rss_mb"] = peak_memory() / 2**20
         inputs, outputs = _tensor_specs(captured)
         manifest = ExportManifest(
             target=target,

@@ -115,6 +115,7 @@ def half_of_the_batch_baked_in(monkeypatch: pytest.MonkeyPatch) -> None:
 PLANTS = {scale_squared: 44, mask_inverted: 95, half_of_the_batch_baked_in: 62}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
 def test_a_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Within two minutes of one core; with these seeds among the first cases."""

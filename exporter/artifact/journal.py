@@ -141,7 +141,7 @@ def _keep(folder: Path, name: str) -> None:
     kept.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(here, kept, follow_symlinks=False)
-    except OSError:  # a file system without hard links
+    except (OSError, NotImplementedError):  # a file system without hard links, or Windows, which follows links
         os.replace(here, kept)
 
 
@@ -161,7 +161,12 @@ def _remove_empty_parents(folder: Path, name: str) -> None:
 
 def sync(path: Path) -> None:
     """To the disk, before a rename that says it is there."""
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what may be written alone
+    except PermissionError:
+        if path.is_dir():  # Windows opens no folder
+            return
+        raise
     try:
         os.fsync(descriptor)
     except OSError as error:

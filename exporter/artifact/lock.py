@@ -7,26 +7,35 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 try:
     import fcntl
-except ImportError:  # Windows runs artifacts; exports are made on Linux and macOS
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+_LOCK = ".sam3x-lock"
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold ``folder`` against other exports; the kernel lets go when the process ends, however it ends.
 
-    The lock is on the folder itself, so no file is left. A file system without locks is used without.
+    The lock is on the folder itself, so no file is left; on Windows on a file in it, which is removed. A file system without
+    locks is used without.
 
     Raises:
         BlockingIOError: another process holds it.
     """
     if fcntl is None:
-        yield
+        try:
+            with FileLock(folder / _LOCK, timeout=0):
+                yield
+        except Timeout as error:
+            raise BlockingIOError(str(error)) from error
         return
     while True:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import psutil
+
 PAUSE = 0.05
 """Seconds between two runs."""
 
@@ -42,7 +44,8 @@ class Worker:
             stderr=self._errors,
             # safe path: with -m, a folder called onnx in the current directory would be taken for the package
             env={**os.environ, "PYTHONSAFEPATH": "1", **environment},
-            start_new_session=True,  # so that Ctrl-C reaches this process alone, and a compiler it started ends with it
+            start_new_session=True,  # so that Ctrl-C reaches this process alone
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
         )
         self._send(job)
 
@@ -110,8 +113,11 @@ class Worker:
             self._in.flush()
 
     def _kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self._process.pid)
+            for item in [*process.children(recursive=True), process]:  # a compiler that it started ends with it
+                with contextlib.suppress(psutil.Error):
+                    item.kill()
 
     def _ending(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):

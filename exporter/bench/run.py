@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from sam3x.artifact.manifest import MANIFEST, read_manifest
 from sam3x.bench.process import ContenderError, Worker, workers_closed
 from sam3x.bench.report import (
@@ -262,16 +264,13 @@ def machine_of() -> Machine:
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    memory = None
-    with contextlib.suppress(ValueError, OSError, AttributeError):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6
     load = None
     with contextlib.suppress(OSError, AttributeError):
         load = os.getloadavg()[0]
     return Machine(
         cpu=_cpu_model(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory_mb=memory,
+        memory_mb=psutil.virtual_memory().total / 1e6,
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         versions=versions,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import resource
 import sys
 import time
 import zlib
@@ -17,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from sam3x.artifact.memory import memory_now, peak_memory
 from sam3x.bench.limits import limit_executorch, limit_onnxruntime
 from sam3x.bench.pipeline_contenders import EagerPipelineContender, PipelineContender
 
@@ -31,30 +30,6 @@ MEGABYTE = 1e6
 
 
 # ---- memory
-
-
-def _from_status(name: str) -> float | None:
-    """Megabytes of a line of /proc/self/status, where there is one."""
-    try:
-        found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(found.group(1)) * 1024 / MEGABYTE if found else None
-
-
-def peak_memory() -> float:
-    """Highest resident megabytes. ``ru_maxrss`` only where there is no VmHWM: it holds what the parent had at the fork."""
-    from_status = _from_status("VmHWM")
-    if from_status is not None:
-        return from_status
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MEGABYTE
-
-
-def memory() -> float:
-    """Resident megabytes now; the peak where the system tells no more."""
-    now = _from_status("VmRSS")
-    return peak_memory() if now is None else now
 
 
 def restart_peak() -> bool:
@@ -284,12 +259,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _timed(run: Run, arrays: Arrays) -> dict[str, float]:
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    started = time.perf_counter()
+    before, started = time.process_time(), time.perf_counter()
     run(arrays)
-    seconds = time.perf_counter() - started
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds, cpu = time.perf_counter() - started, time.process_time() - before
     return {"seconds": seconds, "cpu_seconds": cpu}
 
 
@@ -301,7 +273,7 @@ def serve(commands: TextIO, tell: Callable[..., None]) -> None:
         contender = CONTENDERS[job["kind"]](job)
         step = "import"
         contender.imports()
-        imported = memory()
+        imported = memory_now() / MEGABYTE
         tell("imported")
         if job["kind"] == "export":
             step = "export"
@@ -311,13 +283,13 @@ def serve(commands: TextIO, tell: Callable[..., None]) -> None:
         run: Run = contender.load()
         step = "inputs"
         arrays = contender.inputs()
-        loaded, peak_load = memory(), peak_memory()
+        loaded, peak_load = memory_now() / MEGABYTE, peak_memory() / MEGABYTE
         restarted = restart_peak()
         tell("loaded")
         step = "first run"
         output = run(arrays)
         tell("first_output")
-        peak_first = peak_memory()
+        peak_first = peak_memory() / MEGABYTE
         if job.get("output"):
             import numpy
 
@@ -331,7 +303,7 @@ def serve(commands: TextIO, tell: Callable[..., None]) -> None:
             step = "run"
             tell("ran", **_timed(run, arrays))
         at_start = {"imported": imported, "loaded": loaded, "peak_load": peak_load, "peak_first": peak_first}
-        peak_run = peak_memory()
+        peak_run = peak_memory() / MEGABYTE
         step = "profile"
         profile = contender.profile(arrays) if job.get("profile") and hasattr(contender, "profile") else []
         known = {**at_start, "peak_run": peak_run, "peak": max(peak_load, peak_run), "restarted": restarted}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from sam3x.artifact.files import names_in, sha256_of
 from sam3x.artifact.manifest import MANIFEST, sealed
+from sam3x.artifact.memory import peak_memory
 from sam3x.artifact.publish import publishing
 from sam3x.capture.samples import clamped
 from sam3x.errors import SpecError, TargetUnavailableError
@@ -134,7 +134,7 @@ def export_pipeline(
             files={name: sha256_of(staging / name) for name in names_in(staging)},
             figures={
                 "total_seconds": round(time.perf_counter() - started, 3),
-                "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 3),
+                "peak_rss_mb": round(peak_memory() / 2**20, 3),
             },
             notes=(*model.notes, *job.notes),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +17,11 @@ def _activation_first() -> Any:
         lambda op, x, shape: op.Reshape(op.Relu(x), shape),
         name="activation_first",
     )
+
+
+def _fresh(rule: Any) -> Any:
+    """Make the rule anew from its class: one that was used keeps its last graph, weights and all, and cannot be copied."""
+    return type(rule._condition_function.__self__).rule()
 
 
 def optimize(model: ir.Model, *, fold_norms: bool = True) -> None:
@@ -43,7 +47,7 @@ def optimize(model: ir.Model, *, fold_norms: bool = True) -> None:
         chosen += [rules.normalize_pad_format_conv_rule, rules.fuse_pad_into_conv_rule]
     common.InlinePass()(model)
     fold_constants_ir(model, onnx_shape_inference=True)
-    rewrite(model, [_activation_first(), *copy.deepcopy(chosen)])  # a rule keeps the last graph it looked at, weights and all
+    rewrite(model, [_activation_first(), *map(_fresh, chosen)])
     fold_constants_ir(model)  # the rewrites leave an Identity each
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),

@@ -41,6 +41,7 @@ def parts() -> dict[str, tuple[Component, list[Case]]]:
     return {item.name: (item, cases[item.name]) for item in model.components}
 
 
+@pytest.mark.long
 def test_a_whole_pipeline_in_fp16_runs_in_executorch(tmp_path: Path) -> None:
     """Every component by the rule, masks as eager's but for rounding, and all of it by the runtime."""
     manifest = export_pipeline(random_image_source(SMALL), target="pte", precision="fp16", output=tmp_path / "out")
@@ -55,6 +56,7 @@ def test_a_whole_pipeline_in_fp16_runs_in_executorch(tmp_path: Path) -> None:
     assert len(found) == SMALL.num_queries and np.isfinite(found.scores).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("component", ["vision_encoder", "decoder"])
 def test_a_component_in_int8_is_verified(component: str, tmp_path: Path) -> None:
     """One picture traced, and two for the quantized graph; layers that share weights, which XNNPACK would run at once."""
