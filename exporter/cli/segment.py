@@ -39,7 +39,9 @@ def run(
     ] = None,
     threshold: Annotated[
         list[float] | None,
-        typer.Option(help="Detections score above it, 0 to 1; repeat it for one a prompt. Default: the model's own."),
+        typer.Option(
+            metavar="NUMBER", help="Detections score above it, 0 to 1; repeat it for one a prompt. Default: the model's own."
+        ),
     ] = None,
     max_detections: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Keep the N best of each prompt. Default: all.")

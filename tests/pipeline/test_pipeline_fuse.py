@@ -50,6 +50,7 @@ PROMPTS: dict[str, dict[str, Any]] = {
     "many prompts": {"text": ["dog", "the red car", "and", "visual", "a"], "boxes": [[BOX], [], [OTHER, BOX], [], []]},
     "no hit": {"text": ["the red dog", "car"], "threshold": 0.999},
     "every query": {"text": ["dog", "car"], "threshold": 0.0},
+    "a threshold each, and a cap": {"text": ["dog", "car"], "threshold": [0.0, 0.05], "max_detections": 3},
 }
 
 
