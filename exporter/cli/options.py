@@ -16,7 +16,9 @@ def named_path(value: str | Path) -> Path:
 
 
 Folder = Annotated[Path, typer.Argument(help="An exported folder.", metavar="FOLDER")]
-Checkpoint = Annotated[Path | None, typer.Option("--checkpoint", help="SAM3 or EfficientSAM3 .pt, .pth or .safetensors.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option("--checkpoint", help="SAM3 or EfficientSAM3 .pt, .pth, .ckpt or .safetensors.")
+]
 WeightsKey = Annotated[
     str | None,
     typer.Option("--weights-key", metavar="KEY", help="Which weights of a checkpoint that has several, as in ema."),

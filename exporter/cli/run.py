@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 def lint(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A .pt, .pth or .safetensors file, or a folder of transformers'.", metavar="CHECKPOINT")
+        Path,
+        typer.Argument(help="A .pt, .pth, .ckpt or .safetensors file, or a folder of transformers'.", metavar="CHECKPOINT"),
     ],
     weights_key: WeightsKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,

@@ -18,7 +18,7 @@ from sam3x.errors import SourceError
 from sam3x.sources.archive import archive_fault, weights_fault
 from sam3x.sources.lora import is_adapter_name, merge_adapters
 
-SUFFIXES = (".pt", ".pth", ".safetensors")
+SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 INDEX = ".safetensors.index.json"
 WRAPPERS = ("model", "state_dict", "model_state_dict")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -28,6 +28,7 @@ _TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save beg
 _SAVE_AGAIN = "Save the weights alone: torch.save(model.state_dict(), path)."
 _AGAIN = "Download or save it again."
 _TEXT = "is a text file, not a checkpoint (a login page instead of the download?)"
+_WEIGHT_NAME = re.compile(r"\w+(\.[\w-]+)+")  # of a module's weight; paths and file names, which callbacks keep, are none
 _TORCH_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
 """Segments that torch.compile, FSDP, activation checkpointing and Fabric put into names, at any depth."""
 
@@ -63,7 +64,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path, weights_key: str | None = None) -> Checkpoint:
-    """The named weights of a .pt, .pth or .safetensors file, or of the shards that a .safetensors.index.json lists.
+    """The named weights of a .pt, .pth, .ckpt or .safetensors file, or of the shards that a .safetensors.index.json lists.
 
     Weights are looked for in ``{"model": …}`` and the like. Names lose the segments of torch's own wrappers, and a LoRA adapter
     beside the weights it adapts is merged.
@@ -125,10 +126,10 @@ def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def _places(content: Mapping[Any, Any], place: str, depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every dict that holds weights, by its place; names without a dot (an optimizer's) make none below the top."""
+    """Every dict that holds weights, by its place; names without a dot, such as an optimizer's, make none below the top."""
     tensors = _tensors(content)
     wrapped = not place or place.rpartition(".")[2] in WRAPPERS
-    if any("." in name for name in tensors) or (tensors and wrapped):
+    if any(_WEIGHT_NAME.fullmatch(name) for name in tensors) or (tensors and wrapped):
         yield place, tensors
     for name, value in content.items() if depth < _DEEPEST else ():
         if isinstance(name, str) and isinstance(value, Mapping):
@@ -245,10 +246,12 @@ def _head(path: Path) -> bytes:
         if not path.exists():
             raise SourceError(f"{path} does not exist", remedy="Check the path given as --checkpoint.")
         if not path.is_file():
-            raise SourceError(f"{path} is not a regular file", remedy="Give a .pt, .pth or .safetensors file.")
+            raise SourceError(f"{path} is not a regular file", remedy="Give a .pt, .pth, .ckpt or .safetensors file.")
         if path.suffix.lower() not in SUFFIXES:
             ending = f"ends in {path.suffix!r}" if path.suffix else "has no file name ending"
-            raise SourceError(f"{path} {ending}, which says no known format", remedy="Give a .pt, .pth or .safetensors file.")
+            raise SourceError(
+                f"{path} {ending}, which says no known format", remedy="Give a .pt, .pth, .ckpt or .safetensors file."
+            )
         with path.open("rb") as file:
             head = file.read(256)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -265,9 +268,12 @@ def _head(path: Path) -> bytes:
 def _folder_error(path: Path) -> SourceError:
     if (path / ADAPTER_CONFIG).is_file():
         return adapter_error(path)
-    inside = sorted(item.name for item in path.iterdir() if item.suffix.lower() in SUFFIXES)
+    inside = sorted(
+        item.name for item in path.iterdir() if item.suffix.lower() in SUFFIXES or item.name.lower().endswith(INDEX)
+    )
     return SourceError(
-        f"{path} is a folder", remedy=f"Name the file in it: {some_of(inside) if inside else 'a .pt, .pth or .safetensors'}."
+        f"{path} is a folder",
+        remedy=f"Name the file in it: {some_of(inside) if inside else 'a .pt, .pth, .ckpt or .safetensors'}.",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sam3x.errors import SourceError
-from sam3x.sources.checkpoint import Checkpoint, read_checkpoint, some_of
+from sam3x.sources.checkpoint import INDEX, Checkpoint, read_checkpoint, some_of
 from sam3x.sources.encoder import encoder_in, reason_of
 from sam3x.sources.image_config import ImageModelConfig
 from sam3x.sources.image_model import build_image_model
@@ -30,6 +31,7 @@ from sam3x.sources.state import (
     missing_sizes,
 )
 
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _ONE_TRUNK = "Save the weights of one of them, or export the live model with --module package.module:factory."
 
@@ -97,6 +99,9 @@ def judge(checkpoint: Checkpoint) -> Judged:
         facts={},
         notes=(*checkpoint.notes, *part.notes, *([f"{' and '.join(low)} weights, exported as float32"] if low else [])),
     )
+    index = _SHARD.sub(INDEX, checkpoint.path.name)
+    if index != checkpoint.path.name:
+        report = report.model_copy(update={"remedy": f"It is one of several shards; give {index}, which lists them all."})
     if kind == "unknown":
         trap = f"no part of an image model: it has {some_of(checkpoint.state)}"
         return Judged(report=report.model_copy(update={"traps": (trap,), "remedy": "Give a SAM3 checkpoint."}))

@@ -17,6 +17,7 @@ _FACTOR = re.compile(
     r"^(?P<module>.*)\.(?:lora_(?P<embedding>embedding_)?(?P<factor>A|B|down|up))"
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<end>weight|bias))?$"
 )
+_PEFT_ATTENTION = ".base_layer.out_proj."
 _SAVED = re.compile(r"\.modules_to_save\.(?P<adapter>[^.]+)\.")
 _LATER_KINDS = ("lora_magnitude_vector", "lora_variant", "lora_bias")
 _WEIGHTS = ("base_layer.weight", "weight", "base_layer.in_proj_weight", "in_proj_weight")
@@ -85,6 +86,8 @@ def _factors(state: Mapping[str, Tensor], subject: str) -> tuple[dict[str, tuple
         if not is_adapter_name(name):
             continue
         match = _FACTOR.match(name)
+        if f"{_PEFT_ATTENTION}lora_" in name:  # what such a model was trained with depends on the version of peft
+            raise _refusal(subject, "peft's adapter of a MultiheadAttention, whose out_proj some versions of peft change twice")
         if match is None or match["end"] == "bias" or any(kind in name for kind in _LATER_KINDS):
             raise _refusal(subject, f"{name} is of a kind that is not merged here")
         side = "A" if match["factor"] in ("A", "down") else "B"

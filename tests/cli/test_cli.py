@@ -149,7 +149,7 @@ def test_passes_graphs_and_output_reach_the_api(seen: dict[str, Any]) -> None:
 def test_a_named_encoder_is_loaded_and_no_random_weights_are_announced(
     seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch, option: str, maker: str, value: str
 ) -> None:
-    monkeypatch.setattr(sources, maker, lambda given: f"source of {given}")
+    monkeypatch.setattr(sources, maker, lambda given, weights_key=None: f"source of {given}")
     result = run("export", option, value)
     assert result.exit_code == 0, result.stderr
     assert seen["encoder"] == f"source of {value}"

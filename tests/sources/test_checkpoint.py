@@ -323,7 +323,7 @@ def test_files_that_hold_something_else(tmp_path: Path, suffix: str, content: by
 
 def test_wrong_names(tmp_path: Path, state: dict[str, Tensor]) -> None:
     assert "does not exist" in refusal(tmp_path / "absent.pt")
-    assert "is a folder. Name the file in it: a .pt, .pth or .safetensors." in refusal(tmp_path)
+    assert "is a folder. Name the file in it: a .pt, .pth, .ckpt or .safetensors." in refusal(tmp_path)
     saved(tmp_path / "sam3.pt", state).rename(tmp_path / "named.safetensors")
     assert "is a PyTorch file named .safetensors" in refusal(tmp_path / "named.safetensors")
     save_file(state, tmp_path / "named.pth")

@@ -145,6 +145,13 @@ def test_weights_key_chooses_by_the_beginning_of_names(state: State, tmp_path: P
     assert same(loaded(path, "ema_model")[0], ema) and same(loaded(path, "model")[0], state)
 
 
+def test_a_lightning_checkpoint_is_read_whatever_its_callbacks_keep(state: State, tmp_path: Path) -> None:
+    kept = {"best_k_models": {"/runs/a/epoch=3.ckpt": torch.tensor(0.5)}, "best_model_score": torch.tensor(0.5)}
+    content = {"state_dict": prefixed("model.", state), "callbacks": {"ModelCheckpoint{'monitor': 'loss'}": kept}, "epoch": 3}
+    weights, report = loaded(saved(tmp_path / "last.ckpt", content))
+    assert same(weights, state) and report.notes == ("keys under 'model.'",)
+
+
 def test_sets_of_weights_of_unknown_names_ask_for_a_key(state: State, tmp_path: Path) -> None:
     path = saved(tmp_path / "c.pt", {"student": state, "teacher": state})
     with pytest.raises(SourceError, match=r"holds 2 sets of weights, under 'student', 'teacher'\. Choose"):
@@ -253,6 +260,7 @@ REFUSED_ADAPTERS: dict[str, tuple[Callable[[State], Any], str]] = {
         },
         "of a kind that is not merged here",
     ),
+    "peft's attention": (lambda s: _peft_attention(s), "whose out_proj some versions of peft change twice"),
     "shape": (
         lambda s: {
             **s,
@@ -263,6 +271,12 @@ REFUSED_ADAPTERS: dict[str, tuple[Callable[[State], Any], str]] = {
         "has no weight of its shape",
     ),
 }
+
+
+def _peft_attention(state: State) -> State:
+    name = FUSION + "layers.0.self_attn.out_proj"
+    keys = peft(state, lora(state, "layers.0.self_attn.out_proj.weight"))
+    return {key.replace(name, name.replace(".out_proj", ".base_layer.out_proj")): value for key, value in keys.items()}
 
 
 def _factors(state: State) -> State:
@@ -391,6 +405,10 @@ def test_shards_are_read_together_and_an_absent_weight_is_missed(state: State, t
     index.write_text(json.dumps({"weight_map": {**listed, "more.weight": "a.safetensors"}}))
     with pytest.raises(SourceError, match=r"does not fit its shards; in no shard: more\.weight"):
         lint(index)
+    part = tmp_path / "model-00001-of-00002.safetensors"
+    (tmp_path / "a.safetensors").rename(part)
+    report = verdict(part)
+    assert report.missing and "give model.safetensors.index.json" in report.remedy
     for content in ("[]", '{"weight_map": {"a": "../../x.safetensors"}}', '{"weight_map": {"a": "c.safetensors"}}'):
         index.write_text(content)
         with pytest.raises(SourceError):
