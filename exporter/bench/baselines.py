@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sam3x.fusion.encoder import d_model_of, layers_of
 from sam3x.fusion.layer import OPTIONAL_INPUTS, fusion_layer, is_stock, opaque_layer
-from sam3x.fusion.twin import twin_of
+from sam3x.fusion.shadow import shadow_of
 from sam3x.sources.encoder import Source, checkpoint_source, default_source, factory_source
 from sam3x.spec import DEFAULT_TOKENS_INPUTS
 
@@ -42,7 +42,7 @@ class StaticEncoder(nn.Module):
 
     def __init__(self, source: nn.Module, *, dac: bool, pre_norm: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers_of(twin_of(source)))
+        self.layers = nn.ModuleList(layers_of(shadow_of(source)))
         self.dac = dac and pre_norm
         for layer in self.layers:
             layer.pre_norm = pre_norm  # type: ignore[assignment]

@@ -14,7 +14,7 @@ from sam3x.capture.refusal import refusal
 from sam3x.capture.watch import traced
 from sam3x.errors import CaptureError
 from sam3x.fusion.ambient import settled
-from sam3x.fusion.twin import attributes_kept
+from sam3x.fusion.shadow import attributes_kept
 from sam3x.sources.contract import Component, Port
 from sam3x.spec import ExportSpec
 

@@ -17,7 +17,7 @@ from sam3x.fusion.dimensions import dims_of
 from sam3x.fusion.layer import OPTIONAL_INPUTS, fusion_layer, is_stock, opaque_layer
 from sam3x.fusion.layer_op import LAYER_OP
 from sam3x.fusion.layer_template import weights_of
-from sam3x.fusion.twin import Twins, attributes_kept, check_module, shallow_copy, twin_of, unwrapped
+from sam3x.fusion.shadow import Shadows, attributes_kept, check_module, shadow_of, shallow_copy, unwrapped
 from sam3x.spec import ExportSpec
 
 FUSION_OUTPUTS = ("memory", "padding_mask", "pos_embed", "memory_text", "level_start_index", "spatial_shapes", "valid_ratios")
@@ -91,7 +91,7 @@ class FusionEncoder(nn.Module):
         layers = layers_of(source)
         whole = source if isinstance(source, nn.Module) else nn.ModuleList(layers)
         check_module(whole)
-        self.encoder = twin_of(whole)
+        self.encoder = shadow_of(whole)
         self.layers = layers_of(self.encoder)
         registered = set(map(id, self.encoder.modules()))
         self.loose = nn.ModuleList(layer for layer in self.layers if id(layer) not in registered)  # in a list of Python's own
@@ -200,8 +200,8 @@ class FusionEncoder(nn.Module):
         """This encoder with weights of a dtype, complex ones as wide; a tensor that is held in two places still is."""
         if dtype is torch.float32:
             return self
-        twins, made = Twins(), dict[int, Tensor]()
-        other = twins.of(self)
+        shadows, made = Shadows(), dict[int, Tensor]()
+        other = shadows.of(self)
 
         def converted(value: Any) -> Any:
             if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
@@ -210,7 +210,7 @@ class FusionEncoder(nn.Module):
                 made[id(value)] = value.detach().to(dtype.to_complex() if value.is_complex() else dtype)
             return made[id(value)]
 
-        for module in twins.made:
+        for module in shadows.made:
             for held in (module._parameters, module._buffers, module.__dict__):
                 held.update({name: converted(value) for name, value in held.items() if isinstance(value, Tensor)})
         return other  # type: ignore[return-value]

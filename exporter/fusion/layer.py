@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sam3x.fusion.twin import holding, shallow_copy
+from sam3x.fusion.shadow import holding, shallow_copy
 
 LayerFlag = bool | Tensor
 OPTIONAL_INPUTS = ("tgt_mask", "memory_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "pos", "query_pos")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from sam3x.fusion.twin import attributes_kept
+from sam3x.fusion.shadow import attributes_kept
 
 LayerCall = Callable[..., Tensor]
 

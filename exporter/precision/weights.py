@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sam3x.capture.samples import branch_values, make_inputs, trace_sizes
 from sam3x.fusion.encoder import FusionEncoder
-from sam3x.fusion.twin import twin_of
+from sam3x.fusion.shadow import shadow_of
 from sam3x.spec import ExportSpec
 
 SMALLEST = 256
@@ -43,9 +43,9 @@ def rounded_encoder(module: nn.Module, spec: ExportSpec, precision: str) -> nn.M
     plain = tuple(name for name in encoder.input_names if name not in flags)
     inputs = {**make_inputs(plain, spec, encoder.d_model, trace_sizes(spec), spec.seed), **flags}
     weights = rounded_weights((encoder,), precision, lambda: encoder.eager(inputs))
-    twin = twin_of(module)
-    _swap((twin,), weights)
-    return twin
+    shadow = shadow_of(module)
+    _swap((shadow,), weights)
+    return shadow
 
 
 def rounded_weights(trees: Iterable[nn.Module], precision: str, run: Callable[[], Any]) -> Rounded:

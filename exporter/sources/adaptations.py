@@ -140,7 +140,7 @@ def no_empty_joins(module: nn.Module) -> Iterator[None]:
 
 
 def without_points(encoder: nn.Module) -> None:
-    """The geometry encoder (a private twin) skips the layers for points when it is given none."""
+    """The geometry encoder (a private shadow module) skips the layers for points when it is given none."""
     encode: Callable[..., Any] = encoder._encode_points  # type: ignore[assignment]
 
     def points_or_none(points: Tensor, points_mask: Tensor, points_labels: Tensor, img_feats: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +152,7 @@ def without_points(encoder: nn.Module) -> None:
 
 
 def boxes_of_one_picture(encoder: nn.Module, *, batch_first: bool) -> None:
-    """The geometry encoder (a private twin) encodes the boxes of all prompts as boxes of one picture.
+    """The geometry encoder (a private shadow module) encodes the boxes of all prompts as boxes of one picture.
 
     Upstream unbinds the batch for ``roi_align``, which needs to know how many prompts there are. Boxes are encoded one by one,
     so prompts that look at the same picture can share one row of the batch.

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sam3x.errors import ArtifactError, Step
 from sam3x.fusion.ambient import settled
 from sam3x.fusion.encoder import FusionEncoder
-from sam3x.fusion.twin import holding
+from sam3x.fusion.shadow import holding
 from sam3x.sources import adaptations
 from sam3x.spec import ExportSpec
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sam3x.errors import Sam3xError, SourceError
 from sam3x.fusion.config import FusionConfig, make_config
 from sam3x.fusion.encoder import layers_of
-from sam3x.fusion.twin import check_module, twin_of
+from sam3x.fusion.shadow import check_module, shadow_of
 from sam3x.sources.checkpoint import Checkpoint, read_checkpoint
 from sam3x.sources.fusion_part import find_encoder, hyper_parameters, load_weights
 
@@ -120,14 +120,14 @@ def module_source(module: nn.Module | Sequence[nn.Module], origin: str) -> Sourc
         raise SourceError(fact, remedy="Pass the module before it was scripted.") from error
     whole = module if isinstance(module, nn.Module) else nn.ModuleList(layers)
     check_module(whole)
-    twin = twin_of(whole)  # the same whatever wraps it
-    registered = set(map(id, twin.modules()))
-    loose = [layer for layer in layers_of(twin) if id(layer) not in registered]
+    shadow = shadow_of(whole)  # the same whatever wraps it
+    registered = set(map(id, shadow.modules()))
+    loose = [layer for layer in layers_of(shadow) if id(layer) not in registered]
     return Source(
         module=whole,
         origin=origin,
         config=None,
-        weights_sha256=weights_hash(nn.ModuleList([twin, *loose]) if loose else twin),
+        weights_sha256=weights_hash(nn.ModuleList([shadow, *loose]) if loose else shadow),
     )
 
 

@@ -15,7 +15,7 @@ from sam3x.capture.samples import Sizes, make_inputs
 from sam3x.errors import SourceError, SpecError
 from sam3x.fusion.encoder import FusionEncoder, layers_of
 from sam3x.fusion.layer_template import kind_of
-from sam3x.fusion.twin import twin_of
+from sam3x.fusion.shadow import shadow_of
 from sam3x.spec import make_spec
 from support.upstream import assert_equal_to_upstream, encoder_of
 
@@ -36,14 +36,14 @@ def test_what_is_no_encoder(wrong: Any) -> None:
         layers_of(wrong)
 
 
-def test_the_twin_shares_every_tensor_and_is_in_eval_mode() -> None:
+def test_the_shadow_shares_every_tensor_and_is_in_eval_mode() -> None:
     encoder = encoder_of(2).train()
-    twin = twin_of(encoder)
-    assert {n: p.data_ptr() for n, p in twin.named_parameters()} == {n: p.data_ptr() for n, p in encoder.named_parameters()}
-    assert not any(module.training for module in twin.modules())
+    shadow = shadow_of(encoder)
+    assert {n: p.data_ptr() for n, p in shadow.named_parameters()} == {n: p.data_ptr() for n, p in encoder.named_parameters()}
+    assert not any(module.training for module in shadow.modules())
     assert all(module.training for module in encoder.modules())
-    twin.layers[0].pre_norm = False
-    twin.layers[0].linear1 = nn.Identity()
+    shadow.layers[0].pre_norm = False
+    shadow.layers[0].linear1 = nn.Identity()
     assert encoder.layers[0].pre_norm is True
     assert isinstance(encoder.layers[0].linear1, nn.Linear)
 

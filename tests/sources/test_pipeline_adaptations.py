@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from sam3x.fusion.twin import twin_of
+from sam3x.fusion.shadow import shadow_of
 from sam3x.sources import adaptations
 from sam3x.sources.image import draw_image_weights
 from sam3x.sources.image_model import _geometry_encoder
-from sam3x.sources.meta.source import private_twin
+from sam3x.sources.meta.source import private_shadow
 from support.image_model import TINY
 
 GRID, PROMPTS, BOXES = 8, 3, 2
@@ -54,11 +54,11 @@ def test_all_adaptations_together_give_upstreams_numbers(geometry: nn.Module) ->
     mask = torch.tensor([[False, False], [False, True], [True, True]])
     tokens = torch.randn((1, GRID * GRID, TINY.d_model), generator=generator)
     wanted, wanted_mask = run(geometry, boxes, labels, mask, tokens)
-    twin = twin_of(geometry)
-    adaptations.without_points(twin)
-    adaptations.boxes_of_one_picture(twin, batch_first=False)
-    with adaptations.symbolic_sizes(twin), adaptations.no_empty_joins(twin):
-        got, got_mask = run(twin, boxes, labels, mask, tokens)
+    shadow = shadow_of(geometry)
+    adaptations.without_points(shadow)
+    adaptations.boxes_of_one_picture(shadow, batch_first=False)
+    with adaptations.symbolic_sizes(shadow), adaptations.no_empty_joins(shadow):
+        got, got_mask = run(shadow, boxes, labels, mask, tokens)
     assert torch.equal(got_mask, wanted_mask)
     valid = ~wanted_mask.transpose(0, 1)
     torch.testing.assert_close(got[valid], wanted[valid], atol=1e-5, rtol=0)
@@ -120,10 +120,11 @@ def test_a_model_that_has_seen_a_picture_is_traced_as_a_new_one(tiny_model: nn.M
     boxes, size = torch.rand(4, 1, 4), (torch.tensor(8), torch.tensor(8))
     used._get_rpb_matrix(boxes, size)
     assert isinstance(used.compilable_stored_size[0], Tensor)
-    twin: Any = private_twin(used)
-    assert twin.compilable_stored_size is None and twin.compilable_cord_cache is None and used.compilable_cord_cache is not None
-    twin._get_rpb_matrix(boxes, (8, 8))
-    assert twin.compilable_stored_size == (8, 8) and private_twin(twin).compilable_stored_size == (8, 8)
+    shadow: Any = private_shadow(used)
+    stored = (shadow.compilable_stored_size, shadow.compilable_cord_cache)
+    assert stored == (None, None) and used.compilable_cord_cache is not None
+    shadow._get_rpb_matrix(boxes, (8, 8))
+    assert shadow.compilable_stored_size == (8, 8) and private_shadow(shadow).compilable_stored_size == (8, 8)
 
 
 def test_upstream_pins_memory_even_without_a_box(geometry: nn.Module) -> None:

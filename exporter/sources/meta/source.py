@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sam3x.errors import SourceError
 from sam3x.fusion.encoder import FusionEncoder
-from sam3x.fusion.twin import shallow_copy, twin_of
+from sam3x.fusion.shadow import shadow_of, shallow_copy
 from sam3x.sources.contract import Component, Expected, ImageModel, Port
 from sam3x.sources.cut import cut_components, ranges_of
 from sam3x.sources.encoder import weights_hash
@@ -53,22 +53,22 @@ def meta_model(
         expected.check(weights_sha256=weights_sha256)
     if model.num_feature_levels != 1:
         raise SourceError(f"num_feature_levels is {model.num_feature_levels}; sam3x takes 1, as in SAM3")
-    twin: Any = private_twin(model)
-    text = twin.backbone.language_backbone
-    fresh: Any = private_twin(model)  # its caches would hold tensors without values
+    shadow: Any = private_shadow(model)
+    text = shadow.backbone.language_backbone
+    fresh: Any = private_shadow(model)  # its caches would hold tensors without values
     maps = shapes_of(lambda: fresh.backbone.forward_image(torch.zeros((1, 3, image_size, image_size))))["backbone_fpn"]
     size, levels = maps[-1].shape[-1], len(maps) - 1
     fixed = not isinstance(getattr(text.encoder, "positional_embedding", None), nn.Parameter)  # students stretch positions
-    ranges = ranges_of(text.context_length, twin.transformer.decoder.num_queries, fixed_length=fixed, prompts=spec.batch)
+    ranges = ranges_of(text.context_length, shadow.transformer.decoder.num_queries, fixed_length=fixed, prompts=spec.batch)
     modules = {
-        "vision_encoder": meta.VisionEncoder(without(twin.backbone, "language_backbone")),
+        "vision_encoder": meta.VisionEncoder(without(shadow.backbone, "language_backbone")),
         "text_encoder": meta.TextEncoder(text),
-        "prompt_encoder": meta.PromptEncoder(twin.geometry_encoder, size),
-        "decoder": meta.Decoder(_heads(twin), size),
-        "mask_head": meta.MaskHead(twin.segmentation_head, size),
+        "prompt_encoder": meta.PromptEncoder(shadow.geometry_encoder, size),
+        "decoder": meta.Decoder(_heads(shadow), size),
+        "mask_head": meta.MaskHead(shadow.segmentation_head, size),
     }
     limits = {"tokens": (size * size,) * 2, "batch": ranges["prompts"], "prompt_length": ranges["prompt_length"]}
-    fusion = fusion_component(twin.transformer.encoder, spec.model_copy(update=limits), ranges)
+    fusion = fusion_component(shadow.transformer.encoder, spec.model_copy(update=limits), ranges)
     return ImageModel(
         components=cut_components(modules, levels, ranges, attention_mask=False, fusion=fusion),
         image_size=image_size,
@@ -108,17 +108,17 @@ def fusion_component(encoder: nn.Module, spec: ExportSpec, ranges: dict[str, tup
     )
 
 
-def private_twin(model: nn.Module) -> nn.Module:
+def private_shadow(model: nn.Module) -> nn.Module:
     """A second tree over the same tensors, with caches of its own: upstream fills plain dicts while it runs."""
-    twin = twin_of(model)
-    for module in twin.modules():
+    shadow = shadow_of(model)
+    for module in shadow.modules():
         for name, value in list(module.__dict__.items()):
             if type(value) is dict and not name.startswith("_"):
                 module.__dict__[name] = dict(value)
         stored = module.__dict__.get("compilable_stored_size")
         if any(isinstance(size, Tensor) for size in stored or ()):  # the decoder's, of a run; a trace would ask for its value
             module.__dict__.update(compilable_cord_cache=None, compilable_stored_size=None)
-    return twin
+    return shadow
 
 
 def without(module: nn.Module, *names: str) -> nn.Module:
@@ -128,10 +128,10 @@ def without(module: nn.Module, *names: str) -> nn.Module:
     return copy
 
 
-def _heads(twin: Any) -> nn.Module:
+def _heads(shadow: Any) -> nn.Module:
     """What ``_run_decoder`` uses of a ``Sam3Image``."""
-    heads = without(twin, "backbone", "geometry_encoder", "segmentation_head")
-    heads.__dict__["_modules"]["transformer"] = without(twin.transformer, "encoder")
+    heads = without(shadow, "backbone", "geometry_encoder", "segmentation_head")
+    heads.__dict__["_modules"]["transformer"] = without(shadow.transformer, "encoder")
     return heads
 
 

@@ -13,7 +13,7 @@ from sam3x.errors import SourceError
 from sam3x.sources.contract import Expected, ImageModel
 from sam3x.sources.cut import cut_components, ranges_of
 from sam3x.sources.encoder import reason_of, weights_hash
-from sam3x.sources.meta.source import private_twin
+from sam3x.sources.meta.source import private_shadow
 from sam3x.sources.transformers import parts
 from sam3x.spec import ExportSpec
 
@@ -50,28 +50,28 @@ def transformers_model(
     weights_sha256 = weights_hash(model)
     if expected is not None:
         expected.check(weights_sha256=weights_sha256)
-    twin: Any = private_twin(model)
+    shadow: Any = private_shadow(model)
     config: Any = model.config
     size = config.vision_config.image_size
     size = size if isinstance(size, int) else size[0]
     with torch.no_grad():  # fills the position caches too
-        maps = twin.vision_encoder(torch.zeros((1, 3, size, size))).fpn_hidden_states[:-1]
+        maps = shadow.vision_encoder(torch.zeros((1, 3, size, size))).fpn_hidden_states[:-1]
     grid = maps[-1].shape[-1]
     text = config.text_config
     # MobileCLIP stretches its positions to other lengths, and its convolutions see the padding
     fixed = any(
         "RepMixer" in type(module).__name__ or "PositionEmbedding" in type(module).__name__
-        for module in twin.text_encoder.modules()
+        for module in shadow.text_encoder.modules()
     )
-    queries = twin.detr_decoder.query_embed.num_embeddings
+    queries = shadow.detr_decoder.query_embed.num_embeddings
     ranges = ranges_of(text.max_position_embeddings, queries, fixed_length=fixed, prompts=spec.batch)
     modules = {
-        "vision_encoder": parts.VisionEncoder(twin.vision_encoder),
-        "text_encoder": parts.TextEncoder(twin.text_encoder, twin.text_projection),
-        "prompt_encoder": parts.PromptEncoder(twin.geometry_encoder, grid),
-        "fusion_encoder": parts.FusionEncoder(twin.detr_encoder, grid),
-        "decoder": parts.Decoder(twin, grid),
-        "mask_head": parts.MaskHead(twin.mask_decoder, grid),
+        "vision_encoder": parts.VisionEncoder(shadow.vision_encoder),
+        "text_encoder": parts.TextEncoder(shadow.text_encoder, shadow.text_projection),
+        "prompt_encoder": parts.PromptEncoder(shadow.geometry_encoder, grid),
+        "fusion_encoder": parts.FusionEncoder(shadow.detr_encoder, grid),
+        "decoder": parts.Decoder(shadow, grid),
+        "mask_head": parts.MaskHead(shadow.mask_decoder, grid),
     }
     return ImageModel(
         components=cut_components(modules, len(maps) - 1, ranges, attention_mask=True),

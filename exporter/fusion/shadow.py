@@ -1,4 +1,4 @@
-"""Second module trees over a user's tensors, so that nothing is ever set on the user's own."""
+"""Shadow modules: second module trees over the tensors of a user's, so that nothing is ever set on the user's own."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     return copied
 
 
-def twin_of(module: nn.Module) -> nn.Module:
-    """A second module tree over the same tensors, in eval mode; see ``Twins``."""
-    return Twins().of(module)
+def shadow_of(module: nn.Module) -> nn.Module:
+    """A second module tree over the same tensors, in eval mode; see ``Shadows``."""
+    return Shadows().of(module)
 
 
-class Twins:
+class Shadows:
     """Second trees over one set of tensors: parameters over the same memory become one, whoever holds them.
 
     Wrappers are left out (``unwrapped``), and so is ``torch.compile``, whether it wraps a module, its call or its
@@ -107,22 +107,22 @@ class Twins:
 
     def of(self, module: nn.Module) -> nn.Module:
         start = len(self.made)
-        twin = self._tree(module, {})
-        while start < len(self.made):  # what is held without being registered: the twin of it that is, else one of its own
+        shadow = self._tree(module, {})
+        while start < len(self.made):  # what is held without being registered: the shadow of it that is, else one of its own
             own = self.made[start].__dict__
             own.update({name: self._held(value) for name, value in own.items() if name not in _TREE})
             start += 1
-        return twin
+        return shadow
 
     def _tree(self, module: nn.Module, above: Mapping[int, nn.Module]) -> nn.Module:
         module = unwrapped(module)
         if id(module) in above:
             return above[id(module)]
-        twin = shallow_copy(module)
-        self._first.setdefault(id(module), (module, twin))
-        self.made.append(twin)
-        above = {**above, id(module): twin}
-        own = twin.__dict__
+        shadow = shallow_copy(module)
+        self._first.setdefault(id(module), (module, shadow))
+        self.made.append(shadow)
+        above = {**above, id(module): shadow}
+        own = shadow.__dict__
         for name in ("_parameters", "_buffers"):
             own[name] = {key: None if value is None else self._tensor(value) for key, value in module.__dict__[name].items()}
         own["_modules"] = {
@@ -134,11 +134,11 @@ class Twins:
         if hasattr(forward, "_torchdynamo_orig_callable"):
             del own["forward"]
         elif isinstance(forward, types.MethodType) and forward.__self__ is module:
-            own["forward"] = types.MethodType(forward.__func__, twin)
-        return twin
+            own["forward"] = types.MethodType(forward.__func__, shadow)
+        return shadow
 
     def _held(self, value: Any) -> Any:
-        """Modules as their twins; lists and dicts as copies, as code may fill them while it runs."""
+        """Modules as their shadows; lists and dicts as copies, as code may fill them while it runs."""
         if isinstance(value, nn.Module):
             known = self._first.get(id(unwrapped(value)))
             return self._tree(value, {}) if known is None else known[1]
@@ -175,7 +175,7 @@ def _tracked(value: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def holding(module: nn.Module, values: Mapping[int, Tensor]) -> Iterator[None]:
-    """Within it a twin holds ``values[id(x)]`` in place of each parameter or buffer ``x`` named there.
+    """Within it a shadow holds ``values[id(x)]`` in place of each parameter or buffer ``x`` named there.
 
     ``torch.func.functional_call`` goes by names, and leaves a module that has two of them changed.
     """
@@ -196,7 +196,7 @@ def holding(module: nn.Module, values: Mapping[int, Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Put back what a twin's code sets on itself while it runs, tables it keeps for the next call for instance.
+    """Put back what a shadow's code sets on itself while it runs, tables it keeps for the next call for instance.
 
     torch.export refuses a module that does, and what it kept would be tensors without values.
     """
