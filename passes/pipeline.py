@@ -171,7 +171,8 @@ def _run_one(
 
 def _dynamic_sizes(program: torch.export.ExportedProgram) -> set[tuple[str, int]]:
     """(input, dimension) of each size that is still a symbol: asking torch for its value fixes it, without a word."""
-    values = [(node.name, node.meta.get("val")) for node in program.graph.nodes if node.op == "placeholder"]
+    inputs = set(program.graph_signature.user_inputs)  # a buffer may be given up for another
+    values = [(node.name, node.meta.get("val")) for node in program.graph.nodes if node.name in inputs]
     return {
         (name, dim)
         for name, value in values

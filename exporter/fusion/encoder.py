@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from sam3x.fusion.layer import OPTIONAL_INPUTS, fusion_layer, is_stock, opaque_l
 from sam3x.fusion.layer_op import LAYER_OP
 from sam3x.fusion.layer_template import weights_of
 from sam3x.fusion.shadow import Shadows, attributes_kept, check_module, shadow_of, shallow_copy, unwrapped
+from sam3x.fusion.wide import wide_floats
 from sam3x.spec import ExportSpec
 
 FUSION_OUTPUTS = ("memory", "padding_mask", "pos_embed", "memory_text", "level_start_index", "spatial_shapes", "valid_ratios")
@@ -191,8 +193,9 @@ class FusionEncoder(nn.Module):
         pre_norm: Any = given.pop("pre_norm", None if self.spec.pre_norm == "module" else self.spec.pre_norm)
         if isinstance(pre_norm, Tensor):
             pre_norm = pre_norm.tolist()
-        with settled():
-            own = self._in(next(iter(given.values())).dtype)
+        dtype = next(iter(given.values())).dtype
+        with settled(), wide_floats() if dtype is torch.float64 else contextlib.nullcontext():
+            own = self._in(dtype)
             outputs = own._run(given, dac, pre_norm, own.run_layer)
         return dict(zip(self.output_names, outputs, strict=True))
 

@@ -33,18 +33,6 @@ def numbers_on_cpu() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def wide_floats() -> Iterator[None]:
-    """``Tensor.float`` leaves float64 and complex128 alone, for the float64 run of code that casts to single precision."""
-    single = torch.Tensor.float
-
-    def kept(self: Tensor, *args: Any, **options: Any) -> Tensor:
-        return self if self.dtype in (torch.float64, torch.complex128) else single(self, *args, **options)
-
-    with mock.patch.object(torch.Tensor, "float", kept):
-        yield
-
-
 def _symbolic_len(x: Any) -> Any:
     return x.shape[0] if isinstance(x, Tensor) and x.dim() else len(x)
 

@@ -27,7 +27,7 @@ from sam3x.errors import ArtifactError, Step
 from sam3x.fusion.ambient import settled
 from sam3x.fusion.encoder import FusionEncoder
 from sam3x.fusion.shadow import holding
-from sam3x.sources import adaptations
+from sam3x.fusion.wide import wide_floats
 from sam3x.spec import ExportSpec
 
 COMPONENTS = ("vision_encoder", "text_encoder", "prompt_encoder", "fusion_encoder", "decoder", "mask_head")
@@ -103,7 +103,7 @@ class Component:
         if isinstance(self.module, FusionEncoder):
             return self.module.eager(doubled)
         weights = {id(value): _wide(value) for value in (*self.module.parameters(), *self.module.buffers())}
-        with settled(), adaptations.wide_floats(), holding(self.module, weights):
+        with settled(), wide_floats(), holding(self.module, weights):
             results = self.module(*(doubled[port.name] for port in self.inputs))
         return dict(zip(self.outputs, results, strict=True))
 

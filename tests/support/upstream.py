@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sam3x.fusion.config import FusionConfig
+from sam3x.fusion.wide import wide_floats
 from sam3x.sources.encoder import build_encoder, draw_weights
 
 
@@ -41,7 +43,7 @@ def run_layers(
     given = {name: value for name, value in inputs.items() if name not in ("dac", "pre_norm")}
     tgt, memory = given.pop("tgt"), given.pop("memory")
     dtype = tgt.dtype
-    with torch.no_grad():
+    with torch.no_grad(), wide_floats() if dtype is torch.float64 else contextlib.nullcontext():
         for index, layer in enumerate(layers):
             layer = copy.deepcopy(layer).to(dtype)
             pre = layer.pre_norm if pre_norm is None else pre_norm[index] if isinstance(pre_norm, Sequence) else pre_norm
