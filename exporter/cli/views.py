@@ -34,6 +34,7 @@ FACTS = {
     "delegated_flops": "FLOPs delegated",
     "gflops": "GFLOPs of the largest run",
     "planned_bytes": "memory planned outside delegates",
+    "workspace_bytes": "memory inside the largest delegate",
     "bundled_cases": "test sets of the .bpte",
     "narrow_tensors": "weights stored below float32",
     "narrow_bytes": "what they take",
