@@ -33,14 +33,19 @@ def facts_of(encoder: nn.Module, folder: Path, **options: Any) -> tuple[dict[str
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"prompt_length": 9},
-        {"prompt_length": 9, "batch": 1, "dac": False, "pre_norm": True},
         {"prompt_length": 9, "batch": 2, "dac": True, "pre_norm": True},
         {"prompt_length": 9, "tokens": (16, TOKENS)},
         {"prompt_length": 9, "precision": "int8"},
-        {"prompt_length": 9, "precision": "fp16"},
         {"prompt_length": 9, "dac": False, "inputs": ALL_MASKS},
+        *(
+            pytest.param(options, marks=pytest.mark.long)
+            for options in (
+                {},
+                {"prompt_length": 9, "batch": 1, "dac": False, "pre_norm": True},
+                {"prompt_length": 9, "precision": "fp16"},
+            )
+        ),
     ],
     ids=str,
 )
