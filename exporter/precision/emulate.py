@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,14 +56,26 @@ def _mode(precision: str, half_sums: bool) -> TorchDispatchMode:
         return _Rounding(None, products.tf32, convolutions.tf32)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     kernels = (products.half_summed, convolutions.half_summed) if half_sums else (products.exact, convolutions.exact)
-    return _Rounding(lambda value: value.to(dtype).float(), *kernels)
+    return _Rounding(lambda value: value.to(dtype).float(), *kernels, torch.finfo(dtype).max)
+
+
+def _is_beyond(value: Any, largest: float) -> bool:
+    """Whether an operand is one finite number above ``largest`` or below its negative."""
+    number = float(value) if isinstance(value, Tensor) and value.dim() == 0 and value.dtype is torch.float32 else value
+    return isinstance(number, float) and math.isfinite(number) and abs(number) > largest
 
 
 class _Rounding(TorchDispatchMode):
-    """Results go through ``rounded`` (None: stay as they are), products are ``product``, convolutions ``convolution``."""
+    """Results go through ``rounded`` (None: stay as they are), products are ``product``, convolutions ``convolution``.
 
-    def __init__(self, rounded: Callable[[Tensor], Tensor] | None, product: Product, convolution: Convolution) -> None:
+    ``largest``: of the precision, to which a fill with a larger number is clamped.
+    """
+
+    def __init__(
+        self, rounded: Callable[[Tensor], Tensor] | None, product: Product, convolution: Convolution, largest: float = math.inf
+    ) -> None:
         super().__init__()
+        self.largest = largest
         self.rounded, self.product, self.convolution = rounded, product, convolution
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,9 +89,12 @@ class _Rounding(TorchDispatchMode):
             return self._attention(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         fresh = not any(item.alias_info is not None for item in func._schema.returns)
+        filled = self.rounded is not None and any(_is_beyond(item, self.largest) for item in args)
         for item in result if isinstance(result, (tuple, list)) else (result,):
             if self.rounded is not None and fresh and isinstance(item, Tensor) and item.dtype is torch.float32:
-                item.copy_(self._round(item))
+                # a fill, or a sum or product with one, that overflows is the precision's lowest, as passes write it
+                near = torch.where(item.isinf(), item, item.clamp(-self.largest, self.largest)) if filled else item
+                item.copy_(self._round(near))
         return result
 
     def _round(self, value: Tensor) -> Tensor:

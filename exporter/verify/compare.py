@@ -116,6 +116,7 @@ def compare(
                 facts.update(from_before(got, expected, before[name]))
             largest = float(expected.double().nan_to_num(0.0, 0.0, 0.0).abs().max()) if expected.numel() else 0.0
             undefined = int((~defined).sum())
+            facts.update(undefined_facts(got, defined) if shaped else {})
             records.append(
                 VerificationRecord(
                     branch=sample.branch,
@@ -131,10 +132,21 @@ def compare(
     return tuple(records)
 
 
+def undefined_facts(got: Tensor, defined: Tensor) -> dict[str, Any]:
+    """How many values are NaN in the artifact alone, and where the first stands that is NaN in it or in eager."""
+    alone = got.isnan() & defined if got.is_floating_point() else torch.zeros_like(defined)
+    places = (alone | ~defined).nonzero()
+    return {
+        "undefined_in_artifact": int(alone.sum()),
+        "first_undefined": tuple(places[0].tolist()) if len(places) else None,
+    }
+
+
 def reduced_facts(got: Tensor, expected: Tensor, other: Tensor, defined: Tensor) -> dict[str, float]:
     """What an output below float32 may be off, from ``other``, eager with that precision's rounding (decision 0010)."""
-    allowed = max(ABSOLUTE, REDUCED_FACTOR * distance(other, expected, defined))
-    return {"allowed": allowed, "rms_rel": _rms(got, expected, defined), "eager_rms_rel": _rms(other, expected, defined)}
+    usable = defined & (other.isfinite() | (other == expected))  # what eager overflows in allows nothing
+    allowed = max(ABSOLUTE, REDUCED_FACTOR * distance(other, expected, usable))
+    return {"allowed": allowed, "rms_rel": _rms(got, expected, defined), "eager_rms_rel": _rms(other, expected, usable)}
 
 
 def reduced_passes(gap: float, facts: Mapping[str, float]) -> bool:
@@ -175,13 +187,26 @@ def require(records: Iterable[VerificationRecord], step: Step, subject: str, rem
     failed = [record for record in records if not record.passed]
     if failed:
         worst = max(failed, key=lambda record: record.max_abs)
+        where = f"branch {worst.branch} at {worst.case}: output '{worst.output}'"
         raise VerificationError(
-            f"branch {worst.branch} at {worst.case}: output '{worst.output}' is {worst.max_abs:.1e} from eager, "
-            f"allowed {worst.allowed:.0e} ({len(failed)} comparisons failed)",
+            f"{where} {_fault(worst)} ({len(failed)} comparisons failed)",
             subject=subject,
             remedy=remedy,
             step=step,
         )
+
+
+def _fault(record: VerificationRecord) -> str:
+    """What is wrong with an output: values that are not defined, where, and in whom; or how far off it is."""
+    first = f"the first at {list(record.first_undefined)}" if record.first_undefined is not None else ""
+    if record.undefined_in_artifact:
+        return f"has {record.undefined_in_artifact} undefined values (NaN) in the artifact, {first}, where eager has numbers"
+    if record.undefined:
+        return (
+            f"has {record.undefined} undefined values (NaN) in eager itself, {first}, as a softmax over keys that are all "
+            f"hidden gives; the artifact is {record.max_abs:.1e} off elsewhere, allowed {record.allowed:.0e}"
+        )
+    return f"is {record.max_abs:.1e} from eager, allowed {record.allowed:.0e}"
 
 
 def check_pass(before: CapturedProgram, after: CapturedProgram, pass_: object, earlier: tuple[str, ...]) -> float:

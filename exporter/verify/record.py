@@ -42,6 +42,8 @@ class VerificationRecord(Record):
     Where weights alone are rounded, eager float32 has those weights too, and ``from_unrounded`` is the largest difference from
     eager as it was; ``rms_rel`` and ``eager_rms_rel`` are from that one, and decide nothing (decision 0015).
     ``undefined`` elements are NaN in eager itself, which only an all-padded prompt may cause; they are not compared.
+    ``undefined_in_artifact`` are NaN in the artifact where eager has a number; ``first_undefined`` is the place of the first of
+    either.
     """
 
     branch: str
@@ -57,3 +59,5 @@ class VerificationRecord(Record):
     from_unrounded: float | None = None
     passed: bool
     undefined: int = 0
+    undefined_in_artifact: int = 0
+    first_undefined: tuple[int, ...] | None = None

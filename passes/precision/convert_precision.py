@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,6 +28,29 @@ MOVES = {
 _FILLS = {aten.full.default, aten.full_like.default, aten.scalar_tensor.default}
 _RANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 """What counts: in float32, as float16 counts to 2,048."""
+
+
+_ARITHMETIC = {aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.mul.Scalar, aten.add.Scalar, aten.sub.Scalar}
+_FILLING = {*_FILLS, aten.clamp.default, aten.constant_pad_nd.default, aten.masked_fill.Scalar, *_ARITHMETIC}
+
+
+def clamp_numbers(node: Node, dtype: torch.dtype) -> None:
+    """What a node fills, adds or multiplies with, as near as ``dtype`` has it: the lowest float32 is its lowest, not −∞."""
+    if node.target in _FILLING:
+        node.args = tuple(_in_range(item, dtype) for item in node.args)
+        node.kwargs = {name: _in_range(item, dtype) for name, item in node.kwargs.items()}
+
+
+def _in_range(value: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(value, float) or not math.isfinite(value):
+        return value
+    return min(max(value, torch.finfo(dtype).min), torch.finfo(dtype).max)
+
+
+def lowered(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A constant in ``dtype``; what is finite stays so."""
+    bounds = torch.finfo(dtype)
+    return torch.where(value.isinf(), value, value.clamp(bounds.min, bounds.max)).to(dtype)
 
 
 class ConvertPrecisionPass(Pass):
@@ -123,6 +147,8 @@ class _Converter:
         else:
             wanted = torch.float32 if node in self.in_float32 else self.dtype
             self.rewrites += wanted is self.dtype
+        if wanted is self.dtype:
+            clamp_numbers(node, wanted)
         if node.target is aten._to_copy.default and node.kwargs.get("dtype") is not None:
             node.kwargs = {**node.kwargs, "dtype": wanted}
         for item in given:

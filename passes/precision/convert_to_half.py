@@ -12,6 +12,7 @@ from torch.fx import Node
 from sam3x.passes.base import Exactness, Pass, PassResult
 from sam3x.passes.graph.cond_graph import Builder, aten, fake_mode_of, quietly
 from sam3x.passes.graph.constants import Constants
+from sam3x.passes.precision.convert_precision import clamp_numbers, lowered
 
 
 class ConvertToHalfPass(Pass):
@@ -36,13 +37,15 @@ class ConvertToHalfPass(Pass):
             else:
                 value = constants.value(node)
                 assert value is not None
-                readers, half = list(node.users), constants.add(value.half(), node.name.removeprefix("p_"))
+                readers, half = list(node.users), constants.add(lowered(value, torch.float16), node.name.removeprefix("p_"))
             for reader in readers:
                 if reader.op != "output":
                     reader.replace_input_with(node, half)
                     rewrites += 1
         for node in list(graph.nodes):
             if node.op == "call_function" and not (node.target is aten._to_copy.default and _is_float(node.args[0])):
+                if _is_float(node):
+                    clamp_numbers(node, torch.float16)
                 if node.kwargs.get("dtype") is torch.float32:
                     node.kwargs = {**node.kwargs, "dtype": torch.float16}
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda item: item.meta["val"])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sam3x.capture.program import Sample
-from sam3x.verify.compare import compare
+from sam3x.errors import Step, VerificationError
+from sam3x.verify.compare import compare, require
 
 
 @pytest.mark.parametrize(("off", "passed"), [(1e-5, True), (1e-4, True), (1e-3, False)])
@@ -29,3 +30,40 @@ def test_the_inputs_that_are_moved_are_copies() -> None:
     sample = Sample(branch="fixed", case="ones", inputs={"tgt": given})
     compare([sample], lambda inputs: {"output": inputs["tgt"] + 1}, lambda inputs: {"output": inputs["tgt"] * 1})
     assert torch.equal(given, torch.ones(2, 3))
+
+
+def hidden(*places: tuple[int, int]) -> Tensor:
+    """(2, 3) of ones, NaN at ``places``."""
+    value = torch.ones(2, 3)
+    for place in places:
+        value[place] = float("nan")
+    return value
+
+
+@pytest.mark.parametrize(
+    ("in_eager", "in_artifact", "said"),
+    [
+        ([(1, 0), (1, 1)], [], "2 undefined values (NaN) in eager itself, the first at [1, 0]"),
+        ([], [(0, 2)], "1 undefined values (NaN) in the artifact, the first at [0, 2]"),
+        ([(1, 0)], [(0, 2)], "1 undefined values (NaN) in the artifact, the first at [0, 2]"),
+    ],
+)
+def test_a_failure_says_what_is_undefined_where_and_in_whom(in_eager: list, in_artifact: list, said: str) -> None:
+    sample = Sample(branch="fixed", case="ones", inputs={"tgt": torch.ones(2, 3)})
+    got, want = hidden(*in_artifact), hidden(*in_eager)
+    records = compare([sample], lambda inputs: {"output": got}, lambda inputs: {"output": want.to(inputs["tgt"].dtype)})
+    with pytest.raises(VerificationError) as failed:
+        require(records, Step.VERIFY, "onnx")
+    assert said in str(failed.value)
+
+
+def test_a_rounded_reference_that_overflows_allows_nothing() -> None:
+    sample = Sample(branch="fixed", case="ones", inputs={"tgt": torch.ones(2, 3)})
+    overflowed = {"output": hidden((0, 0))}
+    (record,) = compare(
+        [sample],
+        lambda inputs: {"output": inputs["tgt"] + 1},
+        lambda inputs: {"output": inputs["tgt"]},
+        lambda inputs: overflowed,
+    )
+    assert not record.passed and record.allowed < 1e-3

@@ -1,0 +1,49 @@
+"""Fills that a lower precision has not become its lowest number, in every pass that lowers the precision and in emulation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sam3x.passes.base import Pass
+from sam3x.passes.precision.convert_precision import ConvertPrecisionPass, lowered
+from sam3x.passes.precision.convert_to_half import ConvertToHalfPass
+from sam3x.precision.emulate import eager_in
+from support.canonical import Module, capture, evaluate
+
+LOW = torch.finfo(torch.float32).min
+
+
+def filled(x: Tensor, mask: Tensor) -> Tensor:
+    """The lowest float32 filled, added as a product, chosen, and as a pad."""
+    scores = x.masked_fill(mask, LOW), x + mask.to(x.dtype) * LOW, torch.where(mask, LOW, x)
+    padded = nn.functional.pad(x, (0, 1), value=LOW).softmax(-1)[..., :-1]
+    return sum(item.softmax(-1) for item in scores) + padded  # type: ignore[return-value]
+
+
+ARGS = (torch.rand(2, 5), torch.tensor([[True] * 5, [False, True, False, False, True]]))
+
+
+@pytest.mark.parametrize(
+    "lowering",
+    [ConvertToHalfPass(), ConvertPrecisionPass(torch.float16), ConvertPrecisionPass(torch.bfloat16)],
+    ids=["pte", "fp16", "bf16"],
+)
+def test_a_fill_that_overflows_is_the_lowest_of_the_precision(lowering: Pass) -> None:
+    program = capture(Module(filled), ARGS)
+    lowering.call(program)
+    program.graph_module.recompile()
+    torch.testing.assert_close(evaluate(program, ARGS).float(), filled(*ARGS), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_emulation_clamps_fills_as_the_passes_do(precision: str) -> None:
+    with torch.no_grad(), eager_in(precision):
+        emulated = filled(*ARGS)
+    torch.testing.assert_close(emulated, filled(*ARGS), atol=0.05, rtol=0.05)
+
+
+def test_constants_keep_what_is_infinite_and_clamp_what_is_finite() -> None:
+    value = lowered(torch.tensor([LOW, -torch.inf, torch.inf, 1e9, 1.0]), torch.float16)
+    assert value.tolist() == [-65504.0, -torch.inf, torch.inf, 65504.0, 1.0]
