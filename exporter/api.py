@@ -30,7 +30,7 @@ from sam3x.capture.samples import Sizes, samples_for, thinned, verification_size
 from sam3x.errors import ArtifactError, Step, TargetUnavailableError
 from sam3x.fusion.ambient import settled
 from sam3x.fusion.dimensions import dims_of
-from sam3x.fusion.encoder import FusionEncoder
+from sam3x.fusion.encoder import FusionEncoder, fitted_spec
 from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.precision.emulate import eager_in
 from sam3x.precision.weights import rounded_encoder
@@ -86,6 +86,7 @@ def export(
         staging = publication.path
         tell("source")
         source = source_for(encoder, spec.seed)
+        spec = fitted_spec(source.module, spec)
         rounded = _rounded(source, spec, back_end, target_options)
         tell("capture")
         module = source.module if rounded is None else rounded

@@ -74,6 +74,10 @@ def capture(source: nn.Module | Sequence[nn.Module], spec: ExportSpec) -> Captur
         rename_input(program, node, name)
     zeros = "a row whose keys are all masked gets zeros from the attention, as torch's scaled_dot_product_attention gives"
     notes = [*spec.notes, zeros]
+    if encoder.sequence_first:
+        notes.append(
+            "the module's attention has batch_first=False; the artifact takes (batch, tokens, C), and dac halves the tokens"
+        )
     if not all(encoder.stock):
         odd = sorted({type(layer).__name__ for layer, stock in zip(encoder.layers, encoder.stock, strict=True) if not stock})
         notes.append(f"layers with their own forward, captured whole in every branch: {', '.join(odd)}")

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from sam3x.errors import SourceError, SpecError
 from sam3x.fusion.ambient import settled
 from sam3x.fusion.dimensions import dims_of
-from sam3x.fusion.layer import OPTIONAL_INPUTS, fusion_layer, is_stock, opaque_layer
+from sam3x.fusion.layer import OPTIONAL_INPUTS, fusion_layer, is_stock, made_batch_first, opaque_layer
 from sam3x.fusion.layer_op import LAYER_OP
 from sam3x.fusion.layer_template import weights_of
 from sam3x.fusion.shadow import Shadows, attributes_kept, check_module, shadow_of, shallow_copy, unwrapped
 from sam3x.fusion.wide import wide_floats
-from sam3x.spec import ExportSpec
+from sam3x.spec import ExportSpec, make_spec
 
 FUSION_OUTPUTS = ("memory", "padding_mask", "pos_embed", "memory_text", "level_start_index", "spatial_shapes", "valid_ratios")
 
@@ -99,8 +99,11 @@ class FusionEncoder(nn.Module):
         self.loose = nn.ModuleList(layer for layer in self.layers if id(layer) not in registered)  # in a list of Python's own
         self.d_model = d_model_of(layers)
         with settled():
+            turned = {made_batch_first(layer, self.d_model) for layer in self.layers}
+            self.sequence_first = turned == {True}
             self.stock = [is_stock(layer, self.d_model) for layer in self.layers]
         self.calls = LayerCalls()
+        self._check_layout(len(turned) > 1)
         if spec.dac_dim == 1 and spec.dac is not False and not all(self.stock):
             odd = type(self.layers[self.stock.index(False)]).__name__
             raise SpecError(
@@ -108,6 +111,23 @@ class FusionEncoder(nn.Module):
             )
         if spec.interface == "feature_maps":
             self._check_maps()
+
+    def _check_layout(self, mixed: bool) -> None:
+        if mixed:
+            raise SourceError(
+                "attention has batch_first=False in some layers and True in others",
+                remedy="Build every attention with batch_first=True; the weights are the same.",
+            )
+        if self.sequence_first and self.spec.interface == "feature_maps":
+            raise SourceError(
+                f"{type(self.encoder).__name__} hands its layers (batch, tokens, C), and their attention has batch_first=False",
+                remedy="Build it with batch_first=True; the weights are the same.",
+            )
+        if self.sequence_first and self.spec.dac is not False and self.spec.dac_dim == 0:
+            raise SpecError(
+                "attention has batch_first=False: dimension 0 of its tgt, which dac halves, are the tokens",
+                remedy="Use --dac-dim 1, or --dac off.",
+            )
 
     def _check_maps(self) -> None:
         names = inspect.signature(self.encoder.forward).parameters
@@ -285,3 +305,20 @@ def _check_sizes(given: Mapping[str, Tensor]) -> None:
         for size, meaning in zip(value.shape, dims_of(name, value.dim()), strict=True):
             if meaning is not None:
                 torch._check(size == sizes.setdefault(meaning, size))
+
+
+def fitted_spec(source: nn.Module, spec: ExportSpec) -> ExportSpec:
+    """``spec`` with ``dac_dim`` 1 where nobody chose it and the encoder's attention is built for (N, B, C).
+
+    Upstream's dac halves dimension 0, which is then the tokens; an artifact takes (B, N, C) whatever the module does.
+    """
+    asks = spec.dac is not False and spec.interface == "tokens" and "dac_dim" not in spec.model_fields_set
+    built_so = any(
+        isinstance(item, nn.MultiheadAttention) and not item.batch_first
+        for layer in layers_of(source)
+        for item in layer.modules()
+    )
+    if asks and built_so and FusionEncoder(source, spec.model_copy(update={"dac": False})).sequence_first:
+        given = {name: getattr(spec, name) for name in spec.model_fields_set}
+        return make_spec(**given, dac_dim=1)
+    return spec

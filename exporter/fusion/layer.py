@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sam3x.errors import SourceError
 from sam3x.fusion.shadow import holding, shallow_copy
 
 LayerFlag = bool | Tensor
@@ -262,3 +263,41 @@ def is_stock(layer: nn.Module, d_model: int) -> bool:
             if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-4, atol=1e-5, equal_nan=True):
                 return False
     return True
+
+
+def made_batch_first(layer: nn.Module, d_model: int) -> bool:
+    """Let a shadow take (B, N, C) where its attention is built for (N, B, C); whether it was.
+
+    ``nn.MultiheadAttention(batch_first=False)`` has the same weights and numbers with its dimensions the other way round. A
+    layer that turns its tensors round itself is left alone: what decides is that each row of a batch gives what it gives alone.
+
+    Raises:
+        SourceError: ``batch_first`` differs within the layer, so that one attention looks across the batch.
+    """
+    attentions = {name: child for name, child in layer.named_modules() if isinstance(child, nn.MultiheadAttention)}
+    odd = [name for name, child in attentions.items() if not child.batch_first]
+    if not odd or _rows_stand_alone(layer, d_model):
+        return False
+    for name in odd:
+        attentions[name].batch_first = True
+    if len(odd) < len(attentions) or not _rows_stand_alone(layer, d_model):
+        raise SourceError(
+            f"batch_first=False in {', '.join(odd)} of {type(layer).__name__}"
+            + (f", True in {', '.join(sorted(attentions.keys() - set(odd)))}" if len(odd) < len(attentions) else "")
+            + ": attention goes across the batch",
+            remedy="Build every attention with batch_first=True; the weights are the same.",
+        )
+    return True
+
+
+def _rows_stand_alone(layer: nn.Module, d_model: int) -> bool:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"tgt": (2, 6, d_model), "memory": (2, 3, d_model), "pos": (2, 3, d_model), "query_pos": (2, 6, d_model)}
+    given = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    with torch.no_grad():
+        try:
+            both = opaque_layer(layer, dac=False, pre_norm=None, **given)
+            one = opaque_layer(layer, dac=False, pre_norm=None, **{name: value[:1] for name, value in given.items()})
+        except (RuntimeError, TypeError, ValueError, AssertionError, IndexError):
+            return False
+    return both.shape == given["tgt"].shape and torch.allclose(both[:1], one, rtol=1e-4, atol=1e-5, equal_nan=True)

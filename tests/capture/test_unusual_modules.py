@@ -18,7 +18,7 @@ import sam3x
 from sam3x.capture.capture import capture
 from sam3x.capture.program import run_program
 from sam3x.capture.samples import Sizes, make_inputs
-from sam3x.errors import CaptureError, SourceError
+from sam3x.errors import CaptureError, SourceError, SpecError
 from sam3x.sources.encoder import module_source
 from sam3x.spec import make_spec
 from support.attention_styles import Matmul
@@ -470,3 +470,49 @@ def test_a_size_that_becomes_a_number_is_refused_by_its_line(name: str) -> None:
 def test_a_file_with_a_size_by_len_runs_at_every_size(tmp_path: Path) -> None:
     artifact = sam3x.export(sized(SYMBOLIC["len"]), output=tmp_path / "out", **PLAIN)
     assert artifact.manifest.verified and onnx.load(artifact.path).graph.input[0].type.tensor_type.shape.dim[0].dim_param
+
+
+# ---- sequence first
+
+
+def sequence_first(num_layers: int, *names: str) -> nn.Module:
+    encoder = encoder_of(num_layers)
+    for layer in encoder.layers:
+        for name in names or ("self_attn", "cross_attn_image"):
+            getattr(layer, name).batch_first = False
+    return encoder
+
+
+def test_attention_built_sequence_first_is_served_batch_first(tmp_path: Path) -> None:
+    encoder = sequence_first(1)
+    artifact = sam3x.export(encoder, output=tmp_path / "out", pre_norm="module", inputs="tgt,memory,memory_key_padding_mask")
+    assert artifact.manifest.verified and artifact.manifest.spec["dac_dim"] == 1
+    spec = make_spec(**artifact.manifest.spec)
+    inputs = make_inputs(spec.inputs, spec, 32, SIZES, 1)
+    turned = {name: value.transpose(0, 1) for name, value in inputs.items() if name in ("tgt", "memory")}
+    mask = {"memory_key_padding_mask": inputs["memory_key_padding_mask"]}
+    layer = encoder.layers[0]
+    layer.pos_enc_at_attn = False  # no positions are given
+    for dac in (False, True):
+        with torch.no_grad():
+            expected = layer(**turned, **mask, dac=dac).transpose(0, 1)  # upstream's own, which halves the sequence
+        got = torch.as_tensor(artifact.run({**inputs, "dac": dac})["output"])
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    assert not layer.self_attn.batch_first and not layer.cross_attn_image.batch_first
+
+
+@pytest.mark.parametrize("name", ["self_attn", "cross_attn_image"])
+def test_batch_first_that_differs_within_a_layer_is_named(name: str) -> None:
+    with pytest.raises(SourceError, match=rf"batch_first=False in {name} of .*, True in .*batch_first=True"):
+        capture(sequence_first(1, name), make_spec(**PLAIN))
+
+
+def test_batch_first_that_differs_between_layers_is_named() -> None:
+    layers = [sequence_first(1).layers[0], encoder_of(1).layers[0]]
+    with pytest.raises(SourceError, match="batch_first=False in some layers"):
+        capture(layers, make_spec(**PLAIN))
+
+
+def test_dac_over_the_batch_of_sequence_first_layers_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"batch_first=False.*--dac-dim 1"):
+        capture(sequence_first(1), make_spec(dac_dim=0))
