@@ -7,7 +7,7 @@ from sam3x.passes.pipeline import PassPipeline
 
 
 def default_pipeline(branches: str = "cond") -> PassPipeline:
-    """No-ops go first, so that nothing stands between the steps of an attention; targets rely on canonical attention.
+    """Complex numbers and no-ops go first, so that nothing stands between the steps of an attention.
 
     Conditionals are narrowed to what differs, and with ``branches="select"`` become data flow.
     """
@@ -16,8 +16,15 @@ def default_pipeline(branches: str = "cond") -> PassPipeline:
     from sam3x.passes.branches.narrow_cond import NarrowCondPass
     from sam3x.passes.cleanup.canonicalize_reductions import CanonicalizeReductionsPass
     from sam3x.passes.cleanup.eliminate_noops import EliminateNoopsPass
+    from sam3x.passes.decompose.decompose_complex import DecomposeComplexPass
 
-    passes: list[Pass] = [EliminateNoopsPass(), CanonicalizeReductionsPass(), CanonicalizeAttentionPass(), NarrowCondPass()]
+    passes: list[Pass] = [
+        DecomposeComplexPass(),
+        EliminateNoopsPass(),
+        CanonicalizeReductionsPass(),
+        CanonicalizeAttentionPass(),
+        NarrowCondPass(),
+    ]
     if branches == "select":
         passes.append(IfConvertPass())
     return PassPipeline(tuple(passes))

@@ -14,9 +14,7 @@ from sam3x.artifact.manifest import PassRecordModel, VerificationRecord
 from sam3x.capture.component import capture_component
 from sam3x.capture.program import Sample
 from sam3x.errors import Step, VerificationError
-from sam3x.passes.decompose.decompose_complex import DecomposeComplexPass
 from sam3x.passes.default_pipeline import default_pipeline
-from sam3x.passes.pipeline import PassPipeline
 from sam3x.precision.component import reduced, rounded
 from sam3x.runtime.manifest import ComponentSpec
 from sam3x.sources.contract import Component
@@ -74,7 +72,7 @@ class ComponentJob:
         branch = " ".join(f"{name}={value.tolist()}" for name, value in component.constants.items()) or "fixed"
         captured = capture_component(component, example, [Sample(branch=branch, case=case, inputs=dict(example))])
         self.tell(f"{component.name}: passes")
-        before = PassPipeline((DecomposeComplexPass(), *default_pipeline(str(self.spec.branches)).passes))
+        before = default_pipeline(str(self.spec.branches))
         captured, records = before.then(*self.target.legalization_passes(self.options)).run(captured)
         self.tell(f"{component.name}: lower to {self.target.name}")
         path = self.folder / file_name(self.target, component.name, self.options)

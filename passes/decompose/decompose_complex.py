@@ -44,6 +44,8 @@ class DecomposeComplexPass(Pass):
         return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
 
 
+_MADE = {_aten.complex.default, _aten.polar.default}
+_SUMS = {_aten.add.Tensor, _aten.sub.Tensor}
 _EXITS = {_aten.view_as_real.default, _aten.real.default, _aten.imag.default}
 
 
@@ -60,8 +62,18 @@ def _known(node: Node) -> bool:
     if node.op == "placeholder":
         return True
     if node.target is _aten.mul.Tensor:
-        return all(isinstance(arg, Node) and _is_complex(arg) for arg in node.args)
-    return node.target in {_aten.view_as_complex.default, _aten.permute.default, *_SHAPED, *_SAME, *_ONE_DIM}
+        return any(isinstance(arg, Node) and _is_complex(arg) for arg in node.args) and not any(
+            isinstance(arg, complex) for arg in node.args
+        )
+    if node.target in _SUMS:
+        return not node.kwargs and all(isinstance(arg, Node) and _is_complex(arg) for arg in node.args)
+    return node.target in _MADE or node.target in {
+        _aten.view_as_complex.default,
+        _aten.permute.default,
+        *_SHAPED,
+        *_SAME,
+        *_ONE_DIM,
+    }
 
 
 def _rewrite(program: ExportedProgram, module: GraphModule) -> int:
@@ -97,10 +109,37 @@ def _part(emit: Emitter, pair: Node, index: int) -> Node:
     return emit(_aten.select.int, pair, -1, int(index))
 
 
+def _made(emit: Emitter, node: Node) -> Node:
+    """A complex number of its parts, or of its length and angle."""
+    left, right = node.args
+    if node.target is _aten.polar.default:
+        length, angle = left, right
+        left = emit(_aten.mul.Tensor, length, emit(_aten.cos.default, angle))
+        right = emit(_aten.mul.Tensor, length, emit(_aten.sin.default, angle))
+    shape = [*node.meta["val"].shape, 1]
+    parts = (emit(_aten.expand.default, emit(_aten.unsqueeze.default, part, -1), emit.sizes(shape)) for part in (left, right))
+    return emit(_aten.cat.default, list(parts), -1)
+
+
+def _scaled(emit: Emitter, node: Node, real: dict[Node, Node]) -> Node:
+    """The product with a real number or tensor."""
+    left, right = node.args
+    number, factor = (left, right) if isinstance(left, Node) and _is_complex(left) else (right, left)
+    if isinstance(factor, Node):
+        factor = emit(_aten.unsqueeze.default, factor, -1)
+    return emit(_aten.mul.Tensor, real[number], factor)  # type: ignore[index]
+
+
 def _pair(emit: Emitter, node: Node, real: dict[Node, Node]) -> Node:
     first: Any = node.args[0]
     if node.target is _aten.view_as_complex.default:
         return first
+    if node.target in _MADE:
+        return _made(emit, node)
+    if node.target in _SUMS:
+        return emit(node.target, *(real[arg] for arg in node.args))  # type: ignore[index]
+    if node.target is _aten.mul.Tensor and not all(isinstance(arg, Node) and _is_complex(arg) for arg in node.args):
+        return _scaled(emit, node, real)
     rank = first.meta["val"].dim()
     pair = real[first]
     if node.target is _aten.mul.Tensor:

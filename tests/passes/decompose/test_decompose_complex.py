@@ -67,6 +67,32 @@ def test_a_rotary_embedding_becomes_real_to_the_bit() -> None:
     assert not again.modified
 
 
+class Forms(nn.Module):
+    """A table as a view of a sliced buffer, one made by ``polar`` and one by ``complex`` as it runs, sums and real factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.rand(12, 4, 2))
+        self.register_buffer("angles", torch.rand(10, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        sliced = torch.view_as_complex(self.table[: x.shape[2]])
+        made = torch.polar(torch.ones_like(self.angles), self.angles) + torch.complex(self.angles, self.angles)
+        return torch.view_as_real(pairs * sliced * self.angles - 2.0 * (pairs * made)).flatten(3)
+
+
+def test_rotary_tables_made_in_the_graph_become_real() -> None:
+    module = Forms()
+    before = captured(module, torch.rand(3, 2, 10, 8))
+    after, (record,) = PassPipeline((DecomposeComplexPass(),)).run(before)
+    assert record.modified and not record.match_failures
+    values = [node.meta["val"] for node in after.program.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+    assert not any(value.is_complex() for value in values)
+    x = torch.rand(5, 2, 10, 8)
+    torch.testing.assert_close(run_program(after.program, {"x": x}, ("out",))["out"], module(x), atol=1e-6, rtol=0)
+
+
 def test_a_complex_operator_that_is_not_known_leaves_the_graph_as_it_is() -> None:
     before = captured(Magnitude(), torch.rand(3, 2, 10, 8))
     after, (record,) = PassPipeline((DecomposeComplexPass(),)).run(before)

@@ -15,7 +15,6 @@ from sam3x.capture.component import capture_component
 from sam3x.capture.program import CapturedProgram
 from sam3x.passes.attention.unweave_channels import UnweaveChannelsPass
 from sam3x.passes.base import Pass, count_ops
-from sam3x.passes.decompose.decompose_complex import DecomposeComplexPass
 from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.passes.linear.split_linears import SplitLinearsPass
 from sam3x.passes.pipeline import PassPipeline
@@ -24,7 +23,7 @@ from sam3x.targets.onnx.target import OnnxOptions, OnnxTarget
 from support.cond_programs import check_numbers, check_sound, private
 
 HEADS, WIDTH = 2, 16
-BEFORE = PassPipeline((DecomposeComplexPass(), *default_pipeline().passes))
+BEFORE = default_pipeline()
 Body = Callable[[nn.Module, Tensor], Tensor | tuple[Tensor, ...]]
 
 
