@@ -214,9 +214,10 @@ class FusionEncoder(nn.Module):
         if isinstance(pre_norm, Tensor):
             pre_norm = pre_norm.tolist()
         dtype = next(iter(given.values())).dtype
-        with settled(), wide_floats() if dtype is torch.float64 else contextlib.nullcontext():
-            own = self._in(dtype)
-            outputs = own._run(given, dac, pre_norm, own.run_layer)
+        with settled():
+            own = self._in(dtype)  # before: a tensor seen widened is another one each time, in memory that is used again
+            with wide_floats() if dtype is torch.float64 else contextlib.nullcontext():
+                outputs = own._run(given, dac, pre_norm, own.run_layer)
         return dict(zip(self.output_names, outputs, strict=True))
 
     def _in(self, dtype: torch.dtype) -> FusionEncoder:

@@ -46,6 +46,9 @@ def run_layers(
     with torch.no_grad(), wide_floats() if dtype is torch.float64 else contextlib.nullcontext():
         for index, layer in enumerate(layers):
             layer = copy.deepcopy(layer).to(dtype)
+            for module in layer.modules():
+                if isinstance(module, nn.MultiheadAttention):
+                    module.batch_first = True  # inputs are; the numbers are the same
             pre = layer.pre_norm if pre_norm is None else pre_norm[index] if isinstance(pre_norm, Sequence) else pre_norm
             layer.pre_norm = pre
             if dac and pre:
