@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import re
 import tempfile
@@ -95,12 +96,29 @@ def _save(captured: CapturedProgram, path: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that weights are views of each other
-            torch.export.save(captured.program, path)
+            torch.export.save(_with_weights_of_its_own(captured.program), path)
     except Exception as error:
         raise LoweringError(
             f"the graph cannot be handed to the builder: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
             subject="trt",
         ) from error
+
+
+def _with_weights_of_its_own(program: Any) -> Any:
+    """A copy whose tensors share no memory: of views, torch looks for the whole they are parts of, and fails on some."""
+
+    import torch
+
+    def own(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        new = value.detach().clone(memory_format=torch.contiguous_format)
+        return torch.nn.Parameter(new, requires_grad=False) if isinstance(value, torch.nn.Parameter) else new
+
+    result = copy.copy(program)
+    result._state_dict = {name: own(value) for name, value in program.state_dict.items()}
+    result._constants = {name: own(value) for name, value in program.constants.items()}
+    return result
 
 
 def in_builder_process(work: Callable[..., T], *args: Any) -> T:
