@@ -22,7 +22,7 @@ FLAGS = {
 PRECISIONS, GPUS = ("fp32", "fp16", "bf16"), ("sm89", "sm80")
 
 
-def facts_of(precision: str, flags: str, gpu: str) -> dict[str, Any]:
+def metadata_of(precision: str, flags: str, gpu: str) -> dict[str, Any]:
     """``manifest.facts`` of one export, and the seconds that the command took in all."""
     with tempfile.TemporaryDirectory() as folder:
         command = f"export --target trt --batch 1 --verify off --compute-capability {gpu} --precision {precision} -q"
@@ -41,7 +41,7 @@ def attention(facts: dict[str, Any]) -> str:
 
 
 def row(precision: str, flags: str, gpus: list[str]) -> str:
-    found = [facts_of(precision, flags, gpu) for gpu in gpus]
+    found = [metadata_of(precision, flags, gpu) for gpu in gpus]
 
     def each(name: str, form: str, scale: float = 1.0) -> str:
         values = [format(facts[name] / scale, form) for facts in found]

@@ -157,9 +157,9 @@ class Target(Protocol):
         """Passes after the default pipeline."""
 
     def lower(self, captured: CapturedProgram, path: Path, options: TargetOptions) -> dict[str, Any] | None:
-        """Write the artifact at ``path`` (and files beside it); returned facts about it go to the manifest.
+        """Write the artifact at ``path`` (and files beside it); returned metadata goes to the manifest.
 
-        ``facts["notes"]``, a list of sentences, goes to its notes: what the user should be told of how it was written.
+        ``metadata["notes"]``, a list of sentences, goes to its notes: what the user should be told of how it was written.
 
         Raises:
             LoweringError: the back end refused the graph.

@@ -33,7 +33,7 @@ def model_path(stem: str, suffix: str) -> str:
 
 
 def write_config(captured: CapturedProgram, path: Path, backend: str) -> dict[str, Any]:
-    """Write ``config.pbtxt`` above the version's folder; returns facts for the manifest.
+    """Write ``config.pbtxt`` above the version's folder; returns metadata for the manifest.
 
     Args:
         path: the artifact, as ``model_path`` names it. backend: ``onnxruntime`` or ``tensorrt``.

@@ -89,7 +89,7 @@ def lint_view(report: LintReport, *, verbose: bool) -> list[RenderableType]:
     """What the checkpoint is, then what is wrong with it."""
     models = {"unknown": "no image model that sam3x knows", "fusion encoder": "a fusion encoder"}
     what = models.get(report.kind, f"{report.kind} image model")
-    rows = [(name, value) for name, value in report.facts.items()]
+    rows = [(name, value) for name, value in report.metadata.items()]
     rows += [("parameters", f"{report.parameters:,}, {', '.join(report.dtypes)}")]
     rows += [("", note) for note in report.notes]
     rows += [("can be exported", " and ".join(f"the {part}" for part in report.exports) or "nothing")]

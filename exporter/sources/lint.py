@@ -73,9 +73,9 @@ def lint(path: str | Path, weights_key: str | None = None) -> LintReport:
     if report.kind != "unknown":
         return report
     config = encoder.config
-    facts = {"sizes": f"width {config.d_model}, {config.num_layers} layers"} if config else {}
+    metadata = {"sizes": f"width {config.d_model}, {config.num_layers} layers"} if config else {}
     count = sum(value.numel() for value in encoder.module.state_dict().values())
-    return report.model_copy(update={"kind": "fusion encoder", "facts": facts, "parameters": count, "traps": ()})
+    return report.model_copy(update={"kind": "fusion encoder", "metadata": metadata, "parameters": count, "traps": ()})
 
 
 def judge(checkpoint: Checkpoint) -> Judged:
@@ -96,7 +96,7 @@ def judge(checkpoint: Checkpoint) -> Judged:
         kind=kind,
         parameters=sum(value.numel() for value in state.values() if value.is_floating_point()),
         dtypes=tuple(sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})),
-        facts={},
+        metadata={},
         notes=(*checkpoint.notes, *part.notes, *([f"{' and '.join(low)} weights, exported as float32"] if low else [])),
     )
     index = _SHARD.sub(INDEX, checkpoint.path.name)
@@ -148,7 +148,7 @@ def _compared(report: LintReport, state: Mapping[str, Tensor], subject: str) -> 
     traps = [f"{name} is no rotary table, and what is stored does not tell which to rebuild" for name in lost]
     report = report.model_copy(
         update={
-            "facts": _facts(config),
+            "metadata": _metadata(config),
             "notes": (*report.notes, *notes),
             "missing": tuple(name for name in expected if name not in found),
             "unexpected": tuple(name for name in found if name not in expected),
@@ -231,11 +231,11 @@ def missing_groups(state: Mapping[str, Tensor]) -> list[str]:
 
 def _student(report: LintReport, state: Mapping[str, Tensor]) -> LintReport:
     """A student's checkpoint: its trunk or text encoder leaves no sizes in names that are known here."""
-    facts = {"trunk": "Meta's ViT" if is_vit(state) else "a student's, not Meta's ViT", **_text_facts(state)}
+    metadata = {"trunk": "Meta's ViT" if is_vit(state) else "a student's, not Meta's ViT", **_text_metadata(state)}
     traps = [*_traps(state), "a student's trunk or text encoder, whose sizes a checkpoint does not tell"]
     return report.model_copy(
         update={
-            "facts": facts,
+            "metadata": metadata,
             "traps": tuple(traps),
             "not_finite": tuple(name for name, value in state.items() if value.is_floating_point() and not _is_finite(value)),
             "remedy": "Load it with the package it was made with, and export the model with --module package.module:factory.",
@@ -243,7 +243,7 @@ def _student(report: LintReport, state: Mapping[str, Tensor]) -> LintReport:
     )
 
 
-def _facts(config: ImageModelConfig) -> dict[str, str]:
+def _metadata(config: ImageModelConfig) -> dict[str, str]:
     return {
         "picture": f"{config.image_size} pixels, patches of {config.patch_size}",
         "trunk": f"ViT, {config.depth} layers, width {config.embed_dim}",
@@ -253,7 +253,7 @@ def _facts(config: ImageModelConfig) -> dict[str, str]:
     }
 
 
-def _text_facts(state: Mapping[str, Tensor]) -> dict[str, str]:
+def _text_metadata(state: Mapping[str, Tensor]) -> dict[str, str]:
     if f"{TEXT}token_embedding.weight" in state:
         return {"text encoder": "Meta's"}
     tables = [value for key, value in state.items() if "language_backbone" in key and "embedding" in key and value.dim() > 1]

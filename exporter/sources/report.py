@@ -16,7 +16,7 @@ class LintReport(BaseModel):
     Attributes:
         kind: ``SAM3``, ``SAM 3.1``, ``EfficientSAM3``, ``transformers``, ``fusion encoder`` or ``unknown``.
         parameters: numbers of the model's part. dtypes: of all its tensors.
-        facts: trunk, text encoder, context length, sizes, in words.
+        metadata: trunk, text encoder, context length, sizes, in words.
         notes: what was chosen, renamed, merged, converted, rebuilt or left out, a phrase each.
         missing, unexpected, misshaped, mistyped, not_finite: names of weights, against the model that the shapes describe.
         traps: what else stands in the way, a sentence each.
@@ -30,7 +30,7 @@ class LintReport(BaseModel):
     kind: str
     parameters: int
     dtypes: tuple[str, ...]
-    facts: dict[str, str]
+    metadata: dict[str, str]
     notes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()

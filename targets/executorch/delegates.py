@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from sam3x.passes.graph.cond_graph import aten
-from sam3x.targets.executorch.facts import flops_of
+from sam3x.targets.executorch.metadata import flops_of
 from sam3x.targets.executorch.partition import partitions
 
 _CAT = 5

@@ -20,7 +20,7 @@ from sam3x.passes.graph.cond_graph import aten, expression, fake_mode_of, slice_
 from sam3x.passes.linear.canonicalize_layouts import unify_sizes
 from sam3x.passes.pipeline import PassPipeline
 from sam3x.targets.executorch.delegates import PlainProgram, is_plain, partitioners
-from sam3x.targets.executorch.facts import facts_of
+from sam3x.targets.executorch.metadata import metadata_of
 from sam3x.targets.quiet import suppressed_output
 
 
@@ -137,7 +137,7 @@ def _graph_order() -> Iterator[None]:
 
 
 def write(captured: CapturedProgram, path: Path, delegate: str, precision: str, contract: str) -> dict[str, Any]:
-    """Lower ``captured`` and write ``path``; returns the facts of the lowered graph.
+    """Lower ``captured`` and write ``path``; returns the metadata of the lowered graph.
 
     Args:
         delegate, precision: see ``partitioners``. contract: the method that returns the names of inputs and outputs as JSON.
@@ -157,7 +157,7 @@ def write(captured: CapturedProgram, path: Path, delegate: str, precision: str, 
             # a plain graph names no memory format, so there is none to make explicit: two retraces less
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=plain),
         )
-        facts = facts_of(edge.exported_program().graph_module)
+        metadata = metadata_of(edge.exported_program().graph_module)
         # inputs are read where the caller has them, no copy and no room in the arena, unless one is an output too: ExecuTorch
         # gives outputs memory of their own, and such an input would lose what it holds
         through = any(node.op == "placeholder" for node in captured.program.graph.output_node().all_input_nodes)
@@ -166,4 +166,4 @@ def write(captured: CapturedProgram, path: Path, delegate: str, precision: str, 
     with path.open("wb") as stream:
         lowered.write_to_file(stream)
     plan = next(item for item in lowered.executorch_program.execution_plan if item.name == "forward")
-    return {**facts, "planned_bytes": sum(plan.non_const_buffer_sizes)}
+    return {**metadata, "planned_bytes": sum(plan.non_const_buffer_sizes)}

@@ -101,7 +101,7 @@ class PteTarget:
         )
 
     def lower(self, captured: CapturedProgram, path: Path, options: PteOptions) -> dict[str, Any]:
-        """Write ``path``; returns what ``pte_facts.facts_of`` counts."""
+        """Write ``path``; returns what ``pte_metadata.metadata_of`` counts."""
         from sam3x.targets.executorch.lower import write
 
         left = conditionals(captured.program)
@@ -119,12 +119,12 @@ class PteTarget:
                 from sam3x.targets.executorch.quantize import quantize
 
                 legal = quantize(captured)
-            facts = write(legal, path, options.delegate, options.precision, CONTRACT)
+            metadata = write(legal, path, options.delegate, options.precision, CONTRACT)
             if options.bundle:
                 from sam3x.targets.executorch.bundle import bundle
 
-                facts["bundled_cases"] = bundle(captured, path)
-            return facts
+                metadata["bundled_cases"] = bundle(captured, path)
+            return metadata
         except Exception as error:
             root: BaseException = error
             while root.__cause__ is not None:

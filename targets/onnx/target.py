@@ -142,7 +142,7 @@ class OnnxTarget:
                 ).model
                 onnx_optimize.optimize(model, fold_norms=options.precision == "fp32")
                 _name(model, captured, path.stem)
-                facts = onnx_weights.store(model, options.precision)
+                metadata = onnx_weights.store(model, options.precision)
                 _set_opset(model, self.opset, onnx_attention.domains(options.attention))
         except Exception as error:
             root: BaseException = error
@@ -153,7 +153,7 @@ class OnnxTarget:
                 subject="onnx",
             ) from error
         onnx_file.write(model, path, external_data=options.external_data)
-        return {**facts, **(write_config(captured, path, "onnxruntime") if options.layout == "triton" else {})}
+        return {**metadata, **(write_config(captured, path, "onnxruntime") if options.layout == "triton" else {})}
 
     def unverifiable(self, options: OnnxOptions) -> None:
         return None

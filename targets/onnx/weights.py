@@ -25,7 +25,7 @@ def store(model: ir.Model, precision: str) -> dict[str, Any]:
     ``MatMulNBits``, which rounds activations too. ``Cast`` and ``Mul`` of constants it works out when it loads the file.
 
     Returns:
-        Facts for the manifest: how many tensors are stored so, the bytes they take, and the bytes of all others.
+        Metadata for the manifest: how many tensors are stored so, the bytes they take, and the bytes of all others.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
@@ -34,7 +34,7 @@ def store(model: ir.Model, precision: str) -> dict[str, Any]:
         return {}
     common.LiftSubgraphInitializersToMainGraphPass()(model)
     graph, added, narrow, wide = model.graph, [], 0, 0
-    facts: dict[str, Any] = {"narrow_tensors": 0}
+    metadata: dict[str, Any] = {"narrow_tensors": 0}
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
         if tensor is None:
@@ -53,10 +53,10 @@ def store(model: ir.Model, precision: str) -> dict[str, Any]:
         made.name = name
         added += nodes
         narrow += sum(part.nbytes for part in parts)
-        facts["narrow_tensors"] += 1
+        metadata["narrow_tensors"] += 1
     if added:
         graph.insert_before(graph[0], added)
-    return {**facts, "narrow_bytes": narrow, "float32_bytes": wide}
+    return {**metadata, "narrow_bytes": narrow, "float32_bytes": wide}
 
 
 def as_half(values: np.ndarray) -> tuple[np.ndarray] | None:

@@ -37,10 +37,10 @@ _FIGURES = {"activation_bytes": "Total Activation Memory", "weights_bytes": "Tot
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A serialized engine and the facts of it."""
+    """A serialized engine and the metadata of it."""
 
     engine: bytes
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 FORMS = {
@@ -55,7 +55,7 @@ def build(captured: CapturedProgram, options: TrtOptions, capability: str) -> Bu
     """Build one engine of the whole graph for ``capability``, a driver or none.
 
     TensorRT's builder crashes on some networks, so it works in a process of its own, and where it crashes the next form is
-    built by another. ``facts["form"]`` says which it came to, and ``facts["notes"]`` why.
+    built by another. ``metadata["form"]`` says which it came to, and ``metadata["notes"]`` why.
 
     Raises:
         LoweringError: operations that cannot be converted, by name and reason, or what the builder says.
@@ -73,10 +73,10 @@ def build(captured: CapturedProgram, options: TrtOptions, capability: str) -> Bu
                 failed.append(f"{FORMS[form]}: {error.fact}")
                 last = error
                 continue
-            facts = {**built.facts, "form": FORMS[form]}
+            metadata = {**built.metadata, "form": FORMS[form]}
             if failed:
-                facts["notes"] = [f"built with {FORMS[form]}; TensorRT's builder failed on other forms: {'; '.join(failed)}"]
-            return Built(built.engine, facts)
+                metadata["notes"] = [f"built with {FORMS[form]}; TensorRT's builder failed on other forms: {'; '.join(failed)}"]
+            return Built(built.engine, metadata)
     raise BuilderError("; ".join(failed), subject="trt", remedy=last.remedy)
 
 
@@ -154,7 +154,7 @@ def engine_of(slim: CapturedProgram, path: Path, options: TrtOptions, capability
         started = time.perf_counter()
         config = interpreter._populate_trt_builder_config()
         engine = serialize(interpreter.builder, network, config, capability, options, log)
-        return Built(engine, {**facts_of(network), "profile": profile, **figures(log, engine, started)})
+        return Built(engine, {**metadata_of(network), "profile": profile, **metrics(log, engine, started)})
 
 
 def convert(captured: CapturedProgram, options: TrtOptions, log: list[str], form: str) -> tuple[Any, Any, dict[str, str]]:
@@ -282,7 +282,7 @@ def serialize(builder: Any, network: Any, config: Any, capability: str, options:
     return bytes(plan)
 
 
-def facts_of(network: Any) -> dict[str, Any]:
+def metadata_of(network: Any) -> dict[str, Any]:
     """What the network is made of."""
     kinds = Counter(str(network.get_layer(i).type).rpartition(".")[2].lower() for i in range(network.num_layers))
     ends = [network.get_input(i) for i in range(network.num_inputs)] + [
@@ -300,7 +300,7 @@ def facts_of(network: Any) -> dict[str, Any]:
     }
 
 
-def figures(log: list[str], engine: bytes, started: float) -> dict[str, Any]:
+def metrics(log: list[str], engine: bytes, started: float) -> dict[str, Any]:
     """Bytes of the engine, of its activations and weights as the builder tells them, and the seconds it took."""
     found: dict[str, Any] = {"engine_bytes": len(engine)}
     for name, words in _FIGURES.items():

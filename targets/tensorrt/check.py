@@ -29,8 +29,8 @@ def drift(captured: CapturedProgram, precision: str, samples: tuple[Sample, ...]
     for sample in samples:
         got = run_program(captured.program, sample.inputs, captured.output_names)
         expected = captured.eager(sample.inputs)
-        figures = [distance(got[name], expected[name]) for name in expected]
-        worst = {"max_abs": max(item["max_abs"] for item in figures), "cosine": min(item["cosine"] for item in figures)}
+        metrics = [distance(got[name], expected[name]) for name in expected]
+        worst = {"max_abs": max(item["max_abs"] for item in metrics), "cosine": min(item["cosine"] for item in metrics)}
         if not all(bool(value.isfinite().all()) for name, value in got.items() if bool(expected[name].isfinite().all())):
             raise VerificationError(
                 f"branch {sample.branch}: {precision} overflows, as emulated in torch",

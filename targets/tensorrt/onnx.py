@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sam3x.errors import LoweringError
 from sam3x.targets.onnx.target import OnnxOptions, OnnxTarget
-from sam3x.targets.tensorrt.build import builder_log, facts_of, figures, in_builder_process, in_words, serialize, shapes_of
+from sam3x.targets.tensorrt.build import builder_log, in_builder_process, in_words, metadata_of, metrics, serialize, shapes_of
 from sam3x.targets.tensorrt.driver import import_torch_tensorrt, named_device
 from sam3x.targets.tensorrt.options import TrtOptions, capability_of
 
@@ -33,11 +33,11 @@ def write_plan_onnx(captured: CapturedProgram, path: Path, options: TrtOptions, 
     """
     OnnxTarget().lower(captured, path, _ONNX)
     shapes = shapes_of(captured, options)
-    facts = in_builder_process(facts_of_file, path, shapes, options, capability)
-    return {**facts, "profile": in_words(shapes), "trtexec": " ".join(_command(path, shapes, options))}
+    metadata = in_builder_process(metadata_of_file, path, shapes, options, capability)
+    return {**metadata, "profile": in_words(shapes), "trtexec": " ".join(_command(path, shapes, options))}
 
 
-def facts_of_file(path: Path, shapes: Any, options: TrtOptions, capability: str) -> dict[str, Any]:
+def metadata_of_file(path: Path, shapes: Any, options: TrtOptions, capability: str) -> dict[str, Any]:
     """Build an engine of the file in this process; what is known of it."""
     with named_device(capability_of(capability)), builder_log() as log:
         import_torch_tensorrt()
@@ -63,7 +63,7 @@ def facts_of_file(path: Path, shapes: Any, options: TrtOptions, capability: str)
             config.add_optimization_profile(profile)
         started = time.perf_counter()
         engine = serialize(builder, network, config, capability, options, log)
-        return {**facts_of(network), **figures(log, engine, started)}
+        return {**metadata_of(network), **metrics(log, engine, started)}
 
 
 def _command(path: Path, shapes: Any, options: TrtOptions) -> list[str]:

@@ -45,7 +45,7 @@ def write_program(captured: CapturedProgram, path: Path, options: TrtOptions) ->
         symbolic_shape_expressions=shape_expressions(captured),
     )
     save_program(module, captured, path, options, "cuda")
-    return {**built.facts, "build_seconds": round(time.perf_counter() - started, 2)}
+    return {**built.metadata, "build_seconds": round(time.perf_counter() - started, 2)}
 
 
 def shape_expressions(captured: CapturedProgram) -> Any:

@@ -153,7 +153,7 @@ class TrtTarget:
             return {**facts, **write_program(captured, path, options)}
         built = trt_build.build(captured, options, capability)
         path.write_bytes(built.engine)
-        return {**facts, **built.facts}
+        return {**facts, **built.metadata}
 
     def unverifiable(self, options: TrtOptions) -> str | None:
         from sam3x.targets.tensorrt.driver import gpu_count, this_gpu

@@ -41,7 +41,7 @@ def test_the_shapes_tell_the_architecture(state: dict[str, Tensor], tmp_path: Pa
 def test_lint_of_a_sound_checkpoint(state: dict[str, Tensor], tmp_path: Path) -> None:
     report = lint(saved(tmp_path / "sam3.pt", state))
     assert report.clean and report.kind == "SAM3" and report.exports == ("image model", "fusion encoder")
-    assert report.facts["picture"].startswith("112 pixels") and report.facts["context length"] == "16 tokens"
+    assert report.metadata["picture"].startswith("112 pixels") and report.metadata["context length"] == "16 tokens"
     done = CliRunner().invoke(app, ["lint", str(tmp_path / "sam3.pt")])
     assert done.exit_code == 0 and "nothing wrong" in done.stdout and "left out" in done.stdout
 

@@ -38,7 +38,7 @@ def legal(captured: CapturedProgram, **options: Any) -> tuple[CapturedProgram, A
 
 
 def lower(captured: CapturedProgram, path: Path, **options: Any) -> dict[str, Any]:
-    """The facts of the engine that is written to ``path``, for sm89."""
+    """The metadata of the engine that is written to ``path``, for sm89."""
     program, own = legal(captured, compute_capability="sm89", **options)
     return TrtTarget().lower(program, path, own)
 

@@ -105,7 +105,7 @@ def _report(folder: Path, kind: str, model: nn.Module, loaded: dict[str, Any]) -
         kind="transformers",
         parameters=sum(value.numel() for value in model.parameters()),
         dtypes=tuple(sorted(dtypes)) or ("float32",),
-        facts={"class": type(model).__name__},
+        metadata={"class": type(model).__name__},
         notes=tuple(notes),
         missing=tuple(sorted(loaded["missing_keys"])),
         unexpected=tuple(strange),

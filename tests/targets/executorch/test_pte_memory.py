@@ -23,7 +23,7 @@ def encoder() -> nn.Module:
     return encoder_of(2)
 
 
-def facts_of(encoder: nn.Module, folder: Path, **options: Any) -> tuple[dict[str, Any], int]:
+def metadata_of(encoder: nn.Module, folder: Path, **options: Any) -> tuple[dict[str, Any], int]:
     """The facts of the file, and the largest batch."""
     spec, own = resolve(PteTarget(), {"tokens": TOKENS, "verify": "off", **options})
     passes = default_pipeline(str(spec.branches)).then(*PteTarget().legalization_passes(own))
@@ -51,7 +51,7 @@ def facts_of(encoder: nn.Module, folder: Path, **options: Any) -> tuple[dict[str
 )
 def test_a_fixed_prompt_takes_one_heads_scores_at_a_time(encoder: nn.Module, options: dict[str, Any], tmp_path: Path) -> None:
     """A view of the mask was a delegate of its own; the second one then held the scores of every head at once."""
-    facts, batch = facts_of(encoder, tmp_path, **options)
+    facts, batch = metadata_of(encoder, tmp_path, **options)
     size = 2 if options.get("precision") == "fp16" else 4
     images = batch // 2 if options.get("dac") is True else batch
     scores, tokens = images * TOKENS * TOKENS * size, batch * TOKENS * WIDTH * 4

@@ -42,7 +42,7 @@ def test_the_default_encoder_builds_for_every_gpu_three_times_in_a_row(
     passes = default_pipeline(str(spec.branches)).then(*target.legalization_passes(options))
     program, _ = passes.run(default_encoder(flags))
     for gpu, _ in itertools.product(GPUS, range(TIMES)):
-        facts = build(program, options, gpu).facts
+        facts = build(program, options, gpu).metadata
         figures = (
             f"{flags} {precision} {gpu}: {facts['activation_bytes'] / 1e6:.0f} MB, {facts['build_seconds']} s, {facts['form']}"
         )

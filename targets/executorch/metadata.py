@@ -14,7 +14,7 @@ _PRODUCTS = {"linear", "bmm", "mm", "addmm", "matmul"}
 _IN_PLACE = {"_softmax", "add", "sub", "mul", "relu", "gelu", "rsqrt", "sigmoid"}
 
 
-def facts_of(graph: GraphModule) -> dict[str, Any]:
+def metadata_of(graph: GraphModule) -> dict[str, Any]:
     """Counts for the manifest and ``sam3x inspect``.
 
     Args:
