@@ -8,6 +8,7 @@ from pathlib import Path
 
 PREAMBLE = """
 import builtins, os, shutil, sys
+import psutil  # has a form for each system; ours here needs what is taken away below
 from pathlib import Path
 
 plain_import, plain_open = builtins.__import__, os.open
@@ -85,7 +86,7 @@ def test_bench(default_artifact: Path, tmp_path: Path) -> None:
     code = f"""
 from typer.testing import CliRunner
 from sam3x.cli.app import app
-sizes = ["--tokens", "20", "--prompt-length", "4", "--repeat", "2", "--warm-up", "1"]
+sizes = ["--tokens", "20", "--prompt-length", "4", "--repeat", "2", "--warmup", "1"]
 result = CliRunner().invoke(app, ["bench", {str(default_artifact)!r}, *sizes])
 print(result.exit_code, result.output[-1500:], result.exception)
 """

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
 
 _AUTOCAST = ("cpu", "cuda")
+_ONE_AT_A_TIME = threading.RLock()
+"""Exports, verifications and eager runs set what torch keeps for the whole process; a second thread waits for the first."""
 
 
 @contextlib.contextmanager
 def settled() -> Iterator[None]:
     """Run with torch as it starts up, whatever the caller has set, and without gradients.
 
-    Set aside and put back: autocast, inference mode, gradients, the default dtype and device, ``torch.compile``.
+    Set aside and put back: autocast, inference mode, gradients, the default dtype and device, ``torch.compile``. One thread at
+    a time: part of that belongs to the whole process.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_ONE_AT_A_TIME)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         for device in _AUTOCAST:
