@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -246,3 +247,8 @@ def test_the_pages_name_only_files_that_exist() -> None:
         named = re.findall(r"`((?:exporter|passes|targets|tests|docs)/[\w/.-]+\.(?:py|md))`", path.read_text())
         missing += [f"{path.name}: {name}" for name in named if not (ROOT / name).exists()]
     assert missing == []
+
+
+def test_the_page_of_options_is_what_the_command_says() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "options_table.py"))["page"]()
+    assert page == (ROOT / "docs" / "options.md").read_text(), "python docs/options_table.py writes it again"

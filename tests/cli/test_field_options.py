@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +13,6 @@ from sam3x.spec import ExportSpec
 from sam3x.targets.registry import built_in_names, get_target
 from support.command_line import run
 
-ROOT = Path(__file__).parents[2]
 FIELDS = {name: info for model in (ExportSpec, *(get_target(name).options_type for name in built_in_names()))
           for name, info in model.model_fields.items()}  # fmt: skip
 
@@ -39,8 +36,3 @@ def test_a_default_as_it_is_shown_is_the_default(name: str, monkeypatch: pytest.
     assert result.exit_code == 0, result.stderr
     spec = ExportSpec(**{field: value for field, value in seen.items() if field in ExportSpec.model_fields})
     assert getattr(spec, name) == default
-
-
-def test_the_page_of_options_is_what_the_command_says() -> None:
-    """``python docs/options_table.py`` writes it again."""
-    assert runpy.run_path(str(ROOT / "docs" / "options_table.py"))["page"]() == (ROOT / "docs" / "options.md").read_text()
