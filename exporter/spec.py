@@ -198,6 +198,16 @@ class ExportSpec(BaseModel):
         return self
 
     @property
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Meaning of a dimension → its inclusive sizes; ``tokens`` are those of ``tgt``."""
+        return {"batch": self.batch, "tokens": self.halved_range, "prompt_length": self.prompt_length}
+
+    @property
+    def halved(self) -> str:
+        """Meaning of the dimension that dac halves where it is on."""
+        return ("batch", "tokens")[self.dac_dim]
+
+    @property
     def halved_range(self) -> tuple[int, int]:
         """Range of ``tgt``'s dimension 1 in the chosen interface."""
         if self.interface == "feature_maps":

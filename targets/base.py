@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from sam3x.errors import SpecError, Step, did_you_mean
-from sam3x.spec import Branches, ExportSpec, checked, make_spec
+from sam3x.errors import SpecError, Step
+from sam3x.spec import Branches
 from sam3x.verify.record import Runner
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class TargetStatus:
 
 
 class TargetOptions(BaseModel):
-    """Options of one target alone; ``sam3x.export`` hands over every keyword that ``ExportSpec`` does not know.
+    """Options of one target alone; ``sam3x.export`` hands over every keyword that a request does not know.
 
     A subclass states each as a field with a default and a description, which is the help of its option of ``sam3x export``
     (``cli_target_options``). A name that neither knows is refused.
@@ -66,97 +67,84 @@ class AttentionMemory(TargetOptions):
         return int(number) * _UNITS[unit]
 
 
-def resolve(target: Target, options: Mapping[str, Any]) -> tuple[ExportSpec, TargetOptions]:
-    """The request and the target's own options out of ``sam3x.export``'s keywords, the target's defaults filled in.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numerics:
+    """What an artifact stores and computes below float32.
 
-    Raises:
-        SpecError: a value is wrong, or a name is known to neither, with the nearest that is.
+    Attributes:
+        weights: ``fp16`` or ``int8`` where the file holds weights of that precision and everything else is float32. The
+            exporter then rounds the weights before it captures, and the artifact must equal eager with those weights as
+            closely as float32 must.
+        arithmetic: what the artifact computes in (``fp16``, ``bf16``, ``tf32``, ``int8``); None: float32.
+        half_sums: whether its kernels keep the sums of products in float16 on this machine.
     """
-    own = target.options_type.model_fields
-    unknown = [name for name in options if name not in own and name not in ExportSpec.model_fields]
-    if unknown:
-        near = did_you_mean(unknown[0], [*ExportSpec.model_fields, *own])
-        known = f"Options of {target.name} alone: {', '.join(sorted(own)) or 'none'}. See sam3x export --help."
-        raise SpecError(
-            f"no option of an export to {target.name}", subject=", ".join(unknown), remedy=f"{near} {known}".lstrip()
-        )
-    defaults = dict(target.default_options)
-    if options.get("interface") == "feature_maps":
-        defaults.pop("tokens", None)  # the maps' sizes say how many
-    given = {**defaults, **{name: value for name, value in options.items() if name not in own}}
-    if given.get("branches") is None:
-        given["branches"] = target.branches
-    spec = make_spec(**given)
-    own_options = checked(target.options_type, {name: value for name, value in options.items() if name in own})
-    check = getattr(target, "check", None)
-    if check is not None:
-        check(spec, own_options)
-    return spec, own_options
+
+    weights: str | None = None
+    arithmetic: str | None = None
+    half_sums: bool = False
+
+    @property
+    def below(self) -> str | None:
+        """What is not float32: the precision of the weights, or of the arithmetic."""
+        return self.weights or self.arithmetic
 
 
-def file_name(target: Target, stem: str, options: TargetOptions) -> str:
-    """Name of the artifact's main file: ``stem`` and the suffix, or what the target's own ``file_name(stem, options)`` says."""
-    own = getattr(target, "file_name", None)
-    return f"{stem}{target.suffix}" if own is None else own(stem, options)
-
-
-def weight_precision(target: Target, options: TargetOptions) -> str | None:
-    """``fp16`` or ``int8`` where the file holds weights of that precision and everything else is float32; None anywhere else.
-
-    The exporter then rounds the weights before it captures, and the artifact must equal eager with those weights as closely as
-    float32 must: what the target's own ``weight_precision(options)`` says, if it has one.
-    """
-    own = getattr(target, "weight_precision", None)
-    return None if own is None else own(options)
-
-
-def arithmetic_precision(target: Target, options: TargetOptions) -> str | None:
-    """What below float32 the artifact computes in; None where it is float32, though weights may be rounded."""
-    precision = str(getattr(options, "precision", "fp32"))
-    return None if precision == "fp32" or weight_precision(target, options) is not None else precision
-
-
-def half_sums(target: Target, options: TargetOptions) -> bool:
-    """Whether the target's kernels keep sums in float16 on this machine: what its own ``half_sums(options)`` says, if any."""
-    own = getattr(target, "half_sums", None)
-    return False if own is None else own(options)
-
-
-def session_settings(target: Target, **given: Any) -> dict[str, Any]:
-    """Keywords of ``load_runner`` for the settings that are not None: what the target's own ``session_settings`` makes of them.
-
-    Raises:
-        SpecError: the target has no such setting. TargetUnavailableError: what a setting names is not installed.
-    """
-    wanted = {name: value for name, value in given.items() if value is not None}
-    own = getattr(target, "session_settings", None)
-    if not wanted:
-        return {}
-    if own is None:
-        raise SpecError(f"{' and '.join(wanted)} are settings of ONNX Runtime, and the target is {target.name}", step=Step.LOAD)
-    return own(**wanted)
-
-
-class Target(Protocol):
+class Target(ABC):
     """A back end: legalize the canonical graph, lower it to files, run them.
 
-    ``branches`` is the form of runtime flags it runs best; ``default_options`` are ``ExportSpec`` fields that differ for it.
+    Attributes:
+        name: what ``--target`` takes. suffix: of the artifact's main file. opset: of ONNX-like formats.
+        options_type: this target's own options.
+        branches: the form of runtime flags it runs best.
+        default_options: fields of the request (``ExportSpec``) whose defaults differ for it.
     """
 
     name: str
     suffix: str
-    opset: int | None
-    options_type: type[TargetOptions]
-    branches: Branches
-    default_options: Mapping[str, Any]
+    opset: int | None = None
+    options_type: type[TargetOptions] = TargetOptions
+    branches: Branches = "cond"
+    default_options: ClassVar[Mapping[str, Any]] = {}
 
+    @abstractmethod
     def availability(self) -> TargetStatus:
         """Without importing anything heavy."""
 
-    def legalization_passes(self, options: TargetOptions) -> tuple[Pass, ...]:
-        """Passes after the default pipeline."""
+    def check(self, ranges: Mapping[str, tuple[int, int]], options: Any) -> None:  # noqa: B027 - most have nothing to refuse
+        """Refuse what can be refused before anything heavy is imported.
 
-    def lower(self, captured: CapturedProgram, path: Path, options: TargetOptions) -> dict[str, Any] | None:
+        Args:
+            ranges: inclusive sizes of ``batch``, ``tokens`` and ``prompt_length``.
+
+        Raises:
+            SpecError: options that contradict each other, the ranges or this machine.
+        """
+
+    def file_name(self, stem: str, options: Any) -> str:
+        """Where the artifact's main file stands in the output folder; a nested path works."""
+        return f"{stem}{self.suffix}"
+
+    def numerics(self, options: Any) -> Numerics:
+        """What an artifact with these options stores and computes in: arithmetic in its ``precision``, if it has one."""
+        precision = str(getattr(options, "precision", "fp32"))
+        return Numerics(arithmetic=None if precision == "fp32" else precision)
+
+    def legalization_passes(self, options: Any) -> tuple[Pass, ...]:
+        """Passes after the default pipeline."""
+        return ()
+
+    def prove(self, captured: CapturedProgram, options: Any) -> dict[str, Any]:
+        """Check what can be checked of the graph before it is lowered; returned metadata goes to the manifest.
+
+        Not asked where verification is switched off.
+
+        Raises:
+            VerificationError: the graph is off in some branch.
+        """
+        return {}
+
+    @abstractmethod
+    def lower(self, captured: CapturedProgram, path: Path, options: Any) -> dict[str, Any] | None:
         """Write the artifact at ``path`` (and files beside it); returned metadata goes to the manifest.
 
         ``metadata["notes"]``, a list of sentences, goes to its notes: what the user should be told of how it was written.
@@ -165,11 +153,30 @@ class Target(Protocol):
             LoweringError: the back end refused the graph.
         """
 
-    def unverifiable(self, options: TargetOptions) -> str | None:
+    def unverifiable(self, options: Any) -> str | None:
         """Why an artifact with these options cannot be run on this machine; None where it can, and so is verified."""
+        return None
 
+    @abstractmethod
     def load_runner(self, path: Path, **settings: Any) -> Runner:
-        """Open an artifact without torch where the back end allows. ``settings``: what its own ``session_settings`` gave."""
+        """Open an artifact without torch where the back end allows.
+
+        Args:
+            settings: what ``session_settings`` gave.
+        """
+
+    def session_settings(self, *, threads: Any = None, providers: Any = None) -> dict[str, Any]:
+        """Keywords of ``load_runner`` for settings of a runtime, those that are not None, checked.
+
+        Raises:
+            SpecError: the target has no such setting. TargetUnavailableError: what a setting names is not installed.
+        """
+        wanted = [name for name, value in (("threads", threads), ("providers", providers)) if value is not None]
+        if wanted:
+            fact = f"{' and '.join(wanted)} are settings of ONNX Runtime, and the target is {self.name}"
+            raise SpecError(fact, step=Step.LOAD)
+        return {}
 
     def versions(self) -> dict[str, Any]:
         """Versions of the packages that made the artifact."""
+        return {}

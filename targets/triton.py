@@ -8,8 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sam3x.spec import ExportSpec
-
 if TYPE_CHECKING:
     from sam3x.capture.program import CapturedProgram
 
@@ -39,22 +37,22 @@ def write_config(captured: CapturedProgram, path: Path, backend: str) -> dict[st
         path: the artifact, as ``model_path`` names it. backend: ``onnxruntime`` or ``tensorrt``.
     """
     model = path.parent.parent
-    batch = dynamic_batch(captured.spec)
+    batch = dynamic_batch(captured)
     (model / "config.pbtxt").write_text(config_text(captured, model.name, backend, batch))
     batching = f"dynamic batching up to {batch}" if batch else "the batch is a dimension of each request"
     return {"triton": f"{backend}, {batching}"}
 
 
-def dynamic_batch(spec: ExportSpec) -> int:
+def dynamic_batch(captured: CapturedProgram) -> int:
     """The largest batch Triton may put together out of requests; 0 where it must not.
 
     It adds a first dimension to every input. Runtime flags have none, seq-first prompts have it second, and dac treats the
     first half of a batch differently, so that requests would change each other's answers.
     """
-    plain = spec.dac is False and spec.pre_norm not in ("runtime", "per-layer") and spec.interface == "tokens"
-    masks = {"tgt_mask", "memory_mask"} & set(spec.inputs)
-    low, high = spec.batch
-    return high if plain and not masks and low == 1 < high else 0
+    sizes = {node.name: node.meta["val"].shape for node in captured.program.graph.nodes if node.op == "placeholder"}
+    first = {captured.dim_names.get(str(sizes[name][0])) if sizes[name] else None for name in captured.input_names}
+    low, high = captured.ranges.get("batch", (0, 0))
+    return high if captured.halved is None and first == {"batch"} and low == 1 < high else 0
 
 
 def config_text(captured: CapturedProgram, name: str, backend: str, batch: int) -> str:

@@ -16,6 +16,7 @@ from sam3x import api
 from sam3x.errors import ArtifactError, PassError, SourceError, SpecError, UnknownTargetError, VerificationError
 from sam3x.passes.base import Exactness, Pass, PassResult
 from sam3x.passes.pipeline import PassPipeline
+from sam3x.pipeline import job
 from sam3x.sources import encoder as sources
 from sam3x.targets.onnx.target import OnnxTarget
 from support.folders import edit_manifest
@@ -40,7 +41,7 @@ class WrongPass(Pass):
 
 @pytest.fixture
 def wrong_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "default_pipeline", lambda _: PassPipeline((WrongPass(),)))
+    monkeypatch.setattr(job, "default_pipeline", lambda _: PassPipeline((WrongPass(),)))
 
 
 @pytest.mark.usefixtures("wrong_pipeline")
@@ -87,7 +88,7 @@ class Broken(Pass):
 
 
 def test_a_pass_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "default_pipeline", lambda _: PassPipeline((Broken(),)))
+    monkeypatch.setattr(job, "default_pipeline", lambda _: PassPipeline((Broken(),)))
     with pytest.raises(PassError, match=r"'broken' failed after \[\]: RuntimeError: boom.*--disable-pass broken"):
         sam3x.export(encoder_of(1), output=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

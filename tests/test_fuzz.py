@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.export import ExportedProgram
 
 from fuzz import search
-from sam3x import api
+from sam3x.capture import component
 from sam3x.passes.attention.canonicalize_attention import CanonicalizeAttentionPass
 from sam3x.passes.base import PassResult, graph_modules
 from support import differential
@@ -72,7 +72,7 @@ def scale_squared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_every_capture(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.fx.GraphModule], None]) -> None:
-    original = api.capture
+    original = component.capture_encoder
 
     def capture(*arguments: Any) -> Any:
         captured = original(*arguments)
@@ -81,7 +81,7 @@ def in_every_capture(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.fx
             module.recompile()
         return captured
 
-    monkeypatch.setattr(api, "capture", capture)
+    monkeypatch.setattr(component, "capture_encoder", capture)
 
 
 def mask_inverted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ def test_every_room_says_what_it_is_for() -> None:
         ("exporter/capture", "if X:\n    from sam3x.passes import base"),
         ("exporter/capture", "import passes.base"),
         ("exporter/fusion", "from sam3x.pipeline import export"),
-        ("exporter/runtime", "from sam3x.pipeline.export import DEFAULTS"),
+        ("exporter/runtime", "from sam3x.pipeline.request import PROMPTS"),
         ("exporter/pipeline", "from sam3x.cli import app"),
     ],
 )

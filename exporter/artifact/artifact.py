@@ -12,10 +12,8 @@ import numpy as np
 from sam3x.artifact.files import is_inside, link_in, sha256_of
 from sam3x.artifact.inputs import checked_inputs
 from sam3x.artifact.journal import recover
-from sam3x.artifact.manifest import MANIFEST, ExportManifest, read_manifest
-from sam3x.errors import ArtifactError, Sam3xError, SpecError, Step
-from sam3x.spec import checked
-from sam3x.targets.base import file_name
+from sam3x.artifact.manifest import MANIFEST, Manifest, PipelineManifest, read_manifest
+from sam3x.errors import ArtifactError, Sam3xError, Step
 from sam3x.targets.registry import get_target
 
 if TYPE_CHECKING:
@@ -23,20 +21,18 @@ if TYPE_CHECKING:
 
     from sam3x.targets.base import Runner
 
-STEM = "fusion_encoder"
-
 
 @dataclass(frozen=True)
 class Artifact:
     """A verified export. ``folder`` holds the graph file and ``manifest.json``."""
 
     folder: Path
-    manifest: ExportManifest
+    manifest: Manifest
 
     @property
     def path(self) -> Path:
         """The graph file."""
-        return self.folder / _graph_file(self.manifest)
+        return self.folder / self.manifest.encoder.file
 
     @functools.cached_property
     def _runner(self) -> Runner:
@@ -83,20 +79,36 @@ def load(folder: str | Path) -> Artifact:
     Raises:
         ArtifactError: no manifest, one of another schema, a missing or edited file, a name or a link that leads elsewhere.
     """
+    manifest = load_any(folder)
+    if isinstance(manifest, PipelineManifest):
+        remedy = "Run it with sam3x run, or sam3x.runtime.Segmenter."
+        raise ArtifactError(f"{folder} holds a whole image model", remedy=remedy)
+    return Artifact(folder=Path(folder), manifest=manifest)
+
+
+def load_any(folder: str | Path, command: str = "sam3x export", *, hashes: bool = True) -> Manifest:
+    """The manifest of whatever was exported into ``folder``, once every file is as it was written.
+
+    Args:
+        command: see ``read_manifest``. hashes: False leaves the contents of the files unread.
+
+    Raises:
+        ArtifactError: as ``load``.
+    """
     root = Path(folder)
     while True:
         recover(root)
         before = _identity(root / MANIFEST)
-        manifest = read_manifest(root)
+        manifest = read_manifest(root, command)
         try:
-            _check_graph(root, manifest)
-            check_files(root, manifest.files)
+            _check_named(root, manifest)
+            check_files(root, manifest.files, hashes=hashes)
         except ArtifactError:
             recover(root)
             if _identity(root / MANIFEST) == before:
                 raise  # else another export has just replaced this one
         else:
-            return Artifact(folder=root, manifest=manifest)
+            return manifest
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -108,19 +120,13 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_ctime_ns
 
 
-def _graph_file(manifest: ExportManifest) -> str:
-    """Where the target put the graph, by the options it was given; its usual place where it does not know them."""
-    target = get_target(manifest.target)
-    try:
-        return file_name(target, STEM, checked(target.options_type, manifest.target_options))
-    except SpecError:
-        return f"{STEM}{target.suffix}"
-
-
-def _check_graph(root: Path, manifest: ExportManifest) -> None:
-    graph = _graph_file(manifest)
-    if graph not in manifest.files:
-        raise ArtifactError(f"the manifest in {root} does not name {graph}", remedy="Export again.")
+def _check_named(root: Path, manifest: Manifest) -> None:
+    """Every file that is opened has a sha256."""
+    tokenizer = manifest.tokenizer if isinstance(manifest, PipelineManifest) else None
+    named = {item.file for item in manifest.components} | ({tokenizer} if tokenizer else set())
+    if not manifest.components or not named <= set(manifest.files):
+        strange = ", ".join(sorted(named - set(manifest.files))) or "any component"
+        raise ArtifactError(f"the manifest in {root} does not name {strange}", remedy="Export again.")
 
 
 def check_files(root: Path, files: Mapping[str, str], *, hashes: bool = True) -> None:

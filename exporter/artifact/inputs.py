@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from sam3x.artifact.manifest import ExportManifest, TensorSpec
+from sam3x.artifact.manifest import Manifest, TensorSpec
 from sam3x.errors import ArtifactError, Step
 
 
-def checked_inputs(manifest: ExportManifest, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def checked_inputs(manifest: Manifest, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Arrays by the names of ``manifest.inputs``, in that order.
 
     Raises:
@@ -61,7 +61,7 @@ def _array_of(spec: TensorSpec, value: Any) -> np.ndarray:
         ) from error
 
 
-def _check_dac(manifest: ExportManifest, arrays: dict[str, np.ndarray]) -> None:
+def _check_dac(manifest: Manifest, arrays: dict[str, np.ndarray]) -> None:
     dac = bool(arrays["dac"]) if "dac" in arrays else manifest.spec.get("dac") is True
     first = manifest.input_names[0]
     size = arrays[first].shape[manifest.spec.get("dac_dim", 0)] if manifest.interface == "tokens" else arrays[first].shape[0]

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from sam3x.artifact.files import is_inside, link_in, names_in, sha256_of
 from sam3x.artifact.journal import DISK_ERRORS, NEW, STAGING, commit, finish
 from sam3x.artifact.lock import locked
-from sam3x.artifact.manifest import MANIFEST, names_written, read_values, sealed
+from sam3x.artifact.manifest import MANIFEST, names_written, read_manifest, sealed
 from sam3x.errors import ArtifactError, SpecError, Step
 
 
@@ -153,16 +153,13 @@ def _check_own(folder: Path, names: Sequence[str], step: Step) -> None:
 def _earlier_files(folder: Path) -> list[str]:
     """Files of the export that stands in ``folder``, as they were written: what was changed since is the user's."""
     try:
-        files = read_values(folder).get("files")
+        files = read_manifest(folder).files
     except ArtifactError:
-        return []
-    if not isinstance(files, dict):
         return []
     return [
         name
         for name, expected in files.items()
-        if isinstance(name, str)
-        and is_inside(name)
+        if is_inside(name)
         and link_in(folder, name) is None
         and (folder / name).is_file()
         and sha256_of(folder / name) == expected

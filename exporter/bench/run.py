@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from sam3x.artifact.manifest import MANIFEST, read_manifest
+from sam3x.artifact.manifest import MANIFEST, is_pipeline, read_manifest
 from sam3x.bench.process import ContenderError, Worker, workers_closed
 from sam3x.bench.report import (
     BenchReport,
@@ -31,7 +31,6 @@ from sam3x.bench.report import (
     with_ratios,
 )
 from sam3x.errors import ArtifactError, Sam3xError, Step
-from sam3x.runtime.manifest import is_pipeline
 
 Tell = Callable[[str], None]
 PACKAGES = ("sam3x", "torch", "onnxruntime", "onnx", "onnxscript", "openvino", "executorch", "sam3", "numpy")

@@ -33,20 +33,28 @@ KEPT_WHOLE = (
 
 @settled()
 def capture(source: nn.Module | Sequence[nn.Module], spec: ExportSpec) -> CapturedProgram:
-    """Export ``source`` with its runtime flags as ``torch.cond`` and its ranges as dynamic dimensions.
+    """``capture_encoder`` of a module, or a list of layers.
+
+    Raises:
+        SpecError, SourceError: the request does not fit the module.
+    """
+    return capture_encoder(FusionEncoder(source, spec))
+
+
+def capture_encoder(encoder: FusionEncoder) -> CapturedProgram:
+    """Export ``encoder`` with its runtime flags as ``torch.cond`` and its ranges as dynamic dimensions.
 
     Raises:
         CaptureError: torch.export refused the module, or a dimension that must be dynamic was baked in.
-        SpecError, SourceError: the request does not fit the module.
     """
-    encoder = FusionEncoder(source, spec)
+    spec = encoder.spec
     names, flags = encoder.input_names, encoder.flag_names
     plain = tuple(name for name in names if name not in flags)
     sizes = trace_sizes(spec)
     inputs = make_inputs(plain, spec, encoder.d_model, sizes, spec.seed)
     label, values = branch_values(flags, spec, len(encoder.layers))[0]
     example = tuple({**inputs, **values}.values())
-    ranges = {"batch": spec.batch, "tokens": spec.tokens, "prompt_length": spec.prompt_length}
+    ranges = spec.ranges
     dynamic = []
     for name, tensor in zip(names, example, strict=True):
         dims = dims_of(name, tensor.dim())
@@ -83,13 +91,14 @@ def capture(source: nn.Module | Sequence[nn.Module], spec: ExportSpec) -> Captur
         notes.append(f"layers with their own forward, captured whole in every branch: {', '.join(odd)}")
     return CapturedProgram(
         program=program,
-        spec=spec,
         input_names=names,
         output_names=encoder.output_names,
         dim_names=dim_names,
         samples=tuple(samples_for(names, flags, spec, encoder.d_model, len(encoder.layers), [sizes])),
         eager=encoder.eager,
         notes=tuple(notes),
+        ranges=spec.ranges,
+        halved=None if spec.dac is False else spec.halved,
     )
 
 

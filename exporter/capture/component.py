@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from sam3x.capture.capture import capture, core_decompositions, free_layouts, rename_input, user_placeholders
+from sam3x.capture.capture import capture_encoder, core_decompositions, free_layouts, rename_input, user_placeholders
 from sam3x.capture.program import CapturedProgram, Sample
 from sam3x.capture.refusal import refusal
 from sam3x.capture.watch import traced
 from sam3x.errors import CaptureError
 from sam3x.fusion.ambient import settled
+from sam3x.fusion.encoder import FusionEncoder
 from sam3x.fusion.shadow import attributes_kept
 from sam3x.sources.contract import Component, Port
-from sam3x.spec import ExportSpec
 
 
 @settled()  # with gradients, decompositions meet strides they refuse
-def capture_component(component: Component, example: Mapping[str, Tensor], samples: Sequence[Sample] = ()) -> CapturedProgram:
+def capture_component(component: Component, sample: Sample) -> CapturedProgram:
     """Export a component with its named dimensions dynamic.
 
     Args:
-        example: one tensor an input; dynamic sizes of 1 are doubled, as torch.export takes 1 for a constant.
+        sample: one tensor an input; dynamic sizes of 1 are doubled, as torch.export takes 1 for a constant.
 
     Raises:
         CaptureError: torch.export refused the module, or baked in a dimension that must be dynamic.
     """
-    if component.fusion is not None:
-        return capture(*component.fusion)
+    if isinstance(component.module, FusionEncoder):
+        return capture_encoder(component.module)
     names = tuple(port.name for port in component.inputs)
     free = {dim for dim, (low, high) in component.ranges.items() if low != high}
     dynamic = tuple({i: Dim.DYNAMIC for i, dim in enumerate(p.dims) if dim in free} or None for p in component.inputs)
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # nn.MultiheadAttention's fused kernel is opaque to every pass
-    args = tuple(_example(example[port.name], port, free) for port in component.inputs)
+    args = tuple(_example(sample.inputs[port.name], port, free) for port in component.inputs)
     whole = _Positional(component.module)
 
     def run() -> ExportedProgram:
@@ -66,18 +64,14 @@ def capture_component(component: Component, example: Mapping[str, Tensor], sampl
                 dims[str(size)] = str(meaning)
     return CapturedProgram(
         program=program,
-        spec=ExportSpec(),
         input_names=names,
         output_names=component.outputs,
         dim_names=dims,
-        samples=tuple(samples),
-        eager=lambda inputs: (component.eager_double if _is_double(inputs) else component.eager)(inputs),
+        samples=(sample,),
+        eager=component.eager,
+        exact=component.eager_double,
         ranges=dict(component.ranges),
     )
-
-
-def _is_double(inputs: Mapping[str, Tensor]) -> bool:
-    return any(value.dtype == torch.float64 for value in inputs.values())
 
 
 def _example(value: Tensor, port: Port, free: set[str]) -> Tensor:

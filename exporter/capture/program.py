@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from sam3x.spec import ExportSpec
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -26,6 +24,8 @@ class Sample:
         all_padded: whether every key of some prompt is padding; eager attention may give NaN there.
         large: whether an eager run in float64 takes minutes.
         inputs: graph input name → tensor, flags included as bool tensors, in graph order.
+        expected: eager float32 outputs, where they are known already.
+        unrounded: the same with the weights as they were, where eager has rounded ones.
     """
 
     branch: str
@@ -33,6 +33,8 @@ class Sample:
     inputs: dict[str, Tensor]
     all_padded: bool = False
     large: bool = False
+    expected: Mapping[str, Tensor] | None = None
+    unrounded: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,29 +44,30 @@ class CapturedProgram:
     Attributes:
         program: functional (no in-place op), near core ATen; ``aten.linear``, ``aten.layer_norm``, ``aten.matmul`` and
             ``aten.scaled_dot_product_attention`` are kept whole; branches are ``torch.ops.higher_order.cond``.
-        spec: the request it was captured for.
         input_names, output_names: graph order; every input is a tensor, runtime flags are bool.
         dim_names: symbol name in the graph (``s15``) → what it means (``batch``).
         samples: one sample for every combination of runtime flags, at sizes small enough to run after each pass.
-        eager: maps named inputs to named outputs with the eager module, in the dtype of the given floats (float32 or
-            float64); the definition everything is compared with.
+        eager: maps named inputs to named outputs with the eager module; the definition everything is compared with.
+        exact: the same in float64, of float32 inputs; None: ``eager`` computes in the dtype of the given floats.
         notes: facts a user should know, for the manifest.
-        ranges: meaning → inclusive sizes, of a component whose dimensions the spec does not know.
+        ranges: meaning → inclusive sizes, of every dimension that has a meaning.
+        halved: the meaning of the dimension that dac halves; None where dac is never on.
     """
 
     program: ExportedProgram
-    spec: ExportSpec
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     dim_names: Mapping[str, str]
     samples: tuple[Sample, ...]
     eager: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    exact: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
     notes: tuple[str, ...] = field(default=())
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    halved: str | None = None
 
-    def range_of(self, meaning: str) -> tuple[int, int]:
-        """Inclusive sizes of a dynamic dimension, a component's own or the spec's."""
-        return self.ranges[meaning] if meaning in self.ranges else getattr(self.spec, meaning)
+    def even_dimension(self, inputs: Mapping[str, Tensor]) -> str | None:
+        """The meaning of the dimension whose size must be even with ``inputs``, as dac is on; None where none must."""
+        return self.halved if bool(inputs.get("dac", True)) else None
 
     def with_program(self, program: ExportedProgram) -> CapturedProgram:
         """The same capture around another program."""

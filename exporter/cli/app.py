@@ -15,10 +15,10 @@ from sam3x.cli.doctor import doctor
 from sam3x.cli.export import export
 from sam3x.cli.field_options import FieldOptionsCommand
 from sam3x.cli.options import Checkpoint, Folder, Json, Module, Quiet, Verbose, WeightsKey
-from sam3x.cli.run import lint, show_pipeline
+from sam3x.cli.run import lint, show_manifest
 from sam3x.cli.segment import run
-from sam3x.cli.source_options import exclusive, named_source
-from sam3x.sources.named import image_source
+from sam3x.cli.source_options import exclusive
+from sam3x.sources.named import named_cut
 
 app = typer.Typer(
     help="Export SAM3's fusion encoder out of PyTorch, every branch verified against the eager encoder.",
@@ -62,25 +62,17 @@ def verify(
     """Run an artifact, or every component of a pipeline, against the eager source again."""
     with reporting(verbose):
         exclusive(checkpoint, module)
-        import sam3x
-        from sam3x.runtime.manifest import is_pipeline, load_manifest
+        from sam3x.artifact.artifact import load_any
 
-        whole = is_pipeline(folder)
-        (load_manifest if whole else sam3x.load)(folder)  # a damaged folder is told before torch is imported
+        manifest = load_any(folder)  # a damaged folder is told before torch is imported
         with shown_steps(quiet) as steps:
             steps.begin("import torch")
             with suppressed_output(verbose):
-                if whole:
-                    from sam3x.pipeline import verify_pipeline
+                from sam3x.pipeline.reverify import verify_model
 
-                    steps.begin("verify")
-                    records = verify_pipeline(folder, image_source(None, checkpoint, module, weights_key), full=full)
-                else:
-                    from sam3x import api
-
-                    source = named_source(checkpoint, module, steps, weights_key)
-                    steps.begin("verify")
-                    records = api.verify(folder, source, full=full)
+                steps.begin("source")
+                cut = named_cut(None, checkpoint, module, weights_key, pipeline=manifest.kind == "pipeline")
+                records = verify_model(folder, cut, full=full, progress=steps.begin)
             steps.end()
         if as_json:
             document = {
@@ -99,19 +91,9 @@ def verify(
 def inspect(folder: Folder, verbose: Verbose = False, as_json: Json = False) -> None:
     """Show what an exported folder holds: inputs, outputs, passes, branches, figures. Needs no torch."""
     with reporting(verbose):
-        import sam3x
-        from sam3x.runtime.manifest import is_pipeline, load_manifest
+        from sam3x.artifact.artifact import load_any
 
-        if is_pipeline(folder):
-            show_pipeline(load_manifest(folder), folder, as_json=as_json, quiet=False, verbose=verbose)
-            return
-        manifest = sam3x.load(folder).manifest
-        if as_json:
-            typer.echo(manifest.model_dump_json(indent=2))
-        else:
-            from sam3x.cli import views as cli_views
-
-            cli_views.show(cli_views.manifest_view(manifest, folder, verbose=verbose))
+        show_manifest(load_any(folder), folder, as_json=as_json, verbose=verbose, everything=True)
 
 
 @app.command()

@@ -58,7 +58,7 @@ def bench(
                 raise SpecError(
                     f"{path} cannot be written", subject=option, remedy="Name a file in a folder that exists.", step=Step.BENCH
                 )
-        from sam3x.runtime.manifest import is_pipeline
+        from sam3x.artifact.manifest import is_pipeline
 
         sizes: dict[str, Any] = {
             "tokens": tokens,

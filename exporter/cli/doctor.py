@@ -11,8 +11,9 @@ import typer
 
 from sam3x.cli.console import reporting, shown_steps, suppressed_output
 from sam3x.cli.options import Checkpoint, Folder, Json, Module, Quiet, Verbose, WeightsKey
-from sam3x.cli.source_options import exclusive, named_source
+from sam3x.cli.source_options import exclusive
 from sam3x.errors import SpecError, Step
+from sam3x.sources.named import encoder_source
 
 
 class Low(str, Enum):
@@ -55,7 +56,8 @@ def doctor(
         with shown_steps(quiet) as steps:
             steps.begin("import torch")
             with suppressed_output(verbose):
-                source = named_source(checkpoint, module, steps, weights_key)
+                steps.begin("source")
+                source = encoder_source(checkpoint, module, weights_key)
                 report = _examine(folder, source, precision, bound, tokens, html, steps.begin)
             steps.end()
         if as_json:

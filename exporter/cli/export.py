@@ -10,10 +10,11 @@ import typer
 from sam3x.cli.console import reporting, shown_steps, suppressed_output
 from sam3x.cli.field_options import given_options
 from sam3x.cli.options import Checkpoint, Json, Module, Quiet, Verbose, WeightsKey, named_path
-from sam3x.cli.run import show_pipeline
-from sam3x.cli.source_options import exclusive, named_source
-from sam3x.errors import SpecError, TargetUnavailableError
-from sam3x.sources.named import ImageSource, image_source
+from sam3x.cli.run import show_manifest
+from sam3x.cli.source_options import exclusive
+from sam3x.errors import SpecError
+from sam3x.pipeline.request import check_available, resolve, resolve_pipeline
+from sam3x.sources.named import ImageSource, named_cut
 
 
 def export(
@@ -52,18 +53,19 @@ def export(
     """
     with reporting(verbose):
         options = given_options(context)
-        _check_early(target, {**({"dac": False, "pre_norm": "module"} if pipeline else {}), **options}, checkpoint, module)
+        exclusive(checkpoint, module)
         if not pipeline and (tokenizer is not None or source is not None or components is not None or fuse):
             raise SpecError(
                 "--tokenizer, --source, --components and --fuse belong to --pipeline",
                 remedy="Add --pipeline, or leave them out.",
             )
+        passes: dict[str, Any] = {"disable_pass": disable_pass or (), "dump_graphs": dump_graphs}
         if pipeline:
-            from sam3x.pipeline.request import check_pipeline
-
-            check_pipeline(target, options, None if components is None else components.split(","), fuse=fuse)
-            if disable_pass or dump_graphs:
-                raise SpecError("--disable-pass and --dump-graphs belong to a fusion encoder alone")
+            chosen = None if components is None else components.split(",")
+            request = resolve_pipeline(target, options, components=chosen, fuse=fuse, **passes)
+        else:
+            request = resolve(target, options, **passes)
+        check_available(request.target)
         with shown_steps(quiet) as steps:
             if checkpoint is None and module is None:
                 steps.say(
@@ -71,53 +73,10 @@ def export(
                 )
             steps.begin("import torch")
             with suppressed_output(verbose):
-                if pipeline:
-                    from sam3x.pipeline import export_pipeline
+                from sam3x.pipeline import export as exporter
 
-                    made = export_pipeline(
-                        image_source(source, checkpoint, module, weights_key),
-                        progress=steps.begin,
-                        target=target,
-                        output=output,
-                        tokenizer=tokenizer,
-                        fuse=fuse,
-                        **({} if components is None else {"components": components.split(",")}),
-                        **options,
-                    )
-                else:
-                    from sam3x import api
-
-                    encoder = named_source(checkpoint, module, steps, weights_key)
-                    artifact = api.export(
-                        encoder,
-                        target=target,
-                        output=output,
-                        progress=steps.begin,
-                        disable_pass=tuple(disable_pass or ()),
-                        dump_graphs=dump_graphs,
-                        **options,
-                    )
+                steps.begin("source")
+                cut = named_cut(source, checkpoint, module, weights_key, pipeline=pipeline)
+                manifest = exporter.export_model(request, cut, output, tokenizer=tokenizer, progress=steps.begin)
             steps.end()
-        if pipeline:
-            show_pipeline(made, output, as_json=as_json, quiet=quiet, verbose=verbose)
-        elif as_json:
-            typer.echo(artifact.manifest.model_dump_json(indent=2))
-        elif not quiet:
-            from sam3x.cli import views as cli_views
-
-            cli_views.show(cli_views.export_summary(artifact.manifest, output, verbose=verbose))
-
-
-def _check_early(target: str, options: dict[str, Any], checkpoint: Path | None, module: str | None) -> None:
-    """Everything that can be refused before torch is imported."""
-    from sam3x.targets.base import resolve
-    from sam3x.targets.registry import get_target
-
-    exclusive(checkpoint, module)
-    back_end = get_target(target)
-    resolve(back_end, options)
-    status = back_end.availability()
-    if not status.available:
-        raise TargetUnavailableError(
-            f"target '{target}' cannot export here: {status.detail}", remedy=f"Install it: {status.install}"
-        )
+        show_manifest(manifest, output, as_json=as_json, quiet=quiet, verbose=verbose)

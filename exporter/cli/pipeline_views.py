@@ -8,14 +8,24 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from sam3x.cli.views import pairs, passes_table, plain_table, tensors_table, verification_table
+from sam3x.artifact.manifest import PipelineManifest
+from sam3x.cli.views import export_summary, manifest_view, pairs, passes_table, plain_table, tensors_table, verification_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from sam3x.runtime.manifest import PipelineManifest, Quality
+    from sam3x.artifact.manifest import Manifest, Quality
     from sam3x.runtime.result import Result
     from sam3x.sources.report import LintReport
+
+
+def manifest_parts(manifest: Manifest, folder: Path, *, verbose: bool, everything: bool) -> list[RenderableType]:
+    """What an export made, or ``everything`` of it."""
+    if isinstance(manifest, PipelineManifest):
+        return pipeline_view(manifest, folder, verbose=verbose)
+    if everything:
+        return manifest_view(manifest, folder, verbose=verbose)
+    return export_summary(manifest, folder, verbose=verbose)
 
 
 def pipeline_view(manifest: PipelineManifest, folder: Path, *, verbose: bool) -> list[RenderableType]:

@@ -1,4 +1,4 @@
-"""``sam3x lint`` and the ``--pipeline`` half of ``sam3x export``."""
+"""``sam3x lint``, and what an export is shown as."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sam3x.cli.console import reporting, suppressed_output
 from sam3x.cli.options import WeightsKey
 
 if TYPE_CHECKING:
-    from sam3x.runtime.manifest import PipelineManifest
+    from sam3x.artifact.manifest import Manifest
 
 
 def lint(
@@ -40,12 +40,14 @@ def lint(
             raise typer.Exit(1)
 
 
-def show_pipeline(manifest: PipelineManifest, folder: Path, *, as_json: bool, quiet: bool, verbose: bool) -> None:
-    """The manifest as JSON, or the components as tables."""
+def show_manifest(
+    manifest: Manifest, folder: Path, *, as_json: bool, quiet: bool = False, verbose: bool, everything: bool = False
+) -> None:
+    """The manifest as JSON, or as tables: what an export made, or everything there is to tell."""
     if as_json:
         typer.echo(manifest.model_dump_json(indent=2))
     elif not quiet:
         from sam3x.cli import pipeline_views
         from sam3x.cli import views as cli_views
 
-        cli_views.show(pipeline_views.pipeline_view(manifest, folder, verbose=verbose))
+        cli_views.show(pipeline_views.manifest_parts(manifest, folder, verbose=verbose, everything=everything))

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from sam3x.artifact.manifest import ExportManifest, PassRecordModel, TensorSpec, VerificationRecord
+    from sam3x.artifact.manifest import Manifest, PassRecordModel, TensorSpec, VerificationRecord
     from sam3x.targets.base import TargetStatus
 
 FIGURES = {
@@ -110,7 +110,7 @@ class Steps:
             self._console.print(line)
 
 
-def export_summary(manifest: ExportManifest, folder: Path, *, verbose: bool) -> list[RenderableType]:
+def export_summary(manifest: Manifest, folder: Path, *, verbose: bool) -> list[RenderableType]:
     """After an export: what was written, from which weights, how far from eager, what it cost."""
     rows = [("wrote", ", ".join([*(str(folder / name) for name in manifest.files), str(folder / "manifest.json")]))]
     rows.append(("weights", manifest.origin))
@@ -126,7 +126,7 @@ def export_summary(manifest: ExportManifest, folder: Path, *, verbose: bool) -> 
     return [*more, pairs(rows)]
 
 
-def manifest_view(manifest: ExportManifest, folder: Path, *, verbose: bool = False) -> list[RenderableType]:
+def manifest_view(manifest: Manifest, folder: Path, *, verbose: bool = False) -> list[RenderableType]:
     """All of ``sam3x inspect``."""
     m = manifest
     identity = [
@@ -243,7 +243,7 @@ def targets_table(statuses: Sequence[TargetStatus]) -> Table:
     return table
 
 
-def _verdict(manifest: ExportManifest) -> str:
+def _verdict(manifest: Manifest) -> str:
     if not manifest.verification:
         return f"NOT verified: {manifest.verified_reason}"
     worst = max(manifest.verification, key=lambda record: record.max_abs)

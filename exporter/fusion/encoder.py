@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sam3x.errors import SourceError, SpecError
 from sam3x.fusion.ambient import settled
-from sam3x.fusion.dimensions import dims_of
+from sam3x.fusion.dimensions import DYNAMIC_DIMS, dims_of
 from sam3x.fusion.layer import OPTIONAL_INPUTS, fusion_layer, is_stock, made_batch_first, opaque_layer
 from sam3x.fusion.layer_op import LAYER_OP
 from sam3x.fusion.layer_template import weights_of
@@ -148,6 +148,14 @@ class FusionEncoder(nn.Module):
         """Runtime flags that are graph inputs."""
         names = ("dac",) if self.spec.dac == "runtime" else ()
         return (*names, "pre_norm") if self.spec.pre_norm in ("runtime", "per-layer") else names
+
+    def dims(self, name: str) -> tuple[str | None, ...]:
+        """What the dimensions of an input mean where they are dynamic; None for those of one size."""
+        rank = int(name == "pre_norm" and self.spec.pre_norm == "per-layer")
+        if name not in self.flag_names:
+            rank = len(DYNAMIC_DIMS.get(name, ())) or (3 if "mask" in name else 4)  # src maps and their masks
+        free = {dim for dim, (low, high) in self.spec.ranges.items() if low != high}
+        return tuple(dim if dim in free else None for dim in dims_of(name, rank))
 
     @property
     def input_names(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sam3x.pipeline.export import export_pipeline
-    from sam3x.pipeline.reverify import verify_pipeline
+    from sam3x.pipeline.reverify import verify_model as verify_pipeline
     from sam3x.sources.image import (
         checkpoint_image_source,
         module_image_source,
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "export_pipeline": "sam3x.pipeline.export",
-    "verify_pipeline": "sam3x.pipeline.reverify",
+    "verify_pipeline": "sam3x.pipeline.reverify:verify_model",
     "checkpoint_image_source": "sam3x.sources.image",
     "module_image_source": "sam3x.sources.image",
     "random_image_source": "sam3x.sources.image",
@@ -38,4 +38,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute or name)

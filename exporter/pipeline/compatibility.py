@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from sam3x.errors import Sam3xError
-from sam3x.pipeline.export import DEFAULTS, cases_of
 from sam3x.pipeline.job import ComponentJob
-from sam3x.sources.contract import COMPONENTS
+from sam3x.pipeline.request import resolve_pipeline
+from sam3x.pipeline.samples import samples_of
 from sam3x.sources.image import random_image_source
 from sam3x.sources.image_config import ImageModelConfig
-from sam3x.targets.base import resolve
+from sam3x.sources.names import COMPONENTS
 from sam3x.targets.registry import get_target
 
 SMALL = ImageModelConfig(
@@ -65,19 +65,19 @@ def _row(name: str, options: Mapping[str, Any], tell: Callable[[str], None]) -> 
     status = target.availability()
     if not status.available:
         return dict.fromkeys(COMPONENTS, Cell(False, f"{status.detail}; {status.install}"))
-    spec, own = resolve(target, {**DEFAULTS, **target.default_options, **options})
-    model = random_image_source(SMALL)(spec)
-    cases, found = cases_of(model, spec), {}
+    request = resolve_pipeline(target, options)
+    model = random_image_source(SMALL)(request.spec)
+    samples, found = samples_of(model, request), {}
     for component in model.components:
         with tempfile.TemporaryDirectory() as folder:
-            job = ComponentJob(target, own, spec, Path(folder), lambda step: tell(f"{name}: {step}"))
+            job = ComponentJob(request, Path(folder), lambda step: tell(f"{name}: {step}"))
             try:
-                made = job.export(component, cases[component.name])
+                made = job.export(component, samples[component.name])
             except Sam3xError as error:
                 found[component.name] = Cell(False, f"{error.subject}: {error.fact}" if error.subject else error.fact)
                 continue
         worst = max((record.max_rel for record in made.verification), default=None)
-        text = f"built, not run: {job.unverified}" if worst is None else f"verified, {worst:.0e} from eager"
+        text = f"built, not run: {request.unverified}" if worst is None else f"verified, {worst:.0e} from eager"
         found[component.name] = Cell(True, text)
     return found
 

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sam3x.artifact.manifest import SEGMENTER, ComponentSpec
+from sam3x.capture.program import Sample
+from sam3x.pipeline.job import ComponentJob, tensor_spec
 from sam3x.pipeline.request import PARTS
+from sam3x.pipeline.samples import branch_of
 from sam3x.precision.component import rounded
-from sam3x.runtime.manifest import SEGMENTER, ComponentSpec
 from sam3x.sources.contract import Component, Port
-from sam3x.verify.component import Case, described
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sam3x.pipeline.job import ComponentJob
     from sam3x.targets.onnx.join import Part
 
 FOUND = ("found_prompts", "found_scores", "found_boxes", "found_masks")
@@ -68,21 +69,23 @@ class FusedComponent(Component):
         found = torch.cat(masks)[: len(rows)]
         return dict(zip(FOUND, (rows, scores[above], tensors["pred_boxes"][rows, columns], found), strict=True))
 
-    def cases(self, traced: Mapping[str, Sequence[Case]]) -> list[Case]:
-        """The components' cases as cases of the joined file: a threshold that few are above, and one that nothing is above."""
-        found: list[Case] = []
+    def samples(self, traced: Mapping[str, Sequence[Sample]]) -> list[Sample]:
+        """The components' samples as those of the joined file: one threshold that few are above, one that nothing is."""
+        found: list[Sample] = []
         for position, prompt in enumerate(traced[PARTS[0]]):
             tensors: dict[str, Tensor] = {}
             for part in self.parts:
-                _, inputs, outputs = traced[part.name][position]
+                sample = traced[part.name][position]
                 for port in part.inputs:
-                    tensors.setdefault(port.tensor, inputs[port.name])
-                tensors.update({part.renamed.get(name, name): value for name, value in outputs.items()})
+                    tensors.setdefault(port.tensor, sample.inputs[port.name])
+                tensors.update({part.renamed.get(name, name): value for name, value in (sample.expected or {}).items()})
             scores = _scores(tensors)
             for threshold in (_between(scores), *((_NOTHING,) if position == 0 else ())):
                 given = {**tensors, "threshold": torch.tensor([threshold])}
-                words = f"{prompt[0].rpartition(', ')[0]}, {int((scores > threshold).sum())} found"
-                found.append((words, {port.name: given[port.name] for port in self.inputs}, self.detections(given)))
+                words = f"{prompt.case.rpartition(', ')[0]}, {int((scores > threshold).sum())} found"
+                inputs = {port.name: given[port.name] for port in self.inputs}
+                expected = self.detections(given)
+                found.append(Sample(branch=branch_of(self), case=words, inputs=inputs, expected=expected, large=True))
         return found
 
 
@@ -113,7 +116,7 @@ def fused(components: Sequence[Component]) -> FusedComponent:
 
 
 def export_fused(
-    job: ComponentJob, component: FusedComponent, made: Mapping[str, ComponentSpec], cases: list[Case]
+    job: ComponentJob, component: FusedComponent, made: Mapping[str, ComponentSpec], samples: list[Sample]
 ) -> ComponentSpec:
     """Join the parts' files, which are in the job's folder and go away, and verify what came of it.
 
@@ -123,7 +126,7 @@ def export_fused(
     from sam3x.targets.onnx import file as onnx_file
     from sam3x.targets.onnx import join as onnx_join
 
-    job.tell(f"{component.name}: join")
+    job.say(component.name, "join")
     started = time.perf_counter()
     specs = [made[name] for name in PARTS]
     model = onnx_join.join(
@@ -134,20 +137,22 @@ def export_fused(
         sizes=("found", "kept"),
     )
     path = job.folder / f"{component.name}.onnx"
-    onnx_file.write(model, path, external_data=bool(getattr(job.options, "external_data", False)))
+    onnx_file.write(model, path, external_data=bool(getattr(job.request.options, "external_data", False)))
     del model
     for spec in specs:
         for file in (job.folder / spec.file, job.folder / f"{spec.file}.data"):
             file.unlink(missing_ok=True)
-    before = None if job.precision is None else [outputs for _, _, outputs in cases]
-    with rounded(component, job.precision, cases) as expected:
-        verification = job.verified(component, path, expected, "Leave --fuse out.", before)
-    _, inputs, outputs = cases[0]
+    with rounded(component, job.request.numerics, samples) as expected:
+        verification = job.verified(component, path, expected, "Leave --fuse out.") if job.runs else ()
+    inputs, outputs = samples[0].inputs, samples[0].expected or {}
     return ComponentSpec(
         name=component.name,
         file=path.name,
-        inputs=tuple(described(port.name, inputs[port.name], port.dims) for port in component.inputs),
-        outputs=tuple(described(name, outputs[name], ("found", *[None] * (outputs[name].dim() - 1))) for name in FOUND),
+        inputs=tuple(
+            tensor_spec(port.name, value, [dim or size for dim, size in zip(port.dims, value.shape, strict=True)])
+            for port, value in zip(component.inputs, inputs.values(), strict=True)
+        ),
+        outputs=tuple(tensor_spec(name, outputs[name], ["found", *outputs[name].shape[1:]]) for name in FOUND),
         reads={port.name: port.tensor for port in component.inputs if port.name not in component.constants},
         writes={name: name for name in FOUND},
         constants={name: value.tolist() for name, value in component.constants.items()},

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from sam3x.artifact.manifest import PassRecordModel, VerificationRecord
+from sam3x.artifact.manifest import ComponentSpec, PassRecordModel
 from sam3x.capture.component import capture_component
-from sam3x.capture.program import Sample
-from sam3x.errors import Step, VerificationError
+from sam3x.capture.program import CapturedProgram, Sample
+from sam3x.errors import Step
 from sam3x.passes.default_pipeline import default_pipeline
+from sam3x.passes.pipeline import PassPipeline
+from sam3x.pipeline.request import Request
 from sam3x.precision.component import reduced, rounded
-from sam3x.runtime.manifest import ComponentSpec
 from sam3x.sources.contract import Component
-from sam3x.spec import ExportSpec
-from sam3x.targets.base import Target, TargetOptions, arithmetic_precision, file_name, weight_precision
-from sam3x.verify.compare import require
-from sam3x.verify.component import Case, described, verify_component
+from sam3x.verify.compare import FIND_PASS, check_pass, require
+from sam3x.verify.component import verify_component
+from sam3x.verify.record import Runner, TensorSpec, VerificationRecord
 
 Progress = Callable[[str], None]
 
@@ -30,62 +32,63 @@ Progress = Callable[[str], None]
 class ComponentJob:
     """What the export of every component shares: any target, by ``Target``'s contract alone."""
 
-    target: Target
-    options: TargetOptions
-    spec: ExportSpec
+    request: Request
     folder: Path
     tell: Progress
-    notes: list[str] = field(default_factory=list)
+    passes: PassPipeline = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Raises ``SpecError`` where there is no pass of a name to leave out."""
+        first = default_pipeline(str(self.request.spec.branches))
+        own = self.request.target.legalization_passes(self.request.options)
+        object.__setattr__(self, "passes", first.then(*own).without(*self.request.disable_pass))
 
     @property
-    def precision(self) -> str | None:
-        """That of the weights; None: float32, or the target's own affair."""
-        return weight_precision(self.target, self.options)
+    def runs(self) -> bool:
+        """Whether files are run here, and so verified."""
+        return self.request.unverified is None
 
-    @property
-    def below(self) -> str | None:
-        """What is not float32: the precision of the weights, or of the arithmetic."""
-        return self.precision or arithmetic_precision(self.target, self.options)
+    def open(self, file: str) -> Runner:
+        """Open one of the files in ``folder``."""
+        return self.request.target.load_runner(self.folder / file)
 
-    @property
-    def unverified(self) -> str | None:
-        """Why the files are not run here; None where they are."""
-        if self.spec.verify == "off":
-            return "verification was switched off (--verify off)"
-        return self.target.unverifiable(self.options)
+    def say(self, component: str, step: str) -> None:
+        """Tell a step, with the component's name where there are several."""
+        self.tell(step if len(self.request.components) == 1 else f"{component}: {step}")
 
-    def export(self, component: Component, cases: list[Case]) -> ComponentSpec:
+    def export(self, component: Component, samples: Sequence[Sample]) -> ComponentSpec:
         """Capture, rewrite, lower and verify one component; its file is then in ``folder``.
 
         Raises:
             Sam3xError: typed by step.
         """
-        with rounded(component, self.precision, cases) as expected:
-            return self._export(component, expected, None if self.precision is None else [outputs for _, _, outputs in cases])
-
-    def _export(
-        self, component: Component, cases: list[Case], unrounded: Sequence[Mapping[str, Tensor]] | None
-    ) -> ComponentSpec:
-        self.tell(f"{component.name}: capture")
-        started = time.perf_counter()
-        case, example, outputs = cases[0]
-        branch = " ".join(f"{name}={value.tolist()}" for name, value in component.constants.items()) or "fixed"
-        captured = capture_component(component, example, [Sample(branch=branch, case=case, inputs=dict(example))])
-        self.tell(f"{component.name}: passes")
-        before = default_pipeline(str(self.spec.branches))
-        captured, records = before.then(*self.target.legalization_passes(self.options)).run(captured)
-        self.tell(f"{component.name}: lower to {self.target.name}")
-        path = self.folder / file_name(self.target, component.name, self.options)
-        facts = self.target.lower(captured, path, self.options) or {}
-        self.notes.extend(f"{component.name}: {note}" for note in facts.pop("notes", ()))
-        del captured
-        remedy = "Leave the component out (--components), or take another target."
-        verification = self.verified(component, path, cases, remedy, unrounded)
+        request, figures = self.request, Stopwatch()
+        dump = request.dump_graphs
+        if dump is not None and len(request.components) > 1:
+            dump = dump / component.name
+        with rounded(component, request.numerics, samples) as expected:
+            self.say(component.name, "capture")
+            with figures.timing("capture_seconds"):
+                captured = capture_component(component, expected[0])
+            self.say(component.name, "passes")
+            with figures.timing("passes_seconds"):
+                check = check_pass if request.spec.verify == "each" else None
+                captured, records = self.passes.run(captured, check=check, dump_graphs=dump)
+            self.say(component.name, f"lower to {request.target.name}")
+            path = self.folder / request.file(component.name)
+            with figures.timing("lower_seconds"):
+                facts = {} if request.spec.verify == "off" else request.target.prove(captured, request.options)
+                facts |= request.target.lower(captured, path, request.options) or {}
+            inputs, outputs = described(component, captured)
+            notes = (*captured.notes, *facts.pop("notes", ()))
+            del captured
+            with figures.timing("verify_seconds"):
+                verification = self.verified(component, path, expected, "Take another target (--target).") if self.runs else ()
         return ComponentSpec(
             name=component.name,
-            file=path.name,
-            inputs=tuple(described(port.name, example[port.name], port.dims) for port in component.inputs),
-            outputs=tuple(described(name, outputs[name], ()) for name in component.outputs),
+            file=path.relative_to(self.folder).as_posix(),
+            inputs=inputs,
+            outputs=outputs,
             reads={port.name: port.tensor for port in component.inputs if port.name not in component.constants},
             writes={name: component.renamed.get(name, name) for name in component.outputs},
             constants={name: value.tolist() for name, value in component.constants.items()},
@@ -93,34 +96,77 @@ class ComponentJob:
             passes=tuple(PassRecordModel.of(record) for record in records),
             verification=verification,
             facts=facts,
-            figures={"seconds": round(time.perf_counter() - started, 3)},
+            figures=figures.seconds(),
+            notes=notes,
         )
 
     def verified(
-        self,
-        component: Component,
-        path: Path,
-        cases: list[Case],
-        remedy: str,
-        unrounded: Sequence[Mapping[str, Tensor]] | None = None,
+        self, component: Component, path: Path, samples: Sequence[Sample], remedy: str
     ) -> tuple[VerificationRecord, ...]:
-        """Run the file on ``cases``; none where it is not to be run here.
+        """Run the file on ``samples``.
 
         Args:
-            remedy: what to do when it does not run. unrounded: see ``verify_component``.
+            remedy: what to do when it does not run.
 
         Raises:
             VerificationError: it does not run, or gives something else than eager.
         """
-        if self.unverified is not None:
-            return ()
-        self.tell(f"{component.name}: verify")
-        try:
-            rounding = reduced(component, self.target, self.options)
-            records = verify_component(component, partial(self.target.load_runner, path), cases, unrounded, rounding)
-        except RuntimeError as error:  # a runtime's own
-            raise VerificationError(
-                f"the file was written and does not run: {error}", subject=f"{self.target.name} {component.name}", remedy=remedy
-            ) from error
-        require(records, Step.VERIFY, f"{self.target.name} {component.name}")
+        request = self.request
+        self.say(component.name, "verify")
+        subject = f"{request.target.name} {component.name}"
+        open_runner = partial(request.target.load_runner, path)
+        records = verify_component(
+            component, open_runner, samples, reduced(component, request.numerics), subject=subject, remedy=remedy
+        )
+        require(records, Step.VERIFY, subject, "" if request.spec.verify == "each" else FIND_PASS)
         return records
+
+
+class Stopwatch:
+    """Seconds of named steps and of all since it was made."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._found: dict[str, float] = {}
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Within it time goes by for ``name``."""
+        started = time.perf_counter()
+        yield
+        self._found[name] = time.perf_counter() - started
+
+    def seconds(self) -> dict[str, float]:
+        """Each step's, and ``seconds``, those of all."""
+        found = {**self._found, "seconds": time.perf_counter() - self._started}
+        return {name: round(value, 3) for name, value in found.items()}
+
+
+def described(component: Component, captured: CapturedProgram) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs for the manifest: a dynamic size has the name that its input's port gives it."""
+    nodes = {node.name: node.meta["val"] for node in captured.program.graph.nodes if node.op == "placeholder"}
+    names = {
+        str(size): dim
+        for port in component.inputs
+        for dim, size in zip(port.dims, nodes[port.name].shape, strict=True)
+        if dim is not None
+    }
+
+    def word(size: object) -> int | str:
+        return size if isinstance(size, int) else re.sub(r"\b[su]\d+\b", lambda found: names.get(found[0], found[0]), str(size))
+
+    results = [node.meta["val"] for node in captured.program.graph.output_node().args[0]]
+    inputs = tuple(
+        tensor_spec(port.name, value, [dim or word(size) for dim, size in zip(port.dims, value.shape, strict=True)])
+        for port, value in ((port, nodes[port.name]) for port in component.inputs)
+    )
+    outputs = tuple(
+        tensor_spec(name, value, [word(size) for size in value.shape])
+        for name, value in zip(captured.output_names, results, strict=True)
+    )
+    return inputs, outputs
+
+
+def tensor_spec(name: str, value: Tensor, shape: Sequence[int | str]) -> TensorSpec:
+    """What the manifest says of an input or output."""
+    return TensorSpec(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=tuple(shape))

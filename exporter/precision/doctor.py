@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from sam3x.artifact.artifact import load
-from sam3x.capture.capture import capture
+from sam3x.capture.capture import capture_encoder
 from sam3x.capture.program import CapturedProgram, Sample
 from sam3x.capture.samples import Sizes, samples_for
 from sam3x.errors import ArtifactError, SpecError, Step, VerificationError
@@ -69,10 +69,11 @@ def doctor(
             remedy="Name the source it came from: --checkpoint or --module.",
             step=Step.DOCTOR,
         )
+    encoder = FusionEncoder(given.module, spec)
     say("capture")
-    program, _ = default_pipeline("select").then(SimplifyAttentionMasksPass()).run(capture(given.module, spec))
+    program, _ = default_pipeline("select").then(SimplifyAttentionMasksPass()).run(capture_encoder(encoder))
     say(f"emulate {precision}")
-    probe = Probe(program, _samples(given, spec, tokens), DTYPES[precision])
+    probe = Probe(program, _samples(encoder, tokens), DTYPES[precision])
     return examine(probe, precision=precision, bound=allowed, origin=manifest.origin, tell=say)
 
 
@@ -228,8 +229,8 @@ def _examined(spec: ExportSpec, tokens: int) -> ExportSpec:
     return spec.model_copy(update=changes)
 
 
-def _samples(source: Source, spec: ExportSpec, tokens: int) -> list[Sample]:
-    encoder = FusionEncoder(source.module, spec)
+def _samples(encoder: FusionEncoder, tokens: int) -> list[Sample]:
+    spec = encoder.spec
     count = tokens if spec.interface == "tokens" else spec.halved_range[0]
     prompt = min(max(32, spec.prompt_length[0]), spec.prompt_length[1])
     sizes = [Sizes(batch=2, tokens=count, prompt_length=prompt)]

@@ -14,11 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sam3x.capture.samples import branch_values, make_inputs, trace_sizes
-from sam3x.fusion.encoder import FusionEncoder
-from sam3x.fusion.shadow import shadow_of
-from sam3x.spec import ExportSpec
-
 SMALLEST = 256
 """Elements of a weight worth rounding, and rows of a table: below, scales and conversions take what is saved."""
 
@@ -30,22 +25,6 @@ Rounded = Mapping[int, nn.Parameter]
 aten = torch.ops.aten
 _PRODUCTS = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2), aten.bmm.default: (0, 1), aten.baddbmm.default: (1, 2)}
 """Positions of both operands; the right one is the weight where both are parameters."""
-
-
-def rounded_encoder(module: nn.Module, spec: ExportSpec, precision: str) -> nn.Module:
-    """A second tree over ``module``'s tensors, but for the weights that are rounded.
-
-    Args:
-        module: a fusion encoder, left as it is. precision: ``fp16`` or ``int8``.
-    """
-    encoder = FusionEncoder(module, spec)
-    flags = branch_values(encoder.flag_names, spec, len(encoder.layers))[0][1]
-    plain = tuple(name for name in encoder.input_names if name not in flags)
-    inputs = {**make_inputs(plain, spec, encoder.d_model, trace_sizes(spec), spec.seed), **flags}
-    weights = rounded_weights((encoder,), precision, lambda: encoder.eager(inputs))
-    shadow = shadow_of(module)
-    _swap((shadow,), weights)
-    return shadow
 
 
 def rounded_weights(trees: Iterable[nn.Module], precision: str, run: Callable[[], Any]) -> Rounded:

@@ -11,7 +11,6 @@ import numpy as np
 
 from sam3x.errors import ArtifactError, Sam3xError, Step
 from sam3x.runtime.manifest import ComponentSpec, PipelineManifest
-from sam3x.targets.base import session_settings
 from sam3x.targets.registry import get_target
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ class Components:
     def __init__(self, folder: Path, manifest: PipelineManifest, *, threads: Any = None, providers: Any = None) -> None:
         self.folder, self.manifest = folder, manifest
         self._target = get_target(manifest.target)
-        self._settings = session_settings(self._target, threads=threads, providers=providers)
+        self._settings = self._target.session_settings(threads=threads, providers=providers)
         self._runners: dict[str, Runner] | None = {}
 
     def run(self, name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -16,9 +16,9 @@ the same six, so the runtime knows one contract. Tensors are batch-first and mas
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,6 @@ from sam3x.fusion.encoder import FusionEncoder
 from sam3x.fusion.shadow import holding
 from sam3x.fusion.wide import wide_floats
 from sam3x.spec import ExportSpec
-
-COMPONENTS = ("vision_encoder", "text_encoder", "prompt_encoder", "fusion_encoder", "decoder", "mask_head")
-"""Names, in the order in which they run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,14 +55,13 @@ class Component:
     """One exportable part of an image model.
 
     Attributes:
-        name: one of ``COMPONENTS``.
+        name: one of ``sam3x.sources.names.COMPONENTS``.
         module: an adapter around the source's own code. ``forward`` takes the inputs in order, returns a tuple of outputs.
+            A ``FusionEncoder`` is captured with its branches.
         inputs, outputs: names in graph order. A name of an output is a pipeline tensor.
         ranges: dynamic dimension → inclusive sizes.
         renamed: graph output → pipeline tensor, where they differ.
         constants: inputs that the pipeline itself feeds: runtime flags of the fusion encoder.
-        fusion: the fusion encoder and its spec, which ``sam3x.capture`` captures with its branches;
-            ``module`` is then its eager definition.
     """
 
     name: str
@@ -75,7 +71,6 @@ class Component:
     ranges: Mapping[str, tuple[int, int]]
     renamed: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Tensor] = field(default_factory=dict)
-    fusion: tuple[nn.Module, ExportSpec] | None = None
 
     def feed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This component's inputs out of the pipeline's tensors; those of one picture are repeated for every prompt."""
@@ -109,20 +104,40 @@ class Component:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImageModel:
-    """A source cut into components, and what the runtime must know beside them.
+class Model:
+    """A source cut into components: one, or those of an image model.
 
     Attributes:
-        components: in the order of ``COMPONENTS``.
+        components: in the order of ``sam3x.sources.names.COMPONENTS``.
+        origin: one readable phrase, kept in the manifest. weights_sha256: see ``sam3x.sources.encoder.weights_hash``.
+        notes: facts a user should know.
+        spec: the request as the source's code wants it; None: as it was.
+    """
+
+    components: tuple[Component, ...]
+    origin: str
+    weights_sha256: str
+    notes: tuple[str, ...] = ()
+    spec: ExportSpec | None = None
+
+    def runtime(self) -> dict[str, Any]:
+        """What the runtime must know beside the components, as fields of the manifest."""
+        return {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageModel(Model):
+    """An image model, and what the runtime must know beside its components.
+
+    Attributes:
         image_size: side of the square picture. mean, std: of its normalization, as fractions of white.
         context_length: most tokens of a text. fixed_length: whether every text is padded to it.
         pad_id: token that fills a text up. box_text: the words that stand for "only boxes".
-        origin, weights_sha256: as in ``Source``. source: whose model it is, ``sam3`` or ``transformers``.
+        source: whose model it is, ``sam3`` or ``transformers``.
         threshold, mask_interpolation: its post-processing, see ``PipelineManifest``.
         tokenizer: the source's own vocabulary. unescape_html: whether its tokenizer reads ``&amp;`` as ``&``.
     """
 
-    components: tuple[Component, ...]
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -131,14 +146,15 @@ class ImageModel:
     vocab_size: int
     pad_id: int
     box_text: str
-    origin: str
-    weights_sha256: str
     source: str = "sam3"
     tokenizer: Path | None = None
     unescape_html: bool = True
     threshold: float = 0.5
     mask_interpolation: Literal["logits", "probabilities"] = "logits"
-    notes: tuple[str, ...] = ()
+
+    def runtime(self) -> dict[str, Any]:
+        shared = {item.name for item in fields(Model)}
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in shared}
 
 
 def _wide(value: Tensor) -> Tensor:
@@ -203,5 +219,12 @@ class Expected:
 class Cut(Protocol):
     """A source that is cut into components once the spec of its fusion encoder is known."""
 
-    def __call__(self, spec: ExportSpec, expected: Expected | None = None) -> ImageModel:
+    def __call__(self, spec: ExportSpec, expected: Expected | None = None) -> Model:
         """Load the source and cut it; one that is not ``expected`` is refused before it is cut."""
+
+
+class ImageCut(Protocol):
+    """A ``Cut`` of an image model."""
+
+    def __call__(self, spec: ExportSpec, expected: Expected | None = None) -> ImageModel:
+        """As ``Cut``."""

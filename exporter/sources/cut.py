@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from sam3x.sources.contract import Component, Port
-
-MAX_PROMPTS = 16
-MAX_BOXES = 64
-MAX_IMAGES = 8
+from sam3x.sources.names import MAX_BOXES, MAX_IMAGES, MAX_PROMPTS
 
 
 def ranges_of(

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from sam3x.errors import Sam3xError, SourceError
 from sam3x.fusion.config import FusionConfig, make_config
-from sam3x.fusion.encoder import layers_of
+from sam3x.fusion.encoder import FusionEncoder, fitted_spec, layers_of
 from sam3x.fusion.shadow import check_module, shadow_of
 from sam3x.sources.checkpoint import Checkpoint, read_checkpoint
+from sam3x.sources.contract import Component, Cut, Expected, Model, Port
 from sam3x.sources.fusion_part import find_encoder, hyper_parameters, load_weights
+from sam3x.sources.names import FUSION_ENCODER
+from sam3x.spec import ExportSpec
 
 _CHUNK = 1 << 24  # bytes hashed at a time
 
@@ -42,6 +45,45 @@ class Source:
     weights_sha256: str
 
 
+def encoder_cut(encoder: Any) -> Cut:
+    """A fusion encoder by itself as a model of one component.
+
+    Args:
+        encoder: see ``source_for``.
+    """
+
+    def cut(spec: ExportSpec, expected: Expected | None = None) -> Model:
+        if encoder is None and expected is not None:
+            expected.check(origin=_default_origin(spec.seed))
+        source = source_for(encoder, spec.seed)
+        if expected is not None:
+            expected.check(weights_sha256=source.weights_sha256)
+        spec = fitted_spec(source.module, spec)
+        return Model(
+            components=(encoder_component(FusionEncoder(source.module, spec)),),
+            origin=source.origin,
+            weights_sha256=source.weights_sha256,
+            spec=spec,
+        )
+
+    return cut
+
+
+def encoder_component(encoder: FusionEncoder) -> Component:
+    """``encoder`` between inputs and outputs of its own names, every flag that is an input open."""
+    return Component(
+        name=FUSION_ENCODER,
+        module=encoder,
+        inputs=tuple(Port(name=name, dims=encoder.dims(name)) for name in encoder.input_names),
+        outputs=encoder.output_names,
+        ranges=encoder.spec.ranges,
+    )
+
+
+def _default_origin(seed: int) -> str:
+    return f"random weights, seed {seed}, SAM3 hyper-parameters"
+
+
 def default_source(seed: int) -> Source:
     """SAM3's own encoder (Meta's classes) with random weights that differ in every layer; the same for the same seed.
 
@@ -53,7 +95,7 @@ def default_source(seed: int) -> Source:
     draw_weights(encoder, seed)
     return Source(
         module=encoder.eval(),
-        origin=f"random weights, seed {seed}, SAM3 hyper-parameters",
+        origin=_default_origin(seed),
         config=config,
         weights_sha256=weights_hash(encoder),
     )

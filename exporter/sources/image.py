@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sam3x.errors import SourceError
 from sam3x.sources.checkpoint import read_checkpoint, some_of
-from sam3x.sources.contract import Cut, Expected, ImageModel
+from sam3x.sources.contract import Expected, ImageCut, ImageModel
 from sam3x.sources.encoder import call_factory
 from sam3x.sources.image_config import ImageModelConfig
 from sam3x.sources.image_model import build_image_model
@@ -22,7 +22,7 @@ from sam3x.sources.transformers.source import is_transformers, transformers_mode
 from sam3x.spec import ExportSpec
 
 
-def module_image_source(model: nn.Module, origin: str | None = None, image_size: int | None = None) -> Cut:
+def module_image_source(model: nn.Module, origin: str | None = None, image_size: int | None = None) -> ImageCut:
     """A live image model, used as it is and never changed.
 
     Args:
@@ -43,7 +43,7 @@ def module_image_source(model: nn.Module, origin: str | None = None, image_size:
     return lambda spec, expected=None: meta_model(model, name, size, spec, expected)
 
 
-def factory_image_source(name: str, image_size: int | None = None) -> Cut:
+def factory_image_source(name: str, image_size: int | None = None) -> ImageCut:
     """What ``package.module:factory`` returns when called with no arguments, which happens as it is cut: nothing else holds it.
 
     Raises:
@@ -52,7 +52,7 @@ def factory_image_source(name: str, image_size: int | None = None) -> Cut:
     return lambda spec, expected=None: module_image_source(call_factory(name), f"module {name}", image_size)(spec, expected)
 
 
-def random_image_source(config: ImageModelConfig | None = None) -> Cut:
+def random_image_source(config: ImageModelConfig | None = None) -> ImageCut:
     """SAM3's own hyper-parameters with seeded random weights, or another size of the same architecture."""
     chosen = config or ImageModelConfig()
 
@@ -67,7 +67,7 @@ def random_image_source(config: ImageModelConfig | None = None) -> Cut:
     return cut
 
 
-def checkpoint_image_source(path: str | Path, weights_key: str | None = None) -> Cut:
+def checkpoint_image_source(path: str | Path, weights_key: str | None = None) -> ImageCut:
     """The image model in one of Meta's checkpoints, SAM 3.1's detector among them; sizes come from the shapes.
 
     Args:
@@ -88,7 +88,7 @@ def checkpoint_image_source(path: str | Path, weights_key: str | None = None) ->
     return cut
 
 
-def transformers_image_source(folder: str | Path) -> Cut:
+def transformers_image_source(folder: str | Path) -> ImageCut:
     """A folder that ``Sam3Model`` or ``Sam3LiteTextModel`` was saved to, alone or as the detector of a video model.
 
     Raises:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from sam3x.errors import SpecError
 
 if TYPE_CHECKING:
-    from sam3x.sources.contract import Cut
+    from sam3x.sources.contract import Cut, ImageCut
+    from sam3x.sources.encoder import Source
 
 
 class ImageSource(str, Enum):
@@ -19,9 +20,40 @@ class ImageSource(str, Enum):
     TRANSFORMERS = "transformers"
 
 
+def named_cut(
+    source: ImageSource | None, checkpoint: Path | None, module: str | None, weights_key: str | None = None, *, pipeline: bool
+) -> Cut:
+    """The fusion encoder, or with ``pipeline`` the image model, that the options name; without any, one of random weights.
+
+    Raises:
+        SpecError, SourceError: they contradict each other, or name nothing that can be read.
+    """
+    if pipeline:
+        return image_source(source, checkpoint, module, weights_key)
+    from sam3x.sources.encoder import encoder_cut
+
+    return encoder_cut(encoder_source(checkpoint, module, weights_key))
+
+
+def encoder_source(checkpoint: Path | None, module: str | None, weights_key: str | None = None) -> Source | None:
+    """The fusion encoder that ``--checkpoint`` or ``--module`` names, loaded; None is the seeded default.
+
+    Raises:
+        SpecError: ``weights_key`` without a checkpoint.
+        SourceError: it cannot be read as a fusion encoder.
+    """
+    if weights_key is not None and checkpoint is None:
+        raise SpecError("--weights-key chooses among the weights of one file, which --checkpoint FILE names")
+    if checkpoint is None and module is None:
+        return None
+    from sam3x.sources import encoder as sources
+
+    return sources.checkpoint_source(str(checkpoint), weights_key) if module is None else sources.factory_source(module)
+
+
 def image_source(
     source: ImageSource | None, checkpoint: Path | None, module: str | None, weights_key: str | None = None
-) -> Cut:
+) -> ImageCut:
     """The image model that ``--source``, ``--checkpoint`` and ``--module`` name; a folder is transformers'.
 
     Args:

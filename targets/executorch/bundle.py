@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ def bundle(captured: CapturedProgram, path: Path) -> list[str]:
     dims = _dims(captured)
     cases, names = [], []
     for sample in captured.samples:
-        inputs = _cut(sample.inputs, dims, captured.spec)
+        inputs = _cut(sample.inputs, dims, captured)
         if inputs is not None:
             outputs = captured.eager(inputs)
             cases.append(MethodTestCase(list(inputs.values()), [outputs[name].contiguous() for name in captured.output_names]))
@@ -44,14 +43,13 @@ def _dims(captured: CapturedProgram) -> dict[str, list[str | None]]:
     }
 
 
-def _cut(inputs: dict[str, Tensor], dims: dict[str, list[str | None]], spec: Any) -> dict[str, Tensor] | None:
+def _cut(inputs: dict[str, Tensor], dims: dict[str, list[str | None]], captured: CapturedProgram) -> dict[str, Tensor] | None:
     """A branch sample, made at the traced sizes, cut to sizes inside the ranges; None where its dac has no even one."""
-    even = bool(inputs["dac"]) if "dac" in inputs else spec.dac is True
-    low, high = spec.batch
-    batch = low + low % 2 if even and spec.dac_dim == 0 else low
-    if batch > high:
-        return None
-    sizes = {"batch": batch, "tokens": spec.halved_range[1], "prompt_length": spec.prompt_length[1]}
+    sizes = {name: low if name in ("batch", "prompts", "images") else high for name, (low, high) in captured.ranges.items()}
+    if captured.even_dimension(inputs) == "batch":
+        sizes["batch"] += sizes["batch"] % 2
+        if sizes["batch"] > captured.ranges["batch"][1]:
+            return None
     result = {}
     for name, value in inputs.items():
         for dim, meaning in enumerate(dims[name]):

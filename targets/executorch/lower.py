@@ -106,7 +106,7 @@ def _bounded(captured: CapturedProgram) -> Iterator[None]:
         for symbol, known in before.items():
             meaning = captured.dim_names.get(str(symbol))
             if meaning is not None:
-                low, high = captured.range_of(meaning)
+                low, high = captured.ranges[meaning]
                 bounds = ValueRanges(min(max(low, int(known.lower)), high), high)
                 env.var_to_range[symbol] = bounds
                 captured.program.range_constraints[symbol] = bounds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -12,7 +13,7 @@ from pydantic import Field, model_validator
 
 from sam3x.errors import ArtifactError, LoweringError, Step, TargetUnavailableError
 from sam3x.spec import Branches
-from sam3x.targets.base import TargetOptions, TargetStatus
+from sam3x.targets.base import Numerics, Target, TargetOptions, TargetStatus
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,12 +61,11 @@ class PteOptions(TargetOptions):
         return self
 
 
-class PteTarget:
+class PteTarget(Target):
     """``fusion_encoder.pte``."""
 
     name = "pte"
     suffix = ".pte"
-    opset = None
     options_type = PteOptions
     branches: Branches = "select"
     default_options: ClassVar[dict[str, Any]] = {"batch": (1, 2), "tokens": 5184, "prompt_length": (1, 77)}
@@ -147,14 +147,15 @@ class PteTarget:
             "or export with --bundle and let the device check itself (docs/executorch.md)"
         )
 
-    def half_sums(self, options: PteOptions) -> bool:
-        if options.precision != "fp16":
-            return False
+    def numerics(self, options: PteOptions) -> Numerics:
+        numerics = super().numerics(options)
+        if numerics.arithmetic != "fp16" or self.unverifiable(options) is not None:
+            return numerics
         from sam3x.targets.executorch.sums import half_sums
 
-        return half_sums(options.delegate)
+        return replace(numerics, half_sums=half_sums(options.delegate))
 
-    def load_runner(self, path: Path) -> PteRunner:
+    def load_runner(self, path: Path, **settings: Any) -> PteRunner:
         return PteRunner(path)
 
     def versions(self) -> dict[str, Any]:

@@ -59,13 +59,8 @@ def domains(mode: str) -> dict[str, int]:
 
 def _bounds(captured: CapturedProgram) -> dict[str, float]:
     """Symbol → the largest value it may take; a size that tracing found no name for is dac's half."""
-    spec = captured.spec
-    if captured.ranges:
-        return defaultdict(lambda: math.inf, {s: captured.ranges[meaning][1] for s, meaning in captured.dim_names.items()})
-    upper: dict[str, float] = {"batch": spec.batch[1], "tokens": spec.halved_range[1], "prompt_length": spec.prompt_length[1]}
-    bounds = {symbol: upper[meaning] for symbol, meaning in captured.dim_names.items()}
-    halved = ("batch", "tokens")[spec.dac_dim]
-    return defaultdict(lambda: upper[halved], bounds)
+    upper = captured.ranges[captured.halved][1] if captured.halved else math.inf
+    return defaultdict(lambda: upper, {symbol: captured.ranges[meaning][1] for symbol, meaning in captured.dim_names.items()})
 
 
 def register(registry: Any, captured: CapturedProgram) -> None:

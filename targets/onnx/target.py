@@ -10,13 +10,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from sam3x.errors import LoweringError
-from sam3x.spec import Branches
-from sam3x.targets.base import AttentionMemory, TargetStatus
+from sam3x.targets.base import AttentionMemory, Numerics, Target, TargetStatus
 from sam3x.targets.quiet import errors_only
 from sam3x.targets.triton import DESCRIPTION, Layout, model_path, write_config
 
@@ -66,15 +65,13 @@ def _read_torchlib(torchvision: bool) -> Any:
     return _registration.ONNXRegistry.from_torchlib()
 
 
-class OnnxTarget:
+class OnnxTarget(Target):
     """``fusion_encoder.onnx`` with ``If`` for the branches."""
 
     name = "onnx"
     suffix = ".onnx"
     opset = 18
     options_type = OnnxOptions
-    branches: Branches = "cond"
-    default_options: ClassVar[dict[str, Any]] = {}
 
     def availability(self) -> TargetStatus:
         missing = [name for name in _EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
@@ -107,8 +104,8 @@ class OnnxTarget:
             ),
         )
 
-    def weight_precision(self, options: OnnxOptions) -> str | None:
-        return None if options.precision == "fp32" else options.precision
+    def numerics(self, options: OnnxOptions) -> Numerics:
+        return Numerics(weights=None if options.precision == "fp32" else options.precision)
 
     def file_name(self, stem: str, options: OnnxOptions) -> str:
         return model_path(stem, self.suffix) if options.layout == "triton" else f"{stem}{self.suffix}"
@@ -154,9 +151,6 @@ class OnnxTarget:
             ) from error
         onnx_file.write(model, path, external_data=options.external_data)
         return {**metadata, **(write_config(captured, path, "onnxruntime") if options.layout == "triton" else {})}
-
-    def unverifiable(self, options: OnnxOptions) -> None:
-        return None
 
     def session_settings(self, *, threads: Any = None, providers: Any = None) -> dict[str, Any]:
         """Checked: ``threads`` a whole number, ``providers`` names or (name, options) that this ONNX Runtime has."""

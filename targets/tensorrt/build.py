@@ -183,9 +183,8 @@ def _convert(
             subject="trt",
             remedy="Export to ONNX: --target onnx.",
         )
-    ranges = _ranges(captured)
-    halved = ranges[("batch", "tokens")[captured.spec.dac_dim]][1]
-    bounds = defaultdict(lambda: halved, {name: ranges[meaning][1] for name, meaning in captured.dim_names.items()})
+    half = captured.ranges[captured.halved][1] if captured.halved else 1  # without dac every size has a name
+    bounds = defaultdict(lambda: half, {name: captured.ranges[meaning][1] for name, meaning in captured.dim_names.items()})
     shapes = shapes_of(captured, options)
     dtypes = {node.name: node.meta["val"].dtype for node in module.graph.nodes if node.op == "placeholder"}
     inputs = [_input(shapes[name], dtypes[name]) for name in captured.input_names]
@@ -203,7 +202,8 @@ def _convert(
 
 def shapes_of(captured: CapturedProgram, options: TrtOptions) -> dict[str, tuple[list[int], list[int], list[int]]]:
     """Input → the least, the tuned-for and the largest shape, in graph order."""
-    best, ranges = {**_usual(captured), **optima(captured.spec, options)}, _ranges(captured)
+    ranges = captured.ranges
+    best = {**_usual(captured), **optima(ranges, options)}
     found = {}
     for node in captured.program.graph.nodes:
         if node.op == "placeholder" and node.name in captured.input_names:
@@ -221,11 +221,6 @@ def in_words(shapes: Mapping[str, tuple[list[int], list[int], list[int]]]) -> di
         name: " / ".join("x".join(map(str, shape)) or "scalar" for shape in (three if three[0] != three[2] else three[:1]))
         for name, three in shapes.items()
     }
-
-
-def _ranges(captured: CapturedProgram) -> dict[str, tuple[int, int]]:
-    spec = captured.spec
-    return {"batch": spec.batch, "tokens": spec.halved_range, "prompt_length": spec.prompt_length, **captured.ranges}
 
 
 def _usual(captured: CapturedProgram) -> dict[str, int]:

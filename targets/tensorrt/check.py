@@ -48,7 +48,12 @@ def drift(captured: CapturedProgram, precision: str, samples: tuple[Sample, ...]
 def _exact(captured: CapturedProgram, samples: tuple[Sample, ...]) -> dict[str, dict[str, float]]:
     # as large ones: eager float64, which takes longest, runs only where float32 does not decide
     lazily = [replace(sample, large=True) for sample in samples]
-    records = compare(lazily, lambda inputs: run_program(captured.program, inputs, captured.output_names), captured.eager)
+    records = compare(
+        lazily,
+        lambda inputs: run_program(captured.program, inputs, captured.output_names),
+        captured.eager,
+        exact=captured.exact,
+    )
     require(records, Step.LOWER, "trt: the graph the engine is built from", FIND_PASS)
     found: dict[str, dict[str, float]] = {}
     for record in records:
@@ -66,11 +71,10 @@ def distance(got: Tensor, expected: Tensor) -> dict[str, float]:
 
 def smallest(captured: CapturedProgram) -> tuple[Sample, ...]:
     """The capture's samples cut to the smallest batch that each branch takes, and one whose prompt is all padding."""
-    low, high = captured.spec.batch
+    low, high = captured.ranges.get("batch", (1, 1))
     cut = []
     for sample in captured.samples:
-        dac = bool(sample.inputs["dac"]) if "dac" in sample.inputs else captured.spec.dac is True
-        batch = min(high, max(low, 2)) if dac and captured.spec.dac_dim == 0 else low
+        batch = min(high, max(low, 2)) if captured.even_dimension(sample.inputs) == "batch" else low
         cut.append(_cut(captured, sample, batch))
     masks = [name for name in captured.input_names if name.endswith("key_padding_mask") and not name.startswith(("tgt", "src"))]
     if masks and cut:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from sam3x.errors import SpecError
-from sam3x.spec import ExportSpec
 from sam3x.targets.base import AttentionMemory
 from sam3x.targets.triton import DESCRIPTION, Layout
 
@@ -84,15 +84,16 @@ def capability_of(name: str) -> tuple[int, int]:
     return int(digits[:-1]), int(digits[-1])
 
 
-def optima(spec: ExportSpec, options: TrtOptions) -> dict[str, int]:
+def optima(ranges: Mapping[str, tuple[int, int]], options: TrtOptions) -> dict[str, int]:
     """Dynamic dimension → the size its profile is tuned for.
 
     Raises:
         SpecError: a size outside its range.
     """
-    ranges = {"batch": spec.batch, "tokens": spec.halved_range, "prompt_length": spec.prompt_length}
     found = {}
     for dimension, option in DIMENSIONS.items():
+        if dimension not in ranges:
+            continue
         low, high = ranges[dimension]
         wanted: Any = getattr(options, option)
         if wanted is not None and not low <= wanted <= high:

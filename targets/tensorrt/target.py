@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sam3x.errors import SpecError, TargetUnavailableError
-from sam3x.spec import Branches, ExportSpec
-from sam3x.targets.base import TargetOptions, TargetStatus
+from sam3x.spec import Branches
+from sam3x.targets.base import Target, TargetOptions, TargetStatus
 from sam3x.targets.tensorrt.options import TrtOptions, optima
 from sam3x.targets.triton import model_path, write_config
 
@@ -27,12 +28,11 @@ _INSTALL = 'pip install "sam3x[trt-rtx]", or "sam3x[trt]" for TensorRT itself'
 _SUFFIX = {"engine": ".engine", "ep": ".pt2", "plan-onnx": ".onnx"}
 
 
-class TrtTarget:
+class TrtTarget(Target):
     """``fusion_encoder.engine``, ``.pt2`` or ``.onnx``."""
 
     name = "trt"
     suffix = ".engine"
-    opset = None
     options_type: type[TargetOptions] = TrtOptions
     branches: Branches = "select"
     default_options: ClassVar[dict[str, Any]] = {"batch": (1, 4), "tokens": 5184, "prompt_length": (1, 77)}
@@ -56,7 +56,7 @@ class TrtTarget:
         detail = f"{name} {version(name)} ({DISTRIBUTIONS[name]}): {can}"
         return TargetStatus(name=self.name, available=runs or ahead, detail=detail, install=_INSTALL)
 
-    def check(self, spec: ExportSpec, options: TrtOptions) -> None:
+    def check(self, ranges: Mapping[str, tuple[int, int]], options: TrtOptions) -> None:
         """Refuse what can be refused before anything heavy is imported.
 
         Raises:
@@ -65,7 +65,7 @@ class TrtTarget:
         """
         from sam3x.targets.tensorrt.driver import gpu_count
 
-        optima(spec, options)
+        optima(ranges, options)
         if options.fp32_names and options.precision in ("fp32", "tf32"):
             raise SpecError("everything is float32 already", subject="--fp32-ops", remedy="Choose --precision fp16 or bf16.")
         if options.layout == "triton" and options.format == "ep":
@@ -121,21 +121,24 @@ class TrtTarget:
             return (*lower, *onnx_passes())
         return (*lower, FoldConstantsPass(), LegalizeAttentionForTrtPass(options.attention_bytes), DecomposeAttentionPass())
 
+    def prove(self, captured: CapturedProgram, options: TrtOptions) -> dict[str, Any]:
+        """Run the legalized graph in torch: it may be all that can be run of an engine on this machine."""
+        from sam3x.targets.tensorrt.check import drift
+
+        found = drift(captured, options.precision)
+        return {
+            "drift": {case: ", ".join(f"{name} {value:.3g}" for name, value in item.items()) for case, item in found.items()}
+        }
+
     def lower(self, captured: CapturedProgram, path: Path, options: TrtOptions) -> dict[str, Any]:
-        """Check the graph's numbers, then write ``path``.
+        """Write ``path``.
 
         Raises:
-            LoweringError: what cannot be converted, by name and reason. VerificationError: the graph is off in some branch.
+            LoweringError: what cannot be converted, by name and reason.
         """
         from sam3x.targets.tensorrt import build as trt_build
-        from sam3x.targets.tensorrt import check as trt_check
 
         facts: dict[str, Any] = {"distribution": f"{distribution()} {version(str(distribution()))}", "format": options.format}
-        if captured.spec.verify != "off":
-            facts["drift"] = {
-                branch: ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
-                for branch, figures in trt_check.drift(captured, options.precision).items()
-            }
         if options.layout == "triton":
             path.parent.mkdir(parents=True, exist_ok=True)
             facts |= write_config(captured, path, "onnxruntime" if options.format == "plan-onnx" else "tensorrt")
@@ -163,7 +166,7 @@ class TrtTarget:
         where = f"a {options.compute_capability} GPU" if gpu_count() else "a GPU, and there is none here"
         return f"the engine runs on {where}; its graph was run in torch instead. Complete it there: sam3x verify FOLDER"
 
-    def load_runner(self, path: Path) -> Runner:
+    def load_runner(self, path: Path, **settings: Any) -> Runner:
         if path.suffix == ".onnx":
             from sam3x.targets.onnx.target import OnnxTarget
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from sam3x.cli.app import app
 from sam3x.pipeline.export import ComponentJob, export_pipeline
-from sam3x.sources.contract import COMPONENTS
 from sam3x.sources.image import random_image_source
+from sam3x.sources.names import COMPONENTS
 from support.image_model import TINY
 
 FACTORY = """

@@ -247,8 +247,9 @@ class TestLayersThatDiffer:
 
     def test_layers_that_share_weights(self) -> None:
         layer = encoder_of(1).layers[0]
-        captured = capture([layer, layer], make_spec())
-        inputs = make_inputs(captured.spec.inputs, captured.spec, 32, SIZES, 1)
+        spec = make_spec()
+        captured = capture([layer, layer], spec)
+        inputs = make_inputs(spec.inputs, spec, 32, SIZES, 1)
         flags = {"dac": torch.tensor(True), "pre_norm": torch.tensor(True)}
         got = run_program(captured.program, {**inputs, **flags}, captured.output_names)["output"]
         assert_equal_to_upstream(got, [layer, layer], inputs, dac=True, pre_norm=True)

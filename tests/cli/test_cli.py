@@ -1,4 +1,4 @@
-"""The command line: what it hands to ``sam3x.api.export``, what it prints, and its exit codes."""
+"""The command line: the request it makes, what it prints, and its exit codes."""
 
 from __future__ import annotations
 
@@ -10,42 +10,47 @@ from typing import Any, Literal
 import pytest
 from pydantic import Field
 
-from sam3x import __version__, api, errors
-from sam3x.artifact.manifest import ExportManifest, MatchFailureRecord, PassRecordModel, TensorSpec, VerificationRecord
+from sam3x import __version__, errors
+from sam3x.artifact.manifest import ComponentSpec, Manifest, MatchFailureRecord, PassRecordModel, TensorSpec, VerificationRecord
+from sam3x.pipeline import export as exporter
+from sam3x.pipeline.request import Request, resolve
 from sam3x.sources import encoder as sources
 from sam3x.targets import registry
 from sam3x.targets.base import TargetOptions
 from sam3x.targets.onnx.target import OnnxTarget
 from support.command_line import run
 
-MANIFEST = ExportManifest(
+MANIFEST = Manifest(
     target="onnx",
     opset=18,
-    interface="tokens",
-    input_names=("tgt", "dac"),
-    output_names=("output",),
-    inputs=(
-        TensorSpec(name="tgt", dtype="float32", shape=("batch", "tokens", 32)),
-        TensorSpec(name="dac", dtype="bool", shape=()),
+    components=(
+        ComponentSpec(
+            name="fusion_encoder", file="fusion_encoder.onnx", reads={"tgt": "tgt", "dac": "dac"}, writes={"output": "output"},
+            inputs=(
+                TensorSpec(name="tgt", dtype="float32", shape=("batch", "tokens", 32)),
+                TensorSpec(name="dac", dtype="bool", shape=()),
+            ),
+            outputs=(TensorSpec(name="output", dtype="float32", shape=("batch", "tokens", 32)),),
+            ranges={"batch": (1, 8)},
+            passes=(
+                PassRecordModel(
+                    name="canonicalize_attention", modified=True, rewrites=11, nodes_before=40, nodes_after=30, seconds=0.1,
+                    match_failures=(MatchFailureRecord(node="softmax_3", reason="scores [B, H] used elsewhere"),),
+                    max_change=1e-7,
+                ),
+            ),
+            verification=(
+                VerificationRecord(
+                    branch="dac=True", case="batch 2", output="output", max_abs=1.3e-6, max_rel=1e-7, from_float64=1e-6,
+                    eager_from_float64=1e-6, allowed=2e-5, passed=True,
+                ),
+            ),
+        ),
     ),
-    outputs=(TensorSpec(name="output", dtype="float32", shape=("batch", "tokens", 32)),),
     spec={"dac": "runtime", "pre_norm": "runtime", "dac_dim": 0},
-    ranges={"batch": (1, 8)},
     origin="random weights, seed 0",
     weights_sha256="ab" * 32,
     versions={"sam3x": __version__},
-    passes=(
-        PassRecordModel(
-            name="canonicalize_attention", modified=True, rewrites=11, nodes_before=40, nodes_after=30, seconds=0.1,
-            match_failures=(MatchFailureRecord(node="softmax_3", reason="scores [B, H] used elsewhere"),), max_change=1e-7,
-        ),
-    ),
-    verification=(
-        VerificationRecord(
-            branch="dac=True", case="batch 2", output="output", max_abs=1.3e-6, max_rel=1e-7, from_float64=1e-6,
-            eager_from_float64=1e-6, allowed=2e-5, passed=True,
-        ),
-    ),
     verified=True,
     files={"fusion_encoder.onnx": "cd" * 32},
     figures={"total_seconds": 12.5, "peak_rss_mb": 1090.4, "something_new": 3.0},
@@ -55,17 +60,17 @@ MANIFEST = ExportManifest(
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """What ``api.export`` was called with; nothing is exported."""
+    """What ``export_model`` was called with; nothing is exported."""
     calls: dict[str, Any] = {}
 
-    def fake(encoder: object = None, **keywords: Any) -> SimpleNamespace:
-        calls.update(keywords, encoder=encoder)
+    def fake(request: Request, cut: Any, output: Path, *, tokenizer: Path | None, progress: Any) -> Manifest:
+        calls.update(request=request, cut=cut, output=output, tokenizer=tokenizer)
         for step in ("source", "capture", "passes", "lower to onnx", "verify"):
-            calls["progress"](step)
+            progress(step)
         print("a library prints")
-        return SimpleNamespace(manifest=MANIFEST)
+        return MANIFEST
 
-    monkeypatch.setattr(api, "export", fake)
+    monkeypatch.setattr(exporter, "export_model", fake)
     monkeypatch.chdir(tmp_path)
     return calls
 
@@ -110,9 +115,10 @@ def test_options_reach_the_api_and_unset_ones_do_not(
 ) -> None:
     result = run("export", *arguments)
     assert result.exit_code == 0, result.stderr
-    del seen["progress"]
-    rest = {"encoder": None, "target": "onnx", "output": Path("out"), "disable_pass": (), "dump_graphs": None}
-    assert seen == {**rest, **expected}
+    assert seen["output"] == Path("out")
+    got, wanted = seen["request"], resolve("onnx", expected)
+    for name in ("spec", "options", "components", "fuse", "disable_pass", "dump_graphs"):
+        assert getattr(got, name) == getattr(wanted, name), name
 
 
 class TheirOptions(TargetOptions):
@@ -133,13 +139,14 @@ def test_a_target_of_another_package_has_its_options_on_the_command_line(
     assert "--mood" in run("export", "-t", "theirs", "--mood", "wild").stderr
     result = run("export", "--target=theirs", "--mood", "brisk", "--depth", "3", "--no-rounded")
     assert result.exit_code == 0, result.stderr
-    assert {name: seen[name] for name in ("mood", "depth", "rounded")} == {"mood": "brisk", "depth": 3, "rounded": False}
+    assert seen["request"].options == TheirOptions(mood="brisk", depth=3, rounded=False)
 
 
 def test_passes_graphs_and_output_reach_the_api(seen: dict[str, Any]) -> None:
     result = run("export", "-o", "there", "--disable-pass", "a", "--disable-pass", "b", "--dump-graphs", "graphs")
     assert result.exit_code == 0, result.stderr
-    assert (seen["output"], seen["disable_pass"], seen["dump_graphs"]) == (Path("there"), ("a", "b"), Path("graphs"))
+    request = seen["request"]
+    assert (seen["output"], request.disable_pass, request.dump_graphs) == (Path("there"), ("a", "b"), Path("graphs"))
 
 
 @pytest.mark.parametrize(
@@ -149,10 +156,11 @@ def test_passes_graphs_and_output_reach_the_api(seen: dict[str, Any]) -> None:
 def test_a_named_encoder_is_loaded_and_no_random_weights_are_announced(
     seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch, option: str, maker: str, value: str
 ) -> None:
-    monkeypatch.setattr(sources, maker, lambda given, weights_key=None: f"source of {given}")
+    monkeypatch.setattr(sources, maker, lambda given, *_: f"source of {given}")
+    monkeypatch.setattr(sources, "encoder_cut", lambda given: given)
     result = run("export", option, value)
     assert result.exit_code == 0, result.stderr
-    assert seen["encoder"] == f"source of {value}"
+    assert seen["cut"] == f"source of {value}"
     assert "RANDOM" not in result.output
 
 
@@ -180,17 +188,18 @@ def test_verbose_shows_the_pass_records(seen: dict[str, Any]) -> None:
 
 def test_json_is_the_manifest_and_nothing_else(seen: dict[str, Any]) -> None:
     result = run("export", "--json")
-    assert ExportManifest.model_validate_json(result.stdout) == MANIFEST
+    assert Manifest.model_validate_json(result.stdout) == MANIFEST
 
 
 def test_the_summary_says_when_nothing_was_verified(seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    bare = MANIFEST.model_copy(update={"verification": (), "verified": False, "verified_reason": "switched off"})
-    monkeypatch.setattr(api, "export", lambda *_, **__: SimpleNamespace(manifest=bare))
+    component = MANIFEST.components[0].model_copy(update={"verification": ()})
+    bare = MANIFEST.model_copy(update={"components": (component,), "verified": False, "verified_reason": "switched off"})
+    monkeypatch.setattr(exporter, "export_model", lambda *_, **__: bare)
     assert "NOT verified: switched off" in run("export").stdout
 
 
 def test_inspect_shows_everything_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sam3x.load", lambda folder: SimpleNamespace(manifest=MANIFEST), raising=False)
+    monkeypatch.setattr("sam3x.artifact.artifact.load_any", lambda folder: MANIFEST)
     text = run("inspect", "out").stdout
     for fact in (
         "random weights, seed 0", "ab" * 32, "(batch, tokens, 32)", "scalar", "canonicalize_attention", "11", "softmax_3",
@@ -199,7 +208,7 @@ def test_inspect_shows_everything_there_is(monkeypatch: pytest.MonkeyPatch) -> N
     ):  # fmt: skip
         assert fact in text, fact
     assert "batch 2" in run("inspect", "out", "-v").stdout  # each comparison
-    assert ExportManifest.model_validate_json(run("inspect", "out", "--json").stdout) == MANIFEST
+    assert Manifest.model_validate_json(run("inspect", "out", "--json").stdout) == MANIFEST
 
 
 def test_targets() -> None:
@@ -227,7 +236,7 @@ def test_exit_codes(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(api, "export", fail)
+    monkeypatch.setattr(exporter, "export_model", fail)
     result = run("export")
     assert (result.exit_code, result.stdout) == (code, "")
     assert result.stderr.endswith(message) and "Traceback" not in result.stderr

@@ -19,7 +19,7 @@ from sam3x.runtime.manifest import load_manifest
 from sam3x.runtime.result import Result
 from sam3x.sources import image as sources
 from support.command_line import run
-from support.folders import contents, edit_pipeline
+from support.folders import contents, edit_manifest
 from support.image_model import photograph
 
 MODULE = """
@@ -154,7 +154,7 @@ def test_another_source_is_refused_before_it_is_cut(
 def test_hints_for_a_pipeline_name_the_option(damage: str, tiny_pipeline: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     shutil.copytree(tiny_pipeline, folder)
-    edit_pipeline(folder, seal=False, **({"origin": "me"} if damage == "changed" else {"schema_version": 1}))
+    edit_manifest(folder, seal=False, **{"origin" if damage == "changed" else "schema_version": lambda _: 1})
     for command in ("inspect", "verify", "run"):
         done = run(command, folder, *(["a.png", "--text", "x"] if command == "run" else []))
         assert done.exit_code == 2 and f"sam3x export --pipeline -o {folder}" in "".join(done.stderr.split("\n")), command

@@ -22,7 +22,7 @@ from sam3x.errors import ArtifactError, SpecError
 from sam3x.pipeline import module_image_source, verify_pipeline
 from sam3x.runtime import EncodedImage, Segmenter
 from sam3x.runtime.manifest import load_manifest
-from sam3x.sources.contract import COMPONENTS
+from sam3x.sources.names import COMPONENTS
 from support.image_model import between, iou, photograph, processor_result, tiny_image_model
 
 

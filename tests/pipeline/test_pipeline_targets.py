@@ -7,19 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from typer.testing import CliRunner
 
+from sam3x.capture.program import Sample
 from sam3x.cli.app import app
 from sam3x.errors import ArtifactError, SpecError
 from sam3x.pipeline import export_pipeline
 from sam3x.pipeline.compatibility import SMALL, TARGETS, Cell, markdown
-from sam3x.pipeline.export import DEFAULTS
+from sam3x.pipeline.request import resolve_pipeline
 from sam3x.runtime import Segmenter
-from sam3x.sources.contract import COMPONENTS, Component
 from sam3x.sources.image import random_image_source
-from sam3x.targets.base import resolve
-from sam3x.targets.registry import get_target
+from sam3x.sources.names import COMPONENTS
 from sam3x.verify.component import verify_component
 
 
@@ -42,10 +40,8 @@ def test_a_component_to_tensorrt_is_one_engine(component: str, precision: str, t
     assert item.facts["engines"] == 1 and item.facts["left_to_torch"] == 0
 
 
-def prompts_with(
-    boxes: int, component: Component, prompts: int = 2, text: int = 5
-) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
-    """A case of the prompt encoder: boxes of any size, also outside the picture, some of them padding."""
+def prompts_with(boxes: int, prompts: int = 2, text: int = 5) -> Sample:
+    """A sample of the prompt encoder: boxes of any size, also outside the picture, some of them padding."""
     generator = torch.Generator().manual_seed(boxes)
     width, tokens = SMALL.d_model, (SMALL.image_size // 14) ** 2
     box_mask = torch.zeros((prompts, boxes), dtype=torch.bool)
@@ -59,7 +55,7 @@ def prompts_with(
         "image_tokens": torch.randn((1, tokens, width), generator=generator),
         "image_pos": torch.randn((1, tokens, width), generator=generator),
     }
-    return f"{boxes} boxes", inputs, component.eager(inputs)
+    return Sample(branch="fixed", case=f"{boxes} boxes", inputs=inputs, large=True)
 
 
 def test_the_prompt_encoder_runs_in_executorch_with_any_number_of_boxes(tmp_path: Path) -> None:
@@ -70,11 +66,10 @@ def test_the_prompt_encoder_runs_in_executorch_with_any_number_of_boxes(tmp_path
     assert manifest.verified and all(record.passed and record.max_rel < 1e-5 for record in item.verification)
     (record,) = (record for record in item.passes if record.name == "decompose_roi_align")
     assert record.modified and record.rewrites == 1
-    target = get_target("pte")
-    spec, _ = resolve(target, {**DEFAULTS, **target.default_options})
-    component = next(part for part in random_image_source(SMALL)(spec).components if part.name == "prompt_encoder")
-    cases = [prompts_with(boxes, component) for boxes in (1, 3, 17, 64)]
-    records = verify_component(component, lambda: target.load_runner(folder / item.file), cases)
+    request = resolve_pipeline("pte", {})
+    component = next(part for part in random_image_source(SMALL)(request.spec).components if part.name == "prompt_encoder")
+    samples = [prompts_with(boxes) for boxes in (1, 3, 17, 64)]
+    records = verify_component(component, lambda: request.target.load_runner(folder / item.file), samples)
     assert all(record.passed for record in records)
 
 

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import nn
 
 from sam3x.errors import SourceError
-from sam3x.pipeline.export import DEFAULTS, export_pipeline
+from sam3x.pipeline.export import export_pipeline
+from sam3x.pipeline.request import PROMPTS
 from sam3x.runtime import Segmenter
-from sam3x.sources.contract import COMPONENTS
 from sam3x.sources.image import module_image_source, transformers_image_source
+from sam3x.sources.names import COMPONENTS
 from sam3x.sources.transformers.source import transformers_model
 from sam3x.spec import make_spec
 from support.image_model import between, iou, photograph
@@ -139,7 +140,7 @@ def test_texts_are_filled_up_with_the_tokenizers_own_token(
 ) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert transformers_model(sam3_model, "it", make_spec(**DEFAULTS), tmp_path).pad_id == pad_id
+    assert transformers_model(sam3_model, "it", make_spec(**PROMPTS), tmp_path).pad_id == pad_id
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_a_tokenizer_that_cannot_be_read_is_told(
     for file, content in files.items():
         (tmp_path / file).write_text(content)
     with pytest.raises(SourceError, match=rf"step 1/4 source: .*/{name} cannot be read .*{fact}.*--tokenizer"):
-        transformers_model(sam3_model, "it", make_spec(**DEFAULTS), tmp_path)
+        transformers_model(sam3_model, "it", make_spec(**PROMPTS), tmp_path)
 
 
 def test_convolutions_with_batch_norms_are_stored_in_int8_too(tmp_path: Path) -> None:

@@ -20,11 +20,11 @@ import sam3x
 from sam3x import api
 from sam3x.capture.samples import Sizes, make_inputs
 from sam3x.errors import SpecError, VerificationError
-from sam3x.precision.weights import int8_channels, rounded_encoder, rounded_weights, swapped
+from sam3x.precision.weights import int8_channels, rounded_weights, swapped
 from sam3x.spec import checked, make_spec
 from sam3x.targets.onnx import weights as onnx_weights
 from sam3x.targets.onnx.target import OnnxOptions
-from support.upstream import assert_equal_to_upstream, encoder_of, run_layers
+from support.upstream import assert_equal_to_upstream, encoder_of, rounded_encoder, run_layers
 
 PRECISIONS = ("fp16", "int8")
 STORED = {"fp16": onnx.TensorProto.FLOAT16, "int8": onnx.TensorProto.INT8}

@@ -13,19 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from sam3x.artifact.manifest import sealed
+from sam3x.capture.program import Sample
 from sam3x.pipeline import export_pipeline, module_image_source, verify_pipeline
 from sam3x.pipeline.compatibility import SMALL
-from sam3x.pipeline.export import DEFAULTS, cases_of
+from sam3x.pipeline.request import resolve_pipeline
+from sam3x.pipeline.samples import samples_of
 from sam3x.precision.component import reduced
 from sam3x.precision.convolutions import exact, half_summed
 from sam3x.precision.emulate import eager_in
 from sam3x.runtime import Segmenter
 from sam3x.runtime.manifest import load_manifest
-from sam3x.sources.contract import COMPONENTS, Component
+from sam3x.sources.contract import Component
 from sam3x.sources.image import random_image_source
-from sam3x.spec import make_spec
+from sam3x.sources.names import COMPONENTS
 from sam3x.targets.executorch.target import PteOptions, PteTarget
-from sam3x.verify.component import Case, verify_component
+from sam3x.verify.component import verify_component
 from support.image_model import photograph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,12 +35,12 @@ HALF = PteOptions(precision="fp16")
 
 
 @pytest.fixture(scope="module")
-def parts() -> dict[str, tuple[Component, list[Case]]]:
+def parts() -> dict[str, tuple[Component, list[Sample]]]:
     """Component and what it is verified on, by name."""
-    spec = make_spec(**DEFAULTS)
-    model = random_image_source(SMALL)(spec)
-    cases = cases_of(model, spec)
-    return {item.name: (item, cases[item.name]) for item in model.components}
+    request = resolve_pipeline("onnx", {})
+    model = random_image_source(SMALL)(request.spec)
+    samples = samples_of(model, request)
+    return {item.name: (item, samples[item.name]) for item in model.components}
 
 
 @pytest.mark.long
@@ -69,35 +71,36 @@ def test_a_component_in_int8_is_verified(component: str, tmp_path: Path) -> None
 class Fixed:
     """A runner that gives eager's own results, times ``factor``."""
 
-    def __init__(self, cases: list[Case], results: list[Mapping[str, Tensor]], factor: float) -> None:
+    def __init__(self, results: list[Mapping[str, Tensor]], factor: float) -> None:
         self.waiting = [{name: value.numpy() * np.float32(factor) for name, value in result.items()} for result in results]
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return self.waiting.pop(0)
 
 
-def test_the_rule_takes_rounding_and_nothing_coarser(parts: dict[str, tuple[Component, list[Case]]]) -> None:
-    component, cases = parts["mask_head"]
-    rounding = reduced(component, PteTarget(), HALF)
+def test_the_rule_takes_rounding_and_nothing_coarser(parts: dict[str, tuple[Component, list[Sample]]]) -> None:
+    component, samples = parts["mask_head"]
+    rounding = reduced(component, PteTarget().numerics(HALF))
     assert rounding is not None
-    results = [rounding(inputs) for _, inputs, _ in cases]
+    results = [rounding(sample.inputs) for sample in samples]
     for factor, passed in ((1.0, True), (1.05, False)):
-        records = verify_component(component, partial(Fixed, cases, results, factor), cases, reduced=rounding)
+        records = verify_component(component, partial(Fixed, results, factor), samples, rounding)
         assert [record.passed for record in records] == [passed] * len(records)
 
 
-def test_float32_is_no_reduced_precision(parts: dict[str, tuple[Component, list[Case]]]) -> None:
-    assert reduced(parts["decoder"][0], PteTarget(), PteOptions()) is None
+def test_float32_is_no_reduced_precision(parts: dict[str, tuple[Component, list[Sample]]]) -> None:
+    assert reduced(parts["decoder"][0], PteTarget().numerics(PteOptions())) is None
 
 
-def test_emulated_sums_in_float16_keep_what_a_mask_hides(parts: dict[str, tuple[Component, list[Case]]]) -> None:
+def test_emulated_sums_in_float16_keep_what_a_mask_hides(parts: dict[str, tuple[Component, list[Sample]]]) -> None:
     """torch's multi-head attention begins its scores with the mask, and rounding minus infinity in halves gave NaN."""
-    component, cases = parts["decoder"]
-    for _, inputs, expected in cases:
+    component, samples = parts["decoder"]
+    for sample in samples:
         with eager_in("fp16", half_sums=True):
-            got = component.eager(inputs)
+            got = component.eager(sample.inputs)
         for name, value in got.items():
-            assert bool(value.isfinite().all()) and torch.allclose(value, expected[name], atol=0.03), name
+            assert sample.expected is not None
+            assert bool(value.isfinite().all()) and torch.allclose(value, sample.expected[name], atol=0.03), name
 
 
 def _convolution(transposed: bool) -> tuple[Any, ...]:

@@ -14,12 +14,13 @@ from torch import nn
 from sam3x.cli.pipeline_views import pipeline_view
 from sam3x.errors import VerificationError
 from sam3x.pipeline import export_pipeline, module_image_source, verify_pipeline
-from sam3x.pipeline.export import DEFAULTS, ComponentJob
+from sam3x.pipeline.job import ComponentJob
 from sam3x.pipeline.quality import TOP, eager_answers, iou, quality_of
+from sam3x.pipeline.request import resolve_pipeline
 from sam3x.runtime import Segmenter
 from sam3x.runtime.manifest import SEGMENTER, ComponentSpec, load_manifest
-from sam3x.sources.contract import COMPONENTS, Component
-from sam3x.spec import make_spec
+from sam3x.sources.contract import Component
+from sam3x.sources.names import COMPONENTS
 from sam3x.targets.onnx import weights as onnx_weights
 from sam3x.targets.onnx.target import OnnxTarget
 from support.image_model import photograph
@@ -62,7 +63,7 @@ def test_the_manifest_tells_what_it_does_to_masks(folder: Path) -> None:
 def test_files_in_fp32_have_the_masks_of_eager(tiny_pipeline: Path, tiny_model: nn.Module, folder: Path) -> None:
     """The measure itself: nothing lost in fp32, the manifest's own figures from the files of int8, far less of other masks."""
     target = OnnxTarget()
-    cut = module_image_source(tiny_model)(make_spec(**DEFAULTS))
+    cut = module_image_source(tiny_model)(resolve_pipeline("onnx", {}).spec)
     answers = eager_answers(cut, 0)
     for where, least in ((tiny_pipeline, 0.999), (folder, None)):
         manifest = load_manifest(where)

@@ -17,18 +17,17 @@ import torch
 from torch import Tensor, nn
 
 import sam3x
-from sam3x import api
+from sam3x.capture import component
 from sam3x.errors import BuilderError, LoweringError
 from sam3x.fusion.encoder import FusionEncoder
-from sam3x.precision.weights import rounded_encoder
+from sam3x.pipeline.request import resolve
 from sam3x.spec import make_spec
-from sam3x.targets.base import resolve, weight_precision
 from sam3x.targets.registry import get_target
 from sam3x.verify.compare import ABSOLUTE, EAGER_FACTOR, eager_distances
 from support.attention_styles import REFUSED
 from support.counts import BUILDER_FAILED, COUNTS
 from support.strategies import Case, InputsCase
-from support.upstream import double, run_layers
+from support.upstream import double, rounded_encoder, run_layers
 
 
 class Difference(AssertionError):
@@ -38,29 +37,21 @@ class Difference(AssertionError):
 @contextlib.contextmanager
 def shared_captures() -> Iterator[None]:
     """One capture for exports of one encoder that differ after it: captures are left as they are by the pipeline."""
-    original, known = api.capture, {}
-    rounding, twins = api.rounded_encoder, {}
+    original = component.capture_encoder
+    known: dict[Any, Any] = {}
 
-    def shared(spec: Any) -> Any:
-        return spec.model_copy(update={"branches": None, "verify": "off"})
-
-    def capture(module: nn.Module, spec: Any) -> Any:
-        key = (id(module), shared(spec))
+    def capture(encoder: FusionEncoder) -> Any:
+        held = tuple(encoder.parameters())  # the user's own, or those that are rounded
+        key = (tuple(map(id, held)), encoder.spec.model_copy(update={"branches": None, "verify": "off"}))
         if key not in known:
-            known[key] = (module, original(module, spec))
-        return replace(known[key][1], spec=spec)
+            known[key] = (held, original(encoder))
+        return known[key][1]
 
-    def rounded(module: nn.Module, spec: Any, precision: str) -> nn.Module:
-        key = (id(module), shared(spec), precision)
-        if key not in twins:
-            twins[key] = rounding(module, spec, precision)
-        return twins[key]
-
-    api.capture, api.rounded_encoder = capture, rounded  # type: ignore[assignment]
+    component.capture_encoder = capture
     try:
         yield
     finally:
-        api.capture, api.rounded_encoder = original, rounding
+        component.capture_encoder = original
 
 
 def check(case: Case) -> None:
@@ -97,7 +88,7 @@ def check(case: Case) -> None:
 def export(case: Case, module: nn.Module, options: Mapping[str, Any], folder: Path) -> sam3x.Artifact:
     COUNTS[f"{case.target} configurations"] += 1
     target = get_target(case.target)
-    own = resolve(target, options)[1]
+    own = resolve(target, options).options
     # every sixth also goes through the exporter's own verification, which must let it pass; what cannot run here always
     verify = "final" if case.encoder.seed % 6 == 5 or target.unverifiable(own) else "off"
     return sam3x.export(module, target=case.target, output=folder, verify=verify, **options)
@@ -123,7 +114,7 @@ def _runs_here(artifact: sam3x.Artifact) -> bool:
 def with_its_weights(module: nn.Module, artifact: sam3x.Artifact) -> nn.Module:
     """The encoder with the weights that the artifact holds: its own, or those rounded."""
     target = get_target(artifact.manifest.target)
-    precision = weight_precision(target, target.options_type(**artifact.manifest.target_options))
+    precision = target.numerics(target.options_type(**artifact.manifest.target_options)).weights
     return module if precision is None else rounded_encoder(module, make_spec(**artifact.manifest.spec), precision)
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sam3x.artifact.files import names_in, sha256_of
-from sam3x.artifact.manifest import MANIFEST, ExportManifest, sealed
-from sam3x.runtime.manifest import PipelineManifest
+from sam3x.artifact.manifest import MANIFEST, ComponentSpec, Manifest, PipelineManifest, sealed
 
 
 def contents(folder: Path) -> dict[str, bytes | str]:
@@ -27,14 +26,8 @@ def edit_manifest(folder: Path, *, seal: bool, **changes: Callable[[Any], Any]) 
     values = json.loads(path.read_text())
     for name, change in changes.items():
         values[name] = change(values[name])
-    path.write_text(sealed(ExportManifest.model_validate(values)) if seal else json.dumps(values))
-
-
-def edit_pipeline(folder: Path, *, seal: bool, **values: Any) -> None:
-    """The same of a pipeline's manifest, by values."""
-    path = folder / MANIFEST
-    changed = {**json.loads(path.read_text()), **values}
-    path.write_text(sealed(PipelineManifest.model_validate(changed)) if seal else json.dumps(changed))
+    kind = PipelineManifest if values["kind"] == "pipeline" else Manifest
+    path.write_text(sealed(kind.model_validate(values)) if seal else json.dumps(values))
 
 
 def write_export(folder: Path, files: dict[str, bytes]) -> None:
@@ -43,19 +36,6 @@ def write_export(folder: Path, files: dict[str, bytes]) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     hashes = {name: sha256_of(folder / name) for name in names_in(folder) if name in files}
-    manifest = ExportManifest(
-        target="onnx",
-        interface="tokens",
-        input_names=("tgt",),
-        output_names=("output",),
-        inputs=(),
-        outputs=(),
-        spec={},
-        ranges={},
-        origin="a test",
-        weights_sha256="0",
-        versions={},
-        passes=(),
-        files=hashes,
-    )
+    component = ComponentSpec(name="fusion_encoder", file=next(iter(files)), inputs=(), outputs=(), reads={}, writes={})
+    manifest = Manifest(target="onnx", components=(component,), origin="a test", weights_sha256="0", versions={}, files=hashes)
     (folder / MANIFEST).write_text(sealed(manifest))

@@ -12,8 +12,8 @@ import torch
 from sam3x.capture.capture import capture
 from sam3x.capture.program import CapturedProgram
 from sam3x.passes.default_pipeline import default_pipeline
+from sam3x.pipeline.request import resolve
 from sam3x.spec import make_spec
-from sam3x.targets.base import resolve
 from sam3x.targets.tensorrt.target import TrtTarget
 from support.upstream import encoder_of
 
@@ -31,16 +31,16 @@ def captured(form: str) -> CapturedProgram:
 
 def legal(captured: CapturedProgram, **options: Any) -> tuple[CapturedProgram, Any]:
     """The program as the target lowers it, and the options."""
-    spec = captured.spec
-    _, own = resolve(TrtTarget(), {"batch": spec.batch, "tokens": spec.tokens, "prompt_length": spec.prompt_length, **options})
-    pipeline = default_pipeline(str(spec.branches)).then(*TrtTarget().legalization_passes(own))
+    request = resolve("trt", {**captured.ranges, **options})
+    own: Any = request.options
+    pipeline = default_pipeline("cond").then(*request.target.legalization_passes(own))
     return pipeline.run(captured)[0], own
 
 
 def lower(captured: CapturedProgram, path: Path, **options: Any) -> dict[str, Any]:
     """The metadata of the engine that is written to ``path``, for sm89."""
     program, own = legal(captured, compute_capability="sm89", **options)
-    return TrtTarget().lower(program, path, own)
+    return {**TrtTarget().prove(program, own), **TrtTarget().lower(program, path, own)}
 
 
 def with_unknown(captured: CapturedProgram) -> CapturedProgram:
@@ -48,8 +48,7 @@ def with_unknown(captured: CapturedProgram) -> CapturedProgram:
     program = default_pipeline("select").run(captured)[0]
     node = next(node for node in program.program.graph.nodes if node.target is torch.ops.aten.relu.default)
     node.target = torch.ops.aten.special_bessel_j0.default
-    values = {name: getattr(program, name) for name in program.__dataclass_fields__}
-    return CapturedProgram(**{**values, "spec": program.spec.model_copy(update={"verify": "off"})})
+    return program
 
 
 def zeros_of(manifest: Any, name: str) -> Any:

@@ -10,9 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sam3x.capture.samples import samples_for, trace_sizes
 from sam3x.fusion.config import FusionConfig
+from sam3x.fusion.encoder import FusionEncoder
+from sam3x.fusion.shadow import shadow_of
 from sam3x.fusion.wide import wide_floats
+from sam3x.precision.weights import rounded_weights, swapped
 from sam3x.sources.encoder import build_encoder, draw_weights
+from sam3x.spec import ExportSpec
 
 
 def encoder_of(num_layers: int = 1, *, seed: int = 3, peaked: float = 1.0, **config: Any) -> nn.Module:
@@ -26,6 +31,19 @@ def encoder_of(num_layers: int = 1, *, seed: int = 3, peaked: float = 1.0, **con
                 width = module.embed_dim
                 module.in_proj_weight[:width] *= peaked
     return encoder
+
+
+def rounded_encoder(module: nn.Module, spec: ExportSpec, precision: str) -> nn.Module:
+    """A second tree over ``module``'s tensors, but for the weights that an artifact of ``precision`` holds rounded."""
+    encoder = FusionEncoder(module, spec)
+    count = len(encoder.layers)
+    sizes = [trace_sizes(spec)]
+    (sample, *_) = samples_for(encoder.input_names, encoder.flag_names, spec, encoder.d_model, count, sizes)
+    weights = rounded_weights((encoder,), precision, lambda: encoder.eager(sample.inputs))
+    shadow = shadow_of(module)
+    swap = shadow.__dict__["swap"] = swapped((shadow,), weights)  # for as long as it lives
+    swap.__enter__()
+    return shadow
 
 
 def run_layers(

@@ -13,9 +13,10 @@ from google.protobuf import text_format
 from torch import nn
 
 import sam3x
+from sam3x.capture.capture import capture
 from sam3x.errors import SpecError
+from sam3x.pipeline.request import resolve
 from sam3x.spec import make_spec
-from sam3x.targets.base import resolve
 from sam3x.targets.tensorrt.target import TrtTarget
 from sam3x.targets.triton import dynamic_batch
 from support.upstream import encoder_of
@@ -81,7 +82,8 @@ def test_an_engine_of_one_branch_batches_requests(schema: Any, encoder: nn.Modul
     ],
 )
 def test_only_requests_that_do_not_touch_each_other_are_batched(options: dict[str, Any], batch: int) -> None:
-    assert dynamic_batch(make_spec(**options)) == batch
+    encoder = encoder_of(1).layers[0] if options.get("interface") != "feature_maps" else encoder_of(1)
+    assert dynamic_batch(capture(encoder, make_spec(**options))) == batch
 
 
 def test_a_torch_program_is_no_model_of_triton() -> None:

@@ -64,6 +64,6 @@ def test_a_rounded_reference_that_overflows_allows_nothing() -> None:
         [sample],
         lambda inputs: {"output": inputs["tgt"] + 1},
         lambda inputs: {"output": inputs["tgt"]},
-        lambda inputs: overflowed,
+        rounded=lambda inputs: overflowed,
     )
     assert not record.passed and record.allowed < 1e-3

@@ -104,7 +104,6 @@ def fusion_component(encoder: nn.Module, spec: ExportSpec, ranges: dict[str, tup
         ranges={name: ranges[name] for name in ("prompts", "prompt_length")},
         renamed={wrapped.output_names[0]: "encoded"},
         constants={name: flags[name] for name in wrapped.flag_names},
-        fusion=(encoder, spec),
     )
 
 

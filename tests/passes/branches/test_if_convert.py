@@ -319,7 +319,7 @@ def test_sam3s_encoder_without_a_conditional() -> None:
     seen = set()
     for batch in (1, 2, 4, 6):
         sizes = [Sizes(batch=batch, tokens=20, prompt_length=4)]
-        for sample in samples_for(captured.input_names, ("dac", "pre_norm"), captured.spec, 32, 2, sizes):
+        for sample in samples_for(captured.input_names, ("dac", "pre_norm"), make_spec(), 32, 2, sizes):
             seen.add((batch, sample.branch))
             got = evaluate(program, sample.inputs)[0]
             assert (got - captured.eager(sample.inputs)["output"]).abs().max() <= 2e-5

@@ -12,7 +12,6 @@ from sam3x.passes.attention.simplify_attention_masks import SimplifyAttentionMas
 from sam3x.passes.base import count_ops
 from sam3x.passes.decompose.decompose_complex import DecomposeComplexPass
 from sam3x.passes.pipeline import PassPipeline
-from sam3x.spec import ExportSpec
 
 
 class Rotary(nn.Module):
@@ -43,7 +42,6 @@ def captured(module: nn.Module, *inputs: Tensor, names: tuple[str, ...] = ("x",)
         program = torch.export.export(module, inputs, dynamic_shapes=shapes).run_decompositions(table)
     return CapturedProgram(
         program=program,
-        spec=ExportSpec(),
         input_names=names,
         output_names=("out",),
         dim_names={},

@@ -17,7 +17,6 @@ from sam3x.capture.program import CapturedProgram, run_program
 from sam3x.passes.base import count_ops
 from sam3x.passes.decompose.decompose_roi_align import DecomposeRoiAlignPass
 from sam3x.passes.pipeline import PassPipeline, PassRecord
-from sam3x.spec import ExportSpec
 
 ROI_ALIGN = "torchvision.roi_align.default"
 
@@ -53,7 +52,6 @@ def captured(module: nn.Module, x: Tensor, rois: Tensor, dynamic: tuple[int, ...
         program = torch.export.export(module, (x, rois), dynamic_shapes=shapes).run_decompositions()
     return CapturedProgram(
         program=program,
-        spec=ExportSpec(),
         input_names=("x", "rois"),
         output_names=("out",),
         dim_names={},

@@ -16,7 +16,7 @@ from sam3x.capture.program import CapturedProgram
 from sam3x.passes.linear.tile_feed_forward import ACTIVATIONS, TILED_FEED_FORWARD, TileFeedForwardPass
 from sam3x.passes.pipeline import PassPipeline
 from sam3x.sources.contract import Component, Port
-from sam3x.spec import checked, make_spec
+from sam3x.spec import checked
 from sam3x.targets.onnx import loop as onnx_loop
 from sam3x.targets.onnx.target import OnnxOptions, OnnxTarget
 from support.cond_programs import check_numbers, check_sound, private
@@ -93,7 +93,7 @@ def test_onnx_runtime_gives_the_same(name: str, rank: int, bias: bool, tmp_path:
     module = Mlp(ACTIVATIONS[name], bias=bias)
     program = captured(module, rank=rank)
     given = CapturedProgram(
-        program=program, spec=make_spec(), input_names=("x",), output_names=("y",), dim_names={}, samples=(),
+        program=program, input_names=("x",), output_names=("y",), dim_names={}, samples=(),
         eager=lambda inputs: {"y": module(**inputs)},
     )  # fmt: skip
     target, options = OnnxTarget(), checked(OnnxOptions, {})

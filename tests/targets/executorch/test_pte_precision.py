@@ -160,8 +160,10 @@ def test_swapped_heads_and_halved_positions_are_no_rounding(precision: str) -> N
 
         return run
 
-    assert all(record.passed for record in compare(samples, rounded("right"), eager["right"].eager, rounded("right")))
-    assert not any(record.passed for record in compare(samples, rounded("wrong"), eager["right"].eager, rounded("right")))
+    assert all(record.passed for record in compare(samples, rounded("right"), eager["right"].eager, rounded=rounded("right")))
+    assert not any(
+        record.passed for record in compare(samples, rounded("wrong"), eager["right"].eager, rounded=rounded("right"))
+    )
 
 
 @pytest.mark.parametrize("terms", [16, 256, 2048])

@@ -80,12 +80,12 @@ def lower(
     key = next(n for n in program.graph.nodes if n.name == "key").meta["val"].shape
     captured = CapturedProgram(
         program=program,
-        spec=make_spec(batch=(1, 8), tokens=(1, tokens), prompt_length=(1, tokens)),
         input_names=tuple(inputs),
         output_names=("output",),
         dim_names={symbols[0]: "batch"} | ({} if fixed else {symbols[2]: "tokens", str(key[2]): "prompt_length"}),
         samples=(),
         eager=lambda given: {"output": Attend()(**given)},
+        ranges={"batch": (1, 8), "tokens": (1, tokens), "prompt_length": (1, tokens)},
     )
     target, chosen = OnnxTarget(), checked(OnnxOptions, options)
     captured, _ = default_pipeline().then(*target.legalization_passes(chosen)).run(captured)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from sam3x.errors import LoweringError
+from sam3x.pipeline.request import resolve
 from sam3x.targets import quiet
-from sam3x.targets.base import resolve
 from sam3x.targets.tensorrt import driver as trt_driver
 from sam3x.targets.tensorrt.target import TrtTarget
 from support.trt import NO_GPU, SMALL, captured, lower, with_unknown
@@ -51,7 +51,7 @@ def test_torch_cuda_is_untouched_where_a_gpu_is_there(cuda: Any, monkeypatch: py
 def test_an_export_and_a_failed_one_leave_torch_cuda_alone(cuda: Any, tmp_path: Path) -> None:
     lower(captured("select"), tmp_path / "x.engine")
     with pytest.raises(LoweringError):
-        TrtTarget().lower(with_unknown(captured("select")), tmp_path / "y.engine", resolve(TrtTarget(), SMALL)[1])
+        TrtTarget().lower(with_unknown(captured("select")), tmp_path / "y.engine", resolve("trt", SMALL).options)
 
 
 def test_what_native_code_says_is_dropped_unless_it_fails(capfd: pytest.CaptureFixture[str]) -> None:

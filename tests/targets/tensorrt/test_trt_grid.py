@@ -11,10 +11,9 @@ import pytest
 from sam3x.capture.capture import capture
 from sam3x.capture.program import CapturedProgram
 from sam3x.passes.default_pipeline import default_pipeline
+from sam3x.pipeline.request import resolve
 from sam3x.sources.encoder import default_source
-from sam3x.targets.base import resolve
 from sam3x.targets.tensorrt.build import build
-from sam3x.targets.tensorrt.target import TrtTarget
 
 FLAGS: dict[str, dict[str, Any]] = {
     "fixed": {"dac": False, "pre_norm": True, "prompt_length": 32},
@@ -27,7 +26,7 @@ TIMES = 3
 
 @functools.cache
 def default_encoder(flags: str) -> CapturedProgram:
-    return capture(default_source(0).module, resolve(TrtTarget(), {"compute_capability": "sm89", **FLAGS[flags]})[0])
+    return capture(default_source(0).module, resolve("trt", {"compute_capability": "sm89", **FLAGS[flags]}).spec)
 
 
 @pytest.mark.long
@@ -37,9 +36,9 @@ def test_the_default_encoder_builds_for_every_gpu_three_times_in_a_row(
     flags: str, precision: str, record_property: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Batch 1:4, 72×72 tokens, prompt 1:77 or 32: what a user gets who names no sizes."""
-    target = TrtTarget()
-    spec, options = resolve(target, {"compute_capability": "sm89", "precision": precision, **FLAGS[flags]})
-    passes = default_pipeline(str(spec.branches)).then(*target.legalization_passes(options))
+    request = resolve("trt", {"compute_capability": "sm89", "precision": precision, **FLAGS[flags]})
+    options: Any = request.options
+    passes = default_pipeline(str(request.spec.branches)).then(*request.target.legalization_passes(options))
     program, _ = passes.run(default_encoder(flags))
     for gpu, _ in itertools.product(GPUS, range(TIMES)):
         facts = build(program, options, gpu).metadata

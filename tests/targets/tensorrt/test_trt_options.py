@@ -11,7 +11,7 @@ import pytest
 
 import sam3x
 from sam3x.errors import SpecError, TargetUnavailableError
-from sam3x.targets.base import resolve
+from sam3x.pipeline.request import resolve
 from sam3x.targets.tensorrt import target as trt_target
 from sam3x.targets.tensorrt.target import TrtTarget
 from support.trt import NO_GPU, SMALL
@@ -37,7 +37,7 @@ def test_bad_options_are_told_at_once(options: dict[str, Any], said: str) -> Non
 
 @pytest.mark.parametrize("written", ["SM89", "8.9", "sm_89", "89"])
 def test_a_gpu_may_be_written_in_many_ways(written: str) -> None:
-    assert resolve(TrtTarget(), {"compute_capability": written})[1].compute_capability == "sm89"
+    assert resolve("trt", {"compute_capability": written}).options.compute_capability == "sm89"
 
 
 def test_without_the_extra_the_install_command_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import sam3x
 from sam3x.capture.capture import capture
 from sam3x.errors import LoweringError, TargetUnavailableError, VerificationError
+from sam3x.pipeline.request import resolve
 from sam3x.sources.encoder import default_source
-from sam3x.targets.base import resolve
 from sam3x.targets.tensorrt.target import TrtTarget
 from support.attention_styles import STYLES, Attention
 from support.trt import GPU, NO_GPU, SIZES, SMALL, captured, legal, lower, with_unknown, zeros_of
@@ -197,7 +197,7 @@ def test_an_operation_that_cannot_be_converted_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.engine"
     said = r"1 operations have no form.*relu \(aten.special_bessel_j0.default: no converter\)"
     with pytest.raises(LoweringError, match=said):
-        TrtTarget().lower(with_unknown(captured("select")), path, resolve(TrtTarget(), SMALL)[1])
+        TrtTarget().lower(with_unknown(captured("select")), path, resolve("trt", SMALL).options)
     assert not path.exists()
 
 
