@@ -1,4 +1,4 @@
-"""ONNX for ``sam3x::tiled_attention`` (a ``Scan`` over tiles of queries) and ``sam3x::multi_head_attention``."""
+"""ONNX for ``sam3x::tiled_attention`` (a ``Loop`` over tiles of queries) and ``sam3x::multi_head_attention``."""
 
 from __future__ import annotations
 
@@ -125,10 +125,12 @@ def _multi_head(
 
     if not large or (key_mask is None and bias is None):
         return node("MultiHeadAttention", inputs(query, bias), domain=CONTRIB, version=1, **attributes)
-    scores = op.Mul(op.Mul(op.Shape(query, start=0, end=1), ints(num_heads)), op.Shape(key, start=1, end=2))
+    batch = op.Shape(query, start=0, end=1)
+    scores = op.Mul(op.Mul(batch, ints(num_heads)), op.Shape(key, start=1, end=2))
+    tiles = Tiles(batch, op.Shape(query, start=1, end=2), scores, budget, query.dtype, rank=3)
 
     def body(tile: Callable[[ir.Value, int], ir.Value]) -> ir.Value:
         given = inputs(tile(query, 1), None if bias is None else tile(bias, 2))
         return node("MultiHeadAttention", given, domain=CONTRIB, version=1, **attributes)
 
-    return Tiles(query, 1, scores, budget).run(body, op.Shape(value, start=-1))
+    return tiles.run(body, op.Shape(value, start=-1))

@@ -1,4 +1,4 @@
-"""ONNX for ``sam3x::tiled_feed_forward``: a ``Scan`` over tiles of rows, so that no whole hidden layer is ever there."""
+"""ONNX for ``sam3x::tiled_feed_forward``: a ``Loop`` over tiles of rows, so that no whole hidden layer is ever there."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def _feed_forward(x: Any, first: tuple[Any, Any], activate: Any, second: tuple[A
     else:
         rows = x if rank == 2 else op.Reshape(x, ints(-1, width))
         rows.dtype, rows.shape = x.dtype, ir.Shape([None, width])
-        tiles = onnx_loop.Tiles(rows, 0, ints(hidden), 2 * onnx_loop.TILE_BYTES)
+        count = op.Shape(rows, start=0, end=1)
+        tiles = onnx_loop.Tiles(None, count, ints(hidden), 2 * onnx_loop.TILE_BYTES, x.dtype, rank=2)
         made = tiles.run(lambda tile: of_rows(tile(rows, 0)), ints(last))
         if rank == 2:
             return made

@@ -1,4 +1,4 @@
-"""Attention in ONNX's own operators: all scores at once, or in a ``Scan`` over heads, tiles of queries, or both."""
+"""Attention in ONNX's own operators: all scores at once, or in a ``Loop`` over heads, tiles of queries, or both."""
 
 from __future__ import annotations
 
@@ -79,18 +79,33 @@ def _tiled(scaled: ir.Value, swapped: ir.Value, value: ir.Value, mask: ir.Value 
     """Scaled query (…, N, D), transposed key (…, D, S), value (…, S, E) → (…, N, E), a tile of queries at a time."""
     op = opset()
     rank = len(scaled.shape)  # type: ignore[arg-type]
-    lead = op.ReduceProd(op.Shape(scaled, start=0, end=rank - 2), keepdims=1)
-    tiles = Tiles(scaled, rank - 2, op.Mul(lead, op.Shape(swapped, start=rank - 1, end=rank)), budget)
+    lead = op.Shape(scaled, start=0, end=rank - 2)
+    scores = op.Mul(op.ReduceProd(lead, keepdims=1), op.Shape(swapped, start=rank - 1, end=rank))
+    queries = op.Shape(scaled, start=rank - 2, end=rank - 1)
+    tiles = Tiles(lead, queries, scores, budget, _dtype(scaled), rank=rank)
+    return _in_tiles(tiles, scaled, swapped, value, mask, op.Shape(value, start=-1))
+
+
+def _in_tiles(
+    tiles: Tiles, scaled: ir.Value, swapped: ir.Value, value: ir.Value, mask: ir.Value | None, width: ir.Value
+) -> ir.Value:
+    """As ``_whole``, ``tiles`` of queries after each other; ``width``: E, (1,)."""
+    op = opset()
     zero, hide = _scalar(0.0, scaled), _scalar(-math.inf, scaled)
 
     def body(tile: Callable[[ir.Value, int], ir.Value]) -> ir.Value:
-        scores = op.MatMul(tile(scaled, rank - 2), swapped)
+        scores = op.MatMul(tile(scaled, len(scaled.shape) - 2), swapped)  # type: ignore[arg-type]
         if mask is not None:
             rows = tile(mask, len(mask.shape) - 2) if _varies(mask) else mask  # type: ignore[arg-type]
             scores = op.Add(scores, op.Where(rows, zero, hide) if _is_bool(mask) else rows)
         return op.MatMul(op.Softmax(scores, axis=-1), value)
 
-    return tiles.run(body, op.Shape(value, start=-1))
+    return tiles.run(body, width)
+
+
+def _dtype(x: ir.Value) -> ir.DataType:
+    assert x.dtype is not None
+    return x.dtype
 
 
 def _head_by_head(query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | None) -> bool:
@@ -111,14 +126,17 @@ def _heads(scaled: ir.Value, swapped: ir.Value, value: ir.Value, mask: ir.Value 
     op = opset()
     rank = len(scaled.shape)  # type: ignore[arg-type]
     lead, queries = op.Shape(scaled, start=0, end=rank - 2), op.Shape(scaled, start=rank - 2, end=rank - 1)
+    width, tiles = op.Shape(value, start=-1), None
     few = _heads_that_fit(scaled, swapped, min(TILE_BYTES, budget // 2))
     if few:
         shape = ints(-1, few)
     else:
         heads, keys = op.ReduceProd(lead, keepdims=1), op.Shape(swapped, start=rank - 1)
-        size = op.Mul(op.Mul(op.Mul(heads, queries), keys), ints(int(scaled.dtype.itemsize)))  # type: ignore[union-attr]
+        size = op.Mul(op.Mul(op.Mul(heads, queries), keys), ints(int(_dtype(scaled).itemsize)))
         group = op.Where(op.LessOrEqual(size, ints(min(TILE_BYTES, budget // 2))), heads, ints(1))
         shape = op.Concat(op.Div(heads, group), group, axis=0)
+        # made here, so that its arithmetic is done once and not for each head; a group of heads has scores for one tile
+        tiles = Tiles(group, queries, op.Mul(group, keys), budget, _dtype(scaled), rank=3, single=True)
 
     def grouped(x: ir.Value) -> ir.Value:
         made = op.Reshape(x, op.Concat(shape, op.Shape(x, start=-2), axis=0))
@@ -132,18 +150,19 @@ def _heads(scaled: ir.Value, swapped: ir.Value, value: ir.Value, mask: ir.Value 
     elif mask is not None:
         of_all = op.Expand(mask, op.Concat(lead, ints(1, 1), axis=0))
         of_all.dtype, of_all.shape = mask.dtype, ir.Shape([*scaled.shape[:-2], *mask.shape[-2:]])  # type: ignore[index]
-        looped.append(grouped(of_all))
+        looped.insert(0, grouped(of_all))
 
-    def one(scaled: ir.Value, swapped: ir.Value, value: ir.Value, own: ir.Value | None = None) -> ir.Value:
-        hidden = mask if own is None else own
-        if not few:
-            return _tiled(scaled, swapped, value, hidden, budget)
+    def one(*given: ir.Value) -> ir.Value:
+        scaled, swapped, value = given[-3:]
+        hidden = given[0] if len(given) > 3 else mask
+        if tiles is not None:
+            return _in_tiles(tiles, scaled, swapped, value, hidden, width)
         result: Any = _whole(scaled, swapped, value, None if hidden is None else _additive(hidden, scaled))
         result.dtype, result.shape = value.dtype, ir.Shape([few, *scaled.shape[-2:-1], *value.shape[-1:]])  # type: ignore[index]
         return result
 
     made = for_each(looped, one, "head")
-    return op.Reshape(made, op.Concat(lead, queries, op.Shape(value, start=-1), axis=0))
+    return op.Reshape(made, op.Concat(lead, queries, width, axis=0))
 
 
 def _heads_that_fit(scaled: ir.Value, swapped: ir.Value, limit: int) -> int:

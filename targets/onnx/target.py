@@ -139,6 +139,7 @@ class OnnxTarget(Target):
                 ).model
                 onnx_optimize.optimize(model, fold_norms=options.precision == "fp32")
                 _name(model, captured, path.stem)
+                _make_plain(model)
                 metadata = onnx_weights.store(model, options.precision)
                 _set_opset(model, self.opset, onnx_attention.domains(options.attention))
         except Exception as error:
@@ -219,6 +220,43 @@ def _name(model: ir.Model, captured: CapturedProgram, graph_name: str) -> None:
             if output.shape is not None:
                 output.shape = ir.Shape(output.shape.dims)
                 renamed(output)
+
+
+def _make_plain(model: ir.Model) -> None:
+    """What tools take for granted of sub-graphs, though ONNX does not ask for it; in place.
+
+    - A name stands for one thing in the whole file, not for one in each sub-graph: onnx's shape inference and others keep
+      what they know by name alone.
+    - A float input that sub-graphs alone read goes through an ``Identity``: converters to float16 put a cast behind inputs, and
+      look for readers in the outermost graph.
+    """
+    import onnx_ir as ir
+
+    def new(name: str | None, taken: set[str]) -> str:
+        made, number = str(name), 0
+        while made in taken:
+            number += 1
+            made = f"{name}_{number}"
+        taken.add(made)
+        return made
+
+    graph = model.graph
+    nodes = {str(node.name) for node in graph}
+    values = {str(value.name) for value in (*graph.inputs, *graph.initializers.values())}
+    values |= {str(output.name) for node in graph for output in node.outputs}
+    for inner in graph.subgraphs():
+        for value in (*inner.inputs, *(output for node in inner for output in node.outputs)):
+            value.name = new(value.name, values)
+        for node in inner:
+            node.name = new(node.name or node.op_type, nodes)
+    for value in graph.inputs:
+        if value.dtype == ir.DataType.FLOAT and value.uses() and all(use.node.graph is not graph for use in value.uses()):
+            read = ir.node("Identity", [value], name=new(f"{value.name}_identity", nodes))
+            made = read.outputs[0]
+            made.name, made.dtype, made.shape = new(f"{value.name}_read", values), value.dtype, value.shape
+            value.replace_all_uses_with(made)
+            read.replace_input_with(0, value)
+            graph.insert_before(graph[0], [read])
 
 
 def _set_opset(model: ir.Model, opset: int, others: Mapping[str, int]) -> None:

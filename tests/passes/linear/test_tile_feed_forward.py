@@ -100,7 +100,7 @@ def test_onnx_runtime_gives_the_same(name: str, rank: int, bias: bool, tmp_path:
     given, _ = PassPipeline((TileFeedForwardPass(0),)).run(given)
     path = tmp_path / "mlp.onnx"
     target.lower(given, path, options)
-    assert "Scan" in {node.op_type for node in onnx.load(path).graph.node}
+    assert "Loop" in {node.op_type for node in onnx.load(path).graph.node}
     runner = target.load_runner(path)
     for lead in ((1, 1, 1), (1, 4, 95), (3, 97, 2), (1, 7, 160)):
         x = torch.randn(*(lead if rank == 4 else (lead[0], lead[1] * lead[2]) if rank == 3 else (lead[1] * lead[2],)), 8)
@@ -121,7 +121,7 @@ def test_rows_of_a_known_number_are_cut_without_a_rest(
     path, target = tmp_path / "mlp.onnx", OnnxTarget()
     target.lower(given, path, OnnxOptions())
     found = [node.op_type for node in onnx.load(path).graph.node]
-    assert found.count("Scan") == 1 and ("Slice" not in found) == even
+    assert found.count("Loop") == 1 and ("Slice" not in found) == even
     runner = target.load_runner(path)
     for batch in (1, 3):
         x = torch.randn(batch, *rows, 8)
