@@ -14,7 +14,7 @@ from sam3x.pipeline.export import export_model
 from sam3x.pipeline.job import Progress
 from sam3x.pipeline.request import resolve
 from sam3x.pipeline.reverify import verify_model
-from sam3x.sources.encoder import Source, encoder_cut
+from sam3x.sources.encoder import Source, encoder_factory
 
 
 def export(
@@ -45,7 +45,7 @@ def export(
         Sam3xError: typed by step; nothing is left in ``output`` that was not there before.
     """
     request = resolve(target, options, disable_pass=disable_pass, dump_graphs=dump_graphs)
-    export_model(request, encoder_cut(encoder), output, progress=progress)
+    export_model(request, encoder_factory(encoder), output, progress=progress)
     return load(output)
 
 
@@ -60,4 +60,4 @@ def verify(folder: str | Path, source: nn.Module | Source | None = None, *, full
         ArtifactError: the source's weights are not those of the artifact.
         VerificationError: an output is further off than allowed.
     """
-    return verify_model(folder, encoder_cut(source), full=full)
+    return verify_model(folder, encoder_factory(source), full=full)

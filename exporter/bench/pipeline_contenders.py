@@ -72,8 +72,8 @@ class EagerPipelineContender:
         manifest = load_manifest(self.job["path"], check=False)
         checkpoint = self.job["checkpoint"]
         expected = Expected(folder=self.job["path"], origin=manifest.origin, weights_sha256=manifest.weights_sha256)
-        cut = image_source(None, checkpoint and Path(checkpoint), self.job["module"])
-        self.model = cut(ExportSpec(**manifest.spec), expected)
+        make = image_source(None, checkpoint and Path(checkpoint), self.job["module"])
+        self.model = make(ExportSpec(**manifest.spec), expected)
         return self._run
 
     def inputs(self) -> dict[str, Any]:

@@ -23,12 +23,12 @@ from sam3x.pipeline.quality import Answer, eager_answers, quality_of
 from sam3x.pipeline.request import PARTS, Request, check_available, resolve_pipeline
 from sam3x.pipeline.samples import samples_of
 from sam3x.pipeline.tokenizer import write_tokenizer
-from sam3x.sources.contract import Component, Cut, ImageModel, Model
+from sam3x.sources.contract import Component, ImageModel, Model, SourceFactory
 from sam3x.sources.names import COMPONENTS
 
 
 def export_pipeline(
-    cut: Cut,
+    source: SourceFactory,
     *,
     target: str = "onnx",
     output: str | Path,
@@ -43,7 +43,7 @@ def export_pipeline(
     """Export every component of an image model, run each against eager, and publish them together.
 
     Args:
-        cut: what ``sam3x.sources.image`` returns.
+        source: what ``sam3x.sources.image`` returns.
         target: see ``sam3x targets``. output: folder; replaced as a whole once everything is verified.
         tokenizer: ``bpe_simple_vocab_16e6.txt.gz``, a ``tokenizer.json`` or a folder with one. None: the source's own, or none.
         components: those to export, all by default; docs/compatibility.md says which a target takes.
@@ -57,13 +57,13 @@ def export_pipeline(
     """
     passes = {"disable_pass": disable_pass, "dump_graphs": dump_graphs}
     request = resolve_pipeline(target, options, components=components, fuse=fuse, **passes)
-    return export_model(request, cut, output, tokenizer=tokenizer, progress=progress)  # type: ignore[return-value]
+    return export_model(request, source, output, tokenizer=tokenizer, progress=progress)  # type: ignore[return-value]
 
 
 @settled()
 def export_model(
     request: Request,
-    cut: Cut,
+    source: SourceFactory,
     output: str | Path,
     *,
     tokenizer: str | Path | None = None,
@@ -84,7 +84,7 @@ def export_model(
     with publishing(output, [MANIFEST, *map(request.file, [*names, *([SEGMENTER] if request.fuse else [])])]) as publication:
         staging = publication.path
         tell("source")
-        model = cut(request.spec)
+        model = source(request.spec)
         request = replace(request, spec=model.spec or request.spec)
         facts = model.runtime()
         if isinstance(model, ImageModel):

@@ -16,19 +16,19 @@ from sam3x.pipeline.quality import eager_answers, quality_of
 from sam3x.pipeline.request import Request
 from sam3x.pipeline.samples import samples_of
 from sam3x.precision.component import rounded
-from sam3x.sources.contract import Cut, Expected
+from sam3x.sources.contract import Expected, SourceFactory
 
 
 @settled()
 def verify_model(
-    folder: str | Path, cut: Cut, *, full: bool = False, progress: Progress | None = None
+    folder: str | Path, source: SourceFactory, *, full: bool = False, progress: Progress | None = None
 ) -> list[VerificationRecord]:
     """Run every file of an export on what eager makes of seeded inputs.
 
     One that could not be verified where it was exported is from then on, and its manifest says so.
 
     Args:
-        cut: the source it was exported from. full: at more and larger sizes. progress: told each step as it begins.
+        source: makes the model it was exported from. full: at more and larger sizes. progress: told each step as it begins.
 
     Raises:
         ArtifactError: the source's weights are not those of the export.
@@ -38,7 +38,7 @@ def verify_model(
     request = Request.of(manifest, full=full)
     job = ComponentJob(request, Path(folder), progress or (lambda _: None))
     expected = Expected(folder=str(folder), origin=manifest.origin, weights_sha256=manifest.weights_sha256)
-    model = cut(request.spec, expected)
+    model = source(request.spec, expected)
     samples, components = samples_of(model, request), list(model.components)
     if request.fuse:
         whole = fused(components)

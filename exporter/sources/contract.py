@@ -1,6 +1,6 @@
 """What a pipeline component is: a module with named inputs and outputs, and how its inputs are fed.
 
-Six components take a picture and words to masks. Every source (Meta's ``Sam3Image``, transformers' ``Sam3Model``) is cut into
+Six components take a picture and words to masks. Every source (Meta's ``Sam3Image``, transformers' ``Sam3Model``) is split into
 the same six, so the runtime knows one contract. Tensors are batch-first and masks True for padding, whatever the source uses.
 
 | component | takes | gives |
@@ -105,7 +105,7 @@ class Component:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A source cut into components: one, or those of an image model.
+    """A source split into components: one, or those of an image model.
 
     Attributes:
         components: in the order of ``sam3x.sources.names.COMPONENTS``.
@@ -216,15 +216,15 @@ class Expected:
             )
 
 
-class Cut(Protocol):
-    """A source that is cut into components once the spec of its fusion encoder is known."""
+class SourceFactory(Protocol):
+    """Split a source into components once the spec of its fusion encoder is known."""
 
     def __call__(self, spec: ExportSpec, expected: Expected | None = None) -> Model:
-        """Load the source and cut it; one that is not ``expected`` is refused before it is cut."""
+        """Load the source and split it; one that is not ``expected`` is refused before that."""
 
 
-class ImageCut(Protocol):
-    """A ``Cut`` of an image model."""
+class ImageSourceFactory(Protocol):
+    """A ``SourceFactory`` of an image model."""
 
     def __call__(self, spec: ExportSpec, expected: Expected | None = None) -> ImageModel:
-        """As ``Cut``."""
+        """As ``SourceFactory``."""

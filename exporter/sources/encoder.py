@@ -23,7 +23,7 @@ from sam3x.fusion.config import FusionConfig, make_config
 from sam3x.fusion.encoder import FusionEncoder, fitted_spec, layers_of
 from sam3x.fusion.shadow import check_module, shadow_of
 from sam3x.sources.checkpoint import Checkpoint, read_checkpoint
-from sam3x.sources.contract import Component, Cut, Expected, Model, Port
+from sam3x.sources.contract import Component, Expected, Model, Port, SourceFactory
 from sam3x.sources.fusion_part import find_encoder, hyper_parameters, load_weights
 from sam3x.sources.names import FUSION_ENCODER
 from sam3x.spec import ExportSpec
@@ -45,14 +45,14 @@ class Source:
     weights_sha256: str
 
 
-def encoder_cut(encoder: Any) -> Cut:
+def encoder_factory(encoder: Any) -> SourceFactory:
     """A fusion encoder by itself as a model of one component.
 
     Args:
         encoder: see ``source_for``.
     """
 
-    def cut(spec: ExportSpec, expected: Expected | None = None) -> Model:
+    def build(spec: ExportSpec, expected: Expected | None = None) -> Model:
         if encoder is None and expected is not None:
             expected.check(origin=_default_origin(spec.seed))
         source = source_for(encoder, spec.seed)
@@ -66,7 +66,7 @@ def encoder_cut(encoder: Any) -> Cut:
             spec=spec,
         )
 
-    return cut
+    return build
 
 
 def encoder_component(encoder: FusionEncoder) -> Component:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sam3x.errors import SourceError
 from sam3x.sources.checkpoint import read_checkpoint, some_of
-from sam3x.sources.contract import Expected, ImageCut, ImageModel
+from sam3x.sources.contract import Expected, ImageModel, ImageSourceFactory
 from sam3x.sources.encoder import call_factory
 from sam3x.sources.image_config import ImageModelConfig
 from sam3x.sources.image_model import build_image_model
@@ -22,7 +22,7 @@ from sam3x.sources.transformers.source import is_transformers, transformers_mode
 from sam3x.spec import ExportSpec
 
 
-def module_image_source(model: nn.Module, origin: str | None = None, image_size: int | None = None) -> ImageCut:
+def module_image_source(model: nn.Module, origin: str | None = None, image_size: int | None = None) -> ImageSourceFactory:
     """A live image model, used as it is and never changed.
 
     Args:
@@ -43,8 +43,8 @@ def module_image_source(model: nn.Module, origin: str | None = None, image_size:
     return lambda spec, expected=None: meta_model(model, name, size, spec, expected)
 
 
-def factory_image_source(name: str, image_size: int | None = None) -> ImageCut:
-    """What ``package.module:factory`` returns when called with no arguments, which happens as it is cut: nothing else holds it.
+def factory_image_source(name: str, image_size: int | None = None) -> ImageSourceFactory:
+    """What ``package.module:factory`` returns. It is called as the source is split, so that nothing else holds the model.
 
     Raises:
         SourceError: the name, the import, the call or its result is wrong.
@@ -52,11 +52,11 @@ def factory_image_source(name: str, image_size: int | None = None) -> ImageCut:
     return lambda spec, expected=None: module_image_source(call_factory(name), f"module {name}", image_size)(spec, expected)
 
 
-def random_image_source(config: ImageModelConfig | None = None) -> ImageCut:
+def random_image_source(config: ImageModelConfig | None = None) -> ImageSourceFactory:
     """SAM3's own hyper-parameters with seeded random weights, or another size of the same architecture."""
     chosen = config or ImageModelConfig()
 
-    def cut(spec: ExportSpec, expected: Expected | None = None) -> ImageModel:
+    def build(spec: ExportSpec, expected: Expected | None = None) -> ImageModel:
         origin = f"random weights, seed {spec.seed}, {_described(chosen)}"
         if expected is not None:
             expected.check(origin=origin)  # before a minute goes by in drawing weights
@@ -64,10 +64,10 @@ def random_image_source(config: ImageModelConfig | None = None) -> ImageCut:
         draw_image_weights(model, spec.seed)
         return meta_model(model, origin, chosen.image_size, spec, expected)
 
-    return cut
+    return build
 
 
-def checkpoint_image_source(path: str | Path, weights_key: str | None = None) -> ImageCut:
+def checkpoint_image_source(path: str | Path, weights_key: str | None = None) -> ImageSourceFactory:
     """The image model in one of Meta's checkpoints, SAM 3.1's detector among them; sizes come from the shapes.
 
     Args:
@@ -77,7 +77,7 @@ def checkpoint_image_source(path: str | Path, weights_key: str | None = None) ->
         SourceError: it is no SAM3 checkpoint, or weights of it are missing, unexpected, mis-shaped or not finite.
     """
 
-    def cut(spec: ExportSpec, expected: Expected | None = None) -> ImageModel:
+    def build(spec: ExportSpec, expected: Expected | None = None) -> ImageModel:
         checkpoint = read_checkpoint(path, weights_key)
         judged = judge(checkpoint)
         model, config = load_judged(judged)
@@ -85,10 +85,10 @@ def checkpoint_image_source(path: str | Path, weights_key: str | None = None) ->
         cut_model = meta_model(model, f"checkpoint {checkpoint.path.name}, {kind}", config.image_size, spec, expected)
         return replace(cut_model, notes=(*cut_model.notes, *judged.report.notes))
 
-    return cut
+    return build
 
 
-def transformers_image_source(folder: str | Path) -> ImageCut:
+def transformers_image_source(folder: str | Path) -> ImageSourceFactory:
     """A folder that ``Sam3Model`` or ``Sam3LiteTextModel`` was saved to, alone or as the detector of a video model.
 
     Raises:
@@ -97,14 +97,14 @@ def transformers_image_source(folder: str | Path) -> ImageCut:
     """
     path = Path(folder)
 
-    def cut(spec: ExportSpec, expected: Expected | None = None) -> ImageModel:
+    def build(spec: ExportSpec, expected: Expected | None = None) -> ImageModel:
         read = read_folder(path)
         read.report.refuse()
         origin = f"transformers {type(read.model).__name__} in {path.name}"
         cut_model = transformers_model(read.model, origin, spec, path, expected)
         return replace(cut_model, notes=(*cut_model.notes, *read.report.notes))
 
-    return cut
+    return build
 
 
 def load_judged(judged: Judged) -> tuple[nn.Module, ImageModelConfig]:

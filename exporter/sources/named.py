@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sam3x.errors import SpecError
 
 if TYPE_CHECKING:
-    from sam3x.sources.contract import Cut, ImageCut
+    from sam3x.sources.contract import ImageSourceFactory, SourceFactory
     from sam3x.sources.encoder import Source
 
 
@@ -22,7 +22,7 @@ class ImageSource(str, Enum):
 
 def named_cut(
     source: ImageSource | None, checkpoint: Path | None, module: str | None, weights_key: str | None = None, *, pipeline: bool
-) -> Cut:
+) -> SourceFactory:
     """The fusion encoder, or with ``pipeline`` the image model, that the options name; without any, one of random weights.
 
     Raises:
@@ -30,9 +30,9 @@ def named_cut(
     """
     if pipeline:
         return image_source(source, checkpoint, module, weights_key)
-    from sam3x.sources.encoder import encoder_cut
+    from sam3x.sources.encoder import encoder_factory
 
-    return encoder_cut(encoder_source(checkpoint, module, weights_key))
+    return encoder_factory(encoder_source(checkpoint, module, weights_key))
 
 
 def encoder_source(checkpoint: Path | None, module: str | None, weights_key: str | None = None) -> Source | None:
@@ -53,7 +53,7 @@ def encoder_source(checkpoint: Path | None, module: str | None, weights_key: str
 
 def image_source(
     source: ImageSource | None, checkpoint: Path | None, module: str | None, weights_key: str | None = None
-) -> ImageCut:
+) -> ImageSourceFactory:
     """The image model that ``--source``, ``--checkpoint`` and ``--module`` name; a folder is transformers'.
 
     Args:

@@ -157,7 +157,7 @@ def test_a_named_encoder_is_loaded_and_no_random_weights_are_announced(
     seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch, option: str, maker: str, value: str
 ) -> None:
     monkeypatch.setattr(sources, maker, lambda given, *_: f"source of {given}")
-    monkeypatch.setattr(sources, "encoder_cut", lambda given: given)
+    monkeypatch.setattr(sources, "encoder_factory", lambda given: given)
     result = run("export", option, value)
     assert result.exit_code == 0, result.stderr
     assert seen["cut"] == f"source of {value}"

@@ -31,10 +31,10 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     fuse = request.param != "Sam3Model"
     if not fuse:  # once from a folder, once live and fused
         model.save_pretrained(folder / "saved")
-        cut = transformers_image_source(folder / "saved")
+        source = transformers_image_source(folder / "saved")
     else:
-        cut = module_image_source(model)
-    export_pipeline(cut, output=folder / "out", fuse=fuse)
+        source = module_image_source(model)
+    export_pipeline(source, output=folder / "out", fuse=fuse)
     return model, Segmenter(folder / "out")
 
 

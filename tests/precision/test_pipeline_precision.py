@@ -63,8 +63,8 @@ def test_the_manifest_tells_what_it_does_to_masks(folder: Path) -> None:
 def test_files_in_fp32_have_the_masks_of_eager(tiny_pipeline: Path, tiny_model: nn.Module, folder: Path) -> None:
     """The measure itself: nothing lost in fp32, the manifest's own figures from the files of int8, far less of other masks."""
     target = OnnxTarget()
-    cut = module_image_source(tiny_model)(resolve_pipeline("onnx", {}).spec)
-    answers = eager_answers(cut, 0)
+    model = module_image_source(tiny_model)(resolve_pipeline("onnx", {}).spec)
+    answers = eager_answers(model, 0)
     for where, least in ((tiny_pipeline, 0.999), (folder, None)):
         manifest = load_manifest(where)
         found = quality_of(answers, manifest.components, lambda name, at=where: target.load_runner(at / name), "int8")  # type: ignore[misc]

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sam3x.errors import SourceError
 from sam3x.fusion.encoder import FusionEncoder
 from sam3x.fusion.shadow import shadow_of, shallow_copy
+from sam3x.sources.components import build_components, ranges_of
 from sam3x.sources.contract import Component, Expected, ImageModel, Port
-from sam3x.sources.cut import cut_components, ranges_of
 from sam3x.sources.encoder import weights_hash
 from sam3x.sources.meta import parts as meta
 from sam3x.spec import ExportSpec
@@ -39,7 +39,7 @@ def is_meta(model: nn.Module) -> bool:
 def meta_model(
     model: nn.Module, origin: str, image_size: int, spec: ExportSpec, expected: Expected | None = None
 ) -> ImageModel:
-    """Cut a ``Sam3Image`` into components. The model itself is left as it is: adapters work on a second tree over its tensors.
+    """Split a ``Sam3Image`` into components. The model is left as it is: adapters work on a second tree over its tensors.
 
     Args:
         image_size: side of the picture it was built for. spec: dac, pre_norm, branches of the fusion encoder.
@@ -70,7 +70,7 @@ def meta_model(
     limits = {"tokens": (size * size,) * 2, "batch": ranges["prompts"], "prompt_length": ranges["prompt_length"]}
     fusion = fusion_component(shadow.transformer.encoder, spec.model_copy(update=limits), ranges)
     return ImageModel(
-        components=cut_components(modules, levels, ranges, attention_mask=False, fusion=fusion),
+        components=build_components(modules, levels, ranges, attention_mask=False, fusion=fusion),
         image_size=image_size,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from sam3x.errors import SourceError
+from sam3x.sources.components import build_components, ranges_of
 from sam3x.sources.contract import Expected, ImageModel
-from sam3x.sources.cut import cut_components, ranges_of
 from sam3x.sources.encoder import reason_of, weights_hash
 from sam3x.sources.meta.source import private_shadow
 from sam3x.sources.transformers import parts
@@ -38,7 +38,7 @@ def is_transformers(model: nn.Module) -> bool:
 def transformers_model(
     model: nn.Module, origin: str, spec: ExportSpec, folder: Path | None = None, expected: Expected | None = None
 ) -> ImageModel:
-    """Cut a ``Sam3Model`` into components; it is left as it is.
+    """Split a ``Sam3Model`` into components; it is left as it is.
 
     Args:
         spec: ``batch`` is how many prompts. folder: where its tokenizer lies, if anywhere.
@@ -74,7 +74,7 @@ def transformers_model(
         "mask_head": parts.MaskHead(shadow.mask_decoder, grid),
     }
     return ImageModel(
-        components=cut_components(modules, len(maps) - 1, ranges, attention_mask=True),
+        components=build_components(modules, len(maps) - 1, ranges, attention_mask=True),
         image_size=size,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),

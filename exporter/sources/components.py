@@ -25,7 +25,7 @@ def ranges_of(
     }
 
 
-def cut_components(
+def build_components(
     modules: Mapping[str, nn.Module],
     levels: int,
     ranges: Mapping[str, tuple[int, int]],
