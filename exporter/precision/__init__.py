@@ -1,4 +1,4 @@
-"""Rounded weights, emulated arithmetic below float32, and the doctor that ranks operations by their error in it.
+"""Rounded weights, and the doctor that ranks operations by their error below float32.
 
 May import artifacts, targets, verification and what lies below.
 """

@@ -9,11 +9,11 @@ from dataclasses import replace
 from torch import Tensor
 
 from sam3x.capture.program import Sample
-from sam3x.precision.emulate import eager_in
 from sam3x.precision.weights import rounded_weights, swapped
 from sam3x.sources.contract import Component
 from sam3x.targets.base import Numerics
 from sam3x.verify.compare import Eager
+from sam3x.verify.emulate import eager_in
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""An artifact against eager: distances, the rule of decision 0004, records.
+"""An artifact against eager: distances, the rules of decisions 0004 and 0010, the arithmetic of lower precisions, records.
 
 May import captured programs and components, never a target or an artifact.
 """

@@ -19,8 +19,6 @@ from sam3x.pipeline.compatibility import SMALL
 from sam3x.pipeline.request import resolve_pipeline
 from sam3x.pipeline.samples import samples_of
 from sam3x.precision.component import reduced
-from sam3x.precision.convolutions import exact, half_summed
-from sam3x.precision.emulate import eager_in
 from sam3x.runtime import Segmenter
 from sam3x.runtime.manifest import load_manifest
 from sam3x.sources.contract import Component
@@ -28,6 +26,8 @@ from sam3x.sources.image import random_image_source
 from sam3x.sources.names import COMPONENTS
 from sam3x.targets.executorch.target import PteOptions, PteTarget
 from sam3x.verify.component import verify_component
+from sam3x.verify.convolutions import exact, half_summed
+from sam3x.verify.emulate import eager_in
 from support.image_model import photograph
 
 pytestmark = pytest.mark.usefixtures("one_thread")

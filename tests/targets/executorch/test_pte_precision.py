@@ -20,11 +20,11 @@ from sam3x.bench.views import bench_markdown
 from sam3x.capture.samples import Sizes, make_inputs, samples_for, thinned, verification_sizes
 from sam3x.errors import SpecError
 from sam3x.fusion.encoder import FusionEncoder
-from sam3x.precision.emulate import eager_in
-from sam3x.precision.products import attention, exact, half_summed
 from sam3x.spec import make_spec
 from sam3x.targets.executorch.sums import half_sums
 from sam3x.verify.compare import compare
+from sam3x.verify.emulate import eager_in
+from sam3x.verify.products import attention, exact, half_summed
 from support.upstream import encoder_of, run_layers
 
 BRANCHES = list(itertools.product((False, True), (False, True)))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam3x.precision.products import HALF_BITS, TERMS, TF32_BITS, to_bits
+from sam3x.verify.products import HALF_BITS, TERMS, TF32_BITS, to_bits
 
 Convolution = Callable[..., Tensor]
 """The arguments of ``aten.convolution``: source (n, c, …), weight, bias, stride, padding, dilation, transposed, …, groups."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sam3x.precision.convolutions as convolutions
-import sam3x.precision.products as products
-from sam3x.precision.convolutions import Convolution
-from sam3x.precision.products import Product, attention
+import sam3x.verify.convolutions as convolutions
+import sam3x.verify.products as products
+from sam3x.verify.convolutions import Convolution
+from sam3x.verify.products import Product, attention
 
 aten = torch.ops.aten
 _PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
