@@ -23,13 +23,13 @@ PRECISIONS, GPUS = ("fp32", "fp16", "bf16"), ("sm89", "sm80")
 
 
 def metadata_of(precision: str, flags: str, gpu: str) -> dict[str, Any]:
-    """``manifest.facts`` of one export, and the seconds that the command took in all."""
+    """The facts of one export's file, and the seconds that the command took in all."""
     with tempfile.TemporaryDirectory() as folder:
         command = f"export --target trt --batch 1 --verify off --compute-capability {gpu} --precision {precision} -q"
         words = [sys.executable, "-m", "sam3x", *command.split(), *FLAGS[flags].split(), "-o", folder]
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
         manifest = json.loads((Path(folder) / "manifest.json").read_text())
-    return {**manifest["facts"], "seconds": manifest["figures"]["total_seconds"]}
+    return {**manifest["components"][0]["facts"], "seconds": manifest["figures"]["total_seconds"]}
 
 
 def attention(facts: dict[str, Any]) -> str:

@@ -177,7 +177,7 @@ def test_a_refused_checkpoint_leaves_an_earlier_export_alone(checkpoint: Path, a
 
 
 def test_an_edited_manifest_is_refused_by_name(artifact: Path) -> None:
-    edit_manifest(artifact, seal=False, ranges=lambda ranges: {**ranges, "batch": [1, 800]})
+    edit_manifest(artifact, seal=False, spec=lambda spec: {**spec, "batch": [1, 800]})
     with pytest.raises(ArtifactError, match=r"manifest\.json was changed after the export"):
         sam3x.load(artifact)
 
@@ -282,7 +282,13 @@ def test_external_data_outside_the_folder(place: str, artifact: Path, tmp_path: 
 def test_a_graph_that_is_none(target: str, artifact: Path) -> None:
     name = f"fusion_encoder.{target}"
     (artifact / name).write_bytes(b"no graph " * 100)
-    edit_manifest(artifact, seal=True, target=lambda _: target, files=lambda files: {**files, name: sha256_of(artifact / name)})
+    edit_manifest(
+        artifact,
+        seal=True,
+        target=lambda _: target,
+        components=lambda components: [{**components[0], "file": name}],
+        files=lambda files: {**files, name: sha256_of(artifact / name)},
+    )
     with pytest.raises(ArtifactError, match=rf"{name}"):
         sam3x.load(artifact)._runner  # noqa: B018
 

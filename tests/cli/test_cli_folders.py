@@ -138,10 +138,10 @@ def test_a_command_that_is_none() -> None:
 
 
 def test_inspect_and_verify_a_real_artifact(default_artifact: Path, workplace: Path) -> None:
-    manifest = json.loads(run("inspect", default_artifact, "--json").stdout)
-    assert manifest["output_names"] == ["output"]
-    for name in manifest["input_names"]:
-        assert name in run("inspect", default_artifact).stdout
+    (component,) = json.loads(run("inspect", default_artifact, "--json").stdout)["components"]
+    assert [item["name"] for item in component["outputs"]] == ["output"]
+    shown = run("inspect", default_artifact).stdout
+    assert all(item["name"] in shown for item in component["inputs"])
     result = run("verify", default_artifact, "--module", "small:make", "--json")
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
@@ -154,6 +154,6 @@ def test_inspect_and_verify_a_real_artifact(default_artifact: Path, workplace: P
 def test_export_from_the_command_line(workplace: Path) -> None:
     result = run("export", "--module", "small:make", "-o", "out", "--json", "--batch", "2", "--pre-norm", "module")
     assert result.exit_code == 0, result.stderr
-    manifest = json.loads(result.stdout)
-    assert manifest["ranges"]["batch"] == [2, 2] and "pre_norm" not in manifest["input_names"]
+    (component,) = json.loads(result.stdout)["components"]
+    assert component["ranges"]["batch"] == [2, 2] and "pre_norm" not in {item["name"] for item in component["inputs"]}
     assert sorted(path.name for path in (workplace / "out").iterdir()) == ["fusion_encoder.onnx", "manifest.json"]

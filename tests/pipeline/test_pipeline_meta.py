@@ -13,16 +13,15 @@ from unittest import mock
 import numpy as np
 import pytest
 from PIL import Image
-from pydantic import BaseModel
 from torch import nn
 
 from sam3x.artifact.artifact import load
-from sam3x.artifact.manifest import MANIFEST, SCHEMA_VERSION, sealed
 from sam3x.errors import ArtifactError, SpecError
 from sam3x.pipeline import module_image_source, verify_pipeline
 from sam3x.runtime import EncodedImage, Segmenter
 from sam3x.runtime.manifest import load_manifest
 from sam3x.sources.names import COMPONENTS
+from support.folders import write_export
 from support.image_model import between, iou, photograph, processor_result, tiny_image_model
 
 
@@ -218,14 +217,9 @@ def test_verify_runs_the_components_against_the_source_again(
         verify_pipeline(tiny_pipeline, module_image_source(tiny_image_model(tiny_vocabulary, seed=6)))
 
 
-class OtherManifest(BaseModel):
-    schema_version: int = SCHEMA_VERSION
-    files: dict[str, str] = {}
-
-
 def test_a_damaged_or_other_folder_is_refused(tiny_pipeline: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / MANIFEST).write_text(sealed(OtherManifest()))
+    write_export(tmp_path / "other", {"fusion_encoder.onnx": b"graph"})
     with pytest.raises(ArtifactError, match="holds no pipeline"):
         Segmenter(tmp_path / "other")
     with pytest.raises(ArtifactError, match=r"holds a whole image model. Run it with sam3x run"):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sam3x.capture.component import capture_component
+from sam3x.capture.program import Sample
 from sam3x.passes.pipeline import PassPipeline
 from sam3x.sources.contract import Component, Port
 from sam3x.targets.executorch.target import PteOptions, PteTarget
@@ -40,7 +41,9 @@ def test_a_group_norm_over_a_large_map_is_as_near_float64_as_torchs(
     port = Port(name="x", dims=("batch", *[None] * (len(shape) - 1)))
     component = Component(name="norm", module=module, inputs=(port,), outputs=("y",), ranges={"batch": (1, 4)})
     target, options, path = PteTarget(), PteOptions(), tmp_path / "norm.pte"
-    captured, _ = PassPipeline(target.legalization_passes(options)).run(capture_component(component, {"x": x}))
+    captured, _ = PassPipeline(target.legalization_passes(options)).run(
+        capture_component(component, Sample(branch="fixed", case="x", inputs={"x": x}))
+    )
     facts = target.lower(captured, path, options)
     assert facts["delegates"] == 1 and not facts["portable"]
     runner = target.load_runner(path)

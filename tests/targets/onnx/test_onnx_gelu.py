@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sam3x.capture.component import capture_component
+from sam3x.capture.program import Sample
 from sam3x.passes.pipeline import PassPipeline
 from sam3x.sources.contract import Component, Port
 from sam3x.targets.onnx import loop as onnx_loop
@@ -50,7 +51,9 @@ def _lowered(module: nn.Module, x: Tensor, path: Path) -> tuple[Component, onnxr
     port = Port(name="x", dims=("batch", None))
     component = Component(name="part", module=module.eval(), inputs=(port,), outputs=("y",), ranges={"batch": (1, 9)})
     target, chosen = OnnxTarget(), OnnxOptions()
-    captured, _ = PassPipeline(target.legalization_passes(chosen)).run(capture_component(component, {"x": x}))
+    captured, _ = PassPipeline(target.legalization_passes(chosen)).run(
+        capture_component(component, Sample(branch="fixed", case="x", inputs={"x": x}))
+    )
     target.lower(captured, path, chosen)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath, options.log_severity_level = str(path.with_suffix(".run.onnx")), 3

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sam3x.capture.component import capture_component
+from sam3x.capture.program import Sample
 from sam3x.sources.contract import Component, Port
 from sam3x.targets.onnx.target import OnnxOptions, OnnxTarget, _torchlib
 
@@ -38,7 +39,7 @@ def test_a_group_norm_is_as_near_float64_as_torchs(shape: tuple[int, ...], affin
     port = Port(name="x", dims=("batch", *[None] * (len(shape) - 1)))
     component = Component(name="norm", module=module, inputs=(port,), outputs=("y",), ranges={"batch": (1, 4)})
     path, target = tmp_path / "norm.onnx", OnnxTarget()
-    target.lower(capture_component(component, {"x": x}), path, OnnxOptions())
+    target.lower(capture_component(component, Sample(branch="fixed", case="x", inputs={"x": x})), path, OnnxOptions())
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for batch in (1, shape[0]):
         (got,) = session.run(None, {"x": x[:batch].numpy()})
