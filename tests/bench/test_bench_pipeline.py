@@ -60,7 +60,7 @@ def test_a_pipeline_and_its_source_find_the_same(tiny_pipeline: Path) -> None:
 @pytest.mark.usefixtures("factory")
 def test_another_source_is_refused(tiny_pipeline: Path) -> None:
     done = bench(str(tiny_pipeline), "--module", "small_image_model:other", "--quiet")
-    assert done.exit_code == 2 and "its weights are not those of the pipeline" in done.output
+    assert done.exit_code == 2 and "other weights" in " ".join(done.output.split())
 
 
 def test_a_component_is_gone_before_the_next_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
