@@ -97,7 +97,7 @@ class ComponentJob:
             verification=verification,
             facts=facts,
             figures=figures.seconds(),
-            notes=notes,
+            notes=(*notes, *reference_notes(verification)),
         )
 
     def verified(
@@ -120,6 +120,12 @@ class ComponentJob:
         )
         require(records, Step.VERIFY, subject, "" if request.spec.verify == "each" else FIND_PASS)
         return records
+
+
+def reference_notes(records: Sequence[VerificationRecord]) -> tuple[str, ...]:
+    """What a verification was judged by, where that is less than float32 and float64."""
+    reason = next((record.float32_alone for record in records if record.float32_alone), None)
+    return () if reason is None else (f"verified against eager float32 alone: in float64 it is no reference ({reason})",)
 
 
 class Stopwatch:

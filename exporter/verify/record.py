@@ -37,6 +37,8 @@ class VerificationRecord(Record):
     ``max_abs`` and ``max_rel`` compare the artifact with eager float32. ``from_float64`` and ``eager_from_float64`` are both
     runs' distances from eager float64, None where float32 decided a large comparison. Passed when ``max_abs`` ≤ ``allowed``,
     or the artifact is within 4 times eager's own.
+    ``float32_alone`` says why there is no float64 to compare with; ``allowed`` is then 4 times what the last bits of the inputs
+    move eager, where that is more.
     Below float32 ``rms_rel`` is the root mean square of the difference from eager float32 over that of the output, and
     ``eager_rms_rel`` the same for eager rounded to the artifact's precision; passed by those and ``allowed`` (decision 0010).
     Where weights alone are rounded, eager float32 has those weights too, and ``from_unrounded`` is the largest difference from
@@ -53,6 +55,7 @@ class VerificationRecord(Record):
     max_rel: float
     from_float64: float | None = None
     eager_from_float64: float | None = None
+    float32_alone: str | None = None
     allowed: float
     rms_rel: float | None = None
     eager_rms_rel: float | None = None

@@ -67,3 +67,49 @@ def test_a_rounded_reference_that_overflows_allows_nothing() -> None:
         rounded=lambda inputs: overflowed,
     )
     assert not record.passed and record.allowed < 1e-3
+
+
+def only_float32(inputs: Any) -> dict[str, Tensor]:
+    """A thousand times the input, whose last bits are 1.2e-4."""
+    if inputs["tgt"].dtype is torch.float64:
+        raise RuntimeError("expected Float")
+    return {"output": inputs["tgt"] * 1000}
+
+
+def root_by_bits(inputs: Any) -> dict[str, Tensor]:
+    """The inverse square root by float32's bits, which are not those of float64."""
+    x = inputs["tgt"]
+    return {"output": (0x5F3759DF - (x.view(torch.int32) >> 1)).view(x.dtype)[..., : x.shape[-1]]}
+
+
+@pytest.mark.parametrize(("off", "passed"), [(1e-5, True), (3e-4, True), (1e-2, False)])
+def test_without_float64_an_output_may_be_as_far_as_last_bits_move_float32(off: float, passed: bool) -> None:
+    sample = Sample(branch="fixed", case="ones", inputs={"tgt": torch.ones(2, 3)})
+    (record,) = compare([sample], lambda inputs: {"output": only_float32(inputs)["output"] + off}, only_float32)
+    assert record.passed is passed and record.float32_alone == "RuntimeError: expected Float"
+
+
+@pytest.mark.parametrize(("off", "passed"), [(0.0, True), (1e-2, False)])
+def test_float64_that_computes_something_else_excuses_nothing(off: float, passed: bool) -> None:
+    sample = Sample(branch="fixed", case="ones", inputs={"tgt": torch.rand(2, 4) + 1})
+    (record,) = compare([sample], lambda inputs: {"output": root_by_bits(inputs)["output"] + off}, root_by_bits)
+    assert record.passed is passed and record.float32_alone
+
+
+def test_undefined_float64_excuses_nothing() -> None:
+    def eager(inputs: Any) -> dict[str, Tensor]:
+        undefined = inputs["tgt"].dtype is torch.float64
+        return {"output": inputs["tgt"] * (float("nan") if undefined else 1)}
+
+    sample = Sample(branch="fixed", case="ones", inputs={"tgt": torch.ones(2, 3)})
+    (record,) = compare([sample], lambda inputs: {"output": inputs["tgt"] + 1}, eager)
+    assert not record.passed and record.from_float64 is None
+
+
+def test_float64_of_another_shape_is_no_reference() -> None:
+    def eager(inputs: Any) -> dict[str, Tensor]:
+        return {"output": inputs["tgt"].view(torch.int32).sum(0).float()}
+
+    sample = Sample(branch="fixed", case="ones", inputs={"tgt": torch.ones(2, 3)})
+    (record,) = compare([sample], eager, eager)
+    assert record.passed and record.float32_alone == "its shape is (6,) there"
