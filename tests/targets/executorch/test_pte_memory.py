@@ -10,8 +10,7 @@ from torch import nn
 
 from sam3x.capture.capture import capture
 from sam3x.passes.default_pipeline import default_pipeline
-from sam3x.targets.base import resolve
-from sam3x.targets.executorch.target import PteTarget
+from sam3x.pipeline.request import resolve
 from support.upstream import encoder_of
 
 TOKENS, WIDTH = 256, 32
@@ -25,9 +24,10 @@ def encoder() -> nn.Module:
 
 def metadata_of(encoder: nn.Module, folder: Path, **options: Any) -> tuple[dict[str, Any], int]:
     """The facts of the file, and the largest batch."""
-    spec, own = resolve(PteTarget(), {"tokens": TOKENS, "verify": "off", **options})
-    passes = default_pipeline(str(spec.branches)).then(*PteTarget().legalization_passes(own))
-    return PteTarget().lower(passes.run(capture(encoder, spec))[0], folder / "x.pte", own), spec.batch[1]
+    request = resolve("pte", {"tokens": TOKENS, "verify": "off", **options})
+    spec, own, target = request.spec, request.options, request.target
+    passes = default_pipeline(str(spec.branches)).then(*target.legalization_passes(own))
+    return target.lower(passes.run(capture(encoder, spec))[0], folder / "x.pte", own) or {}, spec.batch[1]
 
 
 @pytest.mark.parametrize(
