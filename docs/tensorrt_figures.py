@@ -23,19 +23,19 @@ PRECISIONS, GPUS = ("fp32", "fp16", "bf16"), ("sm89", "sm80")
 
 
 def metadata_of(precision: str, flags: str, gpu: str) -> dict[str, Any]:
-    """The facts of one export's file, and the seconds that the command took in all."""
+    """The metadata of the file of one export, and the seconds that the command took in all."""
     with tempfile.TemporaryDirectory() as folder:
         command = f"export --target trt --batch 1 --verify off --compute-capability {gpu} --precision {precision} -q"
         words = [sys.executable, "-m", "sam3x", *command.split(), *FLAGS[flags].split(), "-o", folder]
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
         manifest = json.loads((Path(folder) / "manifest.json").read_text())
-    return {**manifest["components"][0]["facts"], "seconds": manifest["figures"]["total_seconds"]}
+    return {**manifest["components"][0]["metadata"], "seconds": manifest["metrics"]["total_seconds"]}
 
 
-def attention(facts: dict[str, Any]) -> str:
+def attention(metadata: dict[str, Any]) -> str:
     """How many attentions there are of each kind."""
-    layers, loops = facts["attention_layers"], facts["tiled_attention_loops"]
-    rest = facts["attentions"] - layers - loops
+    layers, loops = metadata["attention_layers"], metadata["tiled_attention_loops"]
+    rest = metadata["attentions"] - layers - loops
     kinds = {"layers": layers, "loops over tiles": loops, "products and softmax": rest}
     return ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
 
@@ -44,10 +44,10 @@ def row(precision: str, flags: str, gpus: list[str]) -> str:
     found = [metadata_of(precision, flags, gpu) for gpu in gpus]
 
     def each(name: str, form: str, scale: float = 1.0) -> str:
-        values = [format(facts[name] / scale, form) for facts in found]
+        values = [format(metadata[name] / scale, form) for metadata in found]
         return values[0] if len(set(values)) == 1 else " / ".join(values)
 
-    kinds = " / ".join(dict.fromkeys(attention(facts) for facts in found))
+    kinds = " / ".join(dict.fromkeys(attention(metadata) for metadata in found))
     cells = (each("engine_bytes", ".1f", 1e6), each("activation_bytes", ".0f", 1e6), kinds)
     times = (each("build_seconds", ".0f"), each("seconds", ".0f"))
     return f"| {precision} | {flags} | {' | '.join((*cells, *times))} |"

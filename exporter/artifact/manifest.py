@@ -57,8 +57,8 @@ class ComponentSpec(Record):
         reads: graph input → the pipeline tensor that feeds it. writes: graph output → pipeline tensor.
         constants: inputs that always get the same value (runtime flags of the fusion encoder, as the source runs it).
         ranges: dynamic dimension → inclusive sizes. A dimension of size 1 that reads a picture's tensor takes one picture.
-        facts: what the target tells of its file (delegates, …). figures: seconds of each step.
-        notes: facts a user should know.
+        metadata: what the target tells of its file (delegates, …). metrics: seconds of each step.
+        notes: what a user should know.
     """
 
     name: str
@@ -71,8 +71,8 @@ class ComponentSpec(Record):
     ranges: dict[str, tuple[int, int]] = Field(default_factory=dict)
     passes: tuple[PassRecordModel, ...] = ()
     verification: tuple[VerificationRecord, ...] = ()
-    facts: dict[str, Any] = Field(default_factory=dict)
-    figures: dict[str, float] = Field(default_factory=dict)
+    metadata: dict[str, Any] = Field(default_factory=dict, validation_alias=AliasChoices("metadata", "facts"))
+    metrics: dict[str, float] = Field(default_factory=dict, validation_alias=AliasChoices("metrics", "figures"))
     notes: tuple[str, ...] = ()
 
 
@@ -128,7 +128,7 @@ class Manifest(Record):
     verified: bool = False
     verified_reason: str | None = None
     files: dict[str, str]
-    figures: dict[str, float] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict, validation_alias=AliasChoices("metrics", "figures"))
     notes: tuple[str, ...] = ()
     manifest_sha256: str = ""
 
@@ -168,9 +168,9 @@ class Manifest(Record):
         return self.encoder.ranges
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What the target tells of the encoder's file."""
-        return self.encoder.facts
+        return self.encoder.metadata
 
     @property
     def passes(self) -> tuple[PassRecordModel, ...]:
@@ -292,7 +292,8 @@ def _of_one_component(values: dict[str, Any]) -> dict[str, Any]:
         "reads": {item["name"]: item["name"] for item in values["inputs"]},
         "writes": {item["name"]: item["name"] for item in values["outputs"]},
     }
-    return {**{name: value for name, value in values.items() if name in Manifest.model_fields}, "components": [component]}
+    kept = {*Manifest.model_fields, "figures"}  # read as metrics
+    return {**{name: value for name, value in values.items() if name in kept}, "components": [component]}
 
 
 def _again(folder: Path, command: str) -> str:

@@ -154,7 +154,7 @@ def bench_pipeline(
     return PipelineReport(
         folder=str(folder),
         origin=manifest.origin,
-        export=manifest.figures,
+        export=manifest.metrics,
         files_mb=sum((folder / name).stat().st_size for name in manifest.files) / 1e6,
         components={item.name: _component(folder, item) for item in manifest.components},
         machine=machine,
@@ -170,7 +170,7 @@ def _component(folder: Path, spec: ComponentSpec) -> ComponentMetrics:
     data = folder / f"{spec.file}.data"
     size = (folder / spec.file).stat().st_size + (data.stat().st_size if data.exists() else 0)
     off = max((record.max_rel for record in spec.verification), default=None)
-    return ComponentMetrics(seconds=spec.figures.get("seconds", 0.0), file_mb=size / 1e6, off=off)
+    return ComponentMetrics(seconds=spec.metrics.get("seconds", 0.0), file_mb=size / 1e6, off=off)
 
 
 def _scores(path: Path) -> Any:

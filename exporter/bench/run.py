@@ -179,14 +179,14 @@ def _static_metadata(kind: str, path: str) -> dict[str, Any]:
             (folder / name).stat().st_size for name in manifest.files if (folder / name).is_file() and ".bpte" not in name
         ),
     }
-    if all(name in manifest.figures for name in EXPORT_METRICS):
-        known["export_seconds"] = sum(manifest.figures[name] for name in EXPORT_METRICS)
-    operators = [manifest.facts.get(name) for name in ("delegated", "portable")]
+    if all(name in manifest.metrics for name in EXPORT_METRICS):
+        known["export_seconds"] = sum(manifest.metrics[name] for name in EXPORT_METRICS)
+    operators = [manifest.metadata.get(name) for name in ("delegated", "portable")]
     if all(isinstance(item, dict) for item in operators):
         known["nodes"] = sum(sum(item.values()) for item in operators if item)
     for name in manifest.files:
         if name.endswith(".onnx"):
-            known.update(_onnx_facts(folder / name))
+            known.update(_onnx_metadata(folder / name))
     return known
 
 
@@ -196,10 +196,10 @@ def _word(value: Any) -> str:
 
 def _describe_file(path: Path, known: dict[str, Any]) -> None:
     known["file_bytes"] = path.stat().st_size
-    known.update(_onnx_facts(path))
+    known.update(_onnx_metadata(path))
 
 
-def _onnx_facts(path: Path) -> dict[str, Any]:
+def _onnx_metadata(path: Path) -> dict[str, Any]:
     """Nodes and bytes of the weights, sub-graphs included; nothing where onnx is not installed or the file is no model."""
     try:
         import onnx

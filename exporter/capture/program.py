@@ -49,7 +49,7 @@ class CapturedProgram:
         samples: one sample for every combination of runtime flags, at sizes small enough to run after each pass.
         eager: maps named inputs to named outputs with the eager module; the definition everything is compared with.
         exact: the same in float64, of float32 inputs; None: ``eager`` computes in the dtype of the given floats.
-        notes: facts a user should know, for the manifest.
+        notes: what a user should know, for the manifest.
         ranges: meaning → inclusive sizes, of every dimension that has a meaning.
         halved: the meaning of the dimension that dac halves; None where dac is never on.
     """

@@ -18,7 +18,7 @@ from sam3x.cli.options import Checkpoint, Folder, Json, Module, Quiet, Verbose, 
 from sam3x.cli.run import lint, show_manifest
 from sam3x.cli.segment import run
 from sam3x.cli.source_options import exclusive
-from sam3x.sources.named import named_cut
+from sam3x.sources.named import named_factory
 
 app = typer.Typer(
     help="Export SAM3's fusion encoder out of PyTorch, every branch verified against the eager encoder.",
@@ -71,8 +71,8 @@ def verify(
                 from sam3x.pipeline.reverify import verify_model
 
                 steps.begin("source")
-                cut = named_cut(None, checkpoint, module, weights_key, pipeline=manifest.kind == "pipeline")
-                records = verify_model(folder, cut, full=full, progress=steps.begin)
+                factory = named_factory(None, checkpoint, module, weights_key, pipeline=manifest.kind == "pipeline")
+                records = verify_model(folder, factory, full=full, progress=steps.begin)
             steps.end()
         if as_json:
             document = {

@@ -14,7 +14,7 @@ from sam3x.cli.run import show_manifest
 from sam3x.cli.source_options import exclusive
 from sam3x.errors import SpecError
 from sam3x.pipeline.request import check_available, resolve, resolve_pipeline
-from sam3x.sources.named import ImageSource, named_cut
+from sam3x.sources.named import ImageSource, named_factory
 
 
 def export(
@@ -76,7 +76,7 @@ def export(
                 from sam3x.pipeline import export as exporter
 
                 steps.begin("source")
-                cut = named_cut(source, checkpoint, module, weights_key, pipeline=pipeline)
-                manifest = exporter.export_model(request, cut, output, tokenizer=tokenizer, progress=steps.begin)
+                factory = named_factory(source, checkpoint, module, weights_key, pipeline=pipeline)
+                manifest = exporter.export_model(request, factory, output, tokenizer=tokenizer, progress=steps.begin)
             steps.end()
         show_manifest(manifest, output, as_json=as_json, quiet=quiet, verbose=verbose)

@@ -39,7 +39,7 @@ def pipeline_view(manifest: PipelineManifest, folder: Path, *, verbose: bool) ->
         _components(manifest, folder),
         *(_quality(manifest.quality) if manifest.quality is not None else []),
         *manifest.notes,
-        ", ".join(f"{name} {value:,.1f}" for name, value in manifest.figures.items()),
+        ", ".join(f"{name} {value:,.1f}" for name, value in manifest.metrics.items()),
     ]
     if verbose:
         for item in manifest.components:
@@ -75,9 +75,9 @@ def _quality(quality: Quality) -> list[RenderableType]:
     """One sentence, and a row a prompt."""
     table = plain_table("masks", "prompt", ">masks", ">mean IoU", ">min IoU", ">box differs by", ">score differs by")
     for item in quality.prompts:
-        figures = (f"{item.mean_iou:.4f}", f"{item.min_iou:.4f}")
+        metrics = (f"{item.mean_iou:.4f}", f"{item.min_iou:.4f}")
         differences = (f"{item.largest_box_difference:.1e}", f"{item.largest_score_difference:.1e}")
-        table.add_row(item.prompt, str(item.queries), *figures, *differences)
+        table.add_row(item.prompt, str(item.queries), *metrics, *differences)
     where = f"on {quality.picture}, at the queries that eager scores highest"
     worst = f"{quality.mean_iou:.4f} on average, {quality.min_iou:.4f} at worst"
     return [f"{quality.precision} against fp32: mask IoU {worst}, {where}", table]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sam3x.artifact.manifest import Manifest, PassRecordModel, TensorSpec, VerificationRecord
     from sam3x.targets.base import TargetStatus
 
-FIGURES = {
+METRICS = {
     "capture_seconds": ("capture", "s"),
     "passes_seconds": ("passes", "s"),
     "lower_seconds": ("lower", "s"),
@@ -25,10 +25,10 @@ FIGURES = {
     "total_seconds": ("export, in all", "s"),
     "peak_rss_mb": ("peak memory", "MB"),
 }
-"""``manifest.figures`` in the order of an export; others follow under their own names."""
+"""``manifest.metrics`` in the order of an export; others follow under their own names."""
 
 
-FACTS = {
+METADATA = {
     "delegated": "operators delegated",
     "portable": "operators on portable kernels",
     "delegated_flops": "FLOPs delegated",
@@ -40,7 +40,7 @@ FACTS = {
     "narrow_bytes": "what they take",
     "float32_bytes": "everything else in the file's tensors",
 }
-"""``manifest.facts`` in words; others under their own names."""
+"""``manifest.metadata`` in words; others under their own names."""
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -115,12 +115,12 @@ def export_summary(manifest: Manifest, folder: Path, *, verbose: bool) -> list[R
     rows = [("wrote", ", ".join([*(str(folder / name) for name in manifest.files), str(folder / "manifest.json")]))]
     rows.append(("weights", manifest.origin))
     rows.append(("verification", _verdict(manifest)))
-    figures = [
-        f"{FIGURES[key][0]} {_figure(key, manifest.figures[key])}"
+    metrics = [
+        f"{METRICS[key][0]} {_figure(key, manifest.metrics[key])}"
         for key in ("total_seconds", "peak_rss_mb")
-        if key in manifest.figures
+        if key in manifest.metrics
     ]
-    rows.append(("cost", ", ".join(figures)))
+    rows.append(("cost", ", ".join(metrics)))
     rows += [("note", note) for note in manifest.notes]
     more = [passes_table(manifest.passes), *_refusals(manifest.passes)] if verbose else []
     return [*more, pairs(rows)]
@@ -149,15 +149,15 @@ def manifest_view(manifest: Manifest, folder: Path, *, verbose: bool = False) ->
     files = plain_table("Files", "name", "sha256")
     for name, digest in m.files.items():
         files.add_row(name, digest)
-    figures = plain_table("Figures of the export", "what", ">value")
-    for key in [*(key for key in FIGURES if key in m.figures), *(key for key in m.figures if key not in FIGURES)]:
-        figures.add_row(FIGURES.get(key, (key, ""))[0], _figure(key, m.figures[key]))
-    parts += [files, figures]
-    if m.facts:
-        facts = plain_table("Facts of the file", "what", "value")
-        for key, value in m.facts.items():
-            facts.add_row(FACTS.get(key, key.replace("_", " ")), _fact(key, value))
-        parts.append(facts)
+    metrics = plain_table("Figures of the export", "what", ">value")
+    for key in [*(key for key in METRICS if key in m.metrics), *(key for key in m.metrics if key not in METRICS)]:
+        metrics.add_row(METRICS.get(key, (key, ""))[0], _figure(key, m.metrics[key]))
+    parts += [files, metrics]
+    if m.metadata:
+        metadata = plain_table("Metadata of the file", "what", "value")
+        for key, value in m.metadata.items():
+            metadata.add_row(METADATA.get(key, key.replace("_", " ")), _fact(key, value))
+        parts.append(metadata)
     if m.notes:
         parts.append(Group(Text("Notes", style="bold"), *(Text(f"- {note}") for note in m.notes)))
     return parts
@@ -271,7 +271,7 @@ def _fact(key: str, value: Any) -> str:
 
 
 def _figure(key: str, value: float) -> str:
-    unit = FIGURES.get(key, ("", ""))[1]
+    unit = METRICS.get(key, ("", ""))[1]
     return f"{value:,.0f} MB" if unit == "MB" else f"{value:.1f} s" if unit == "s" else f"{value:g}"
 
 

@@ -60,19 +60,19 @@ def kind_of(layer: nn.Module, signature: Sequence[object]) -> str:
 
     ``layer_idx`` of the layer itself is left out, so this must only be asked of layers known not to read it (``is_stock``).
     """
-    facts: list[object] = [*signature]
+    parts: list[object] = [*signature]
     for path, module in layer.named_modules():
-        facts.append((path, type(module).__module__, type(module).__qualname__))
+        parts.append((path, type(module).__module__, type(module).__qualname__))
         for name, value in sorted(module.__dict__.items()):
             if name in ("_parameters", "_buffers", "_modules") or (path == "" and name == "layer_idx"):
                 continue
             # what is no plain value may hold anything: alike only when it is the same object
-            facts.append((path, name, repr(value) if isinstance(value, _PLAIN) else _identity(value)))
+            parts.append((path, name, repr(value) if isinstance(value, _PLAIN) else _identity(value)))
     by_tensor: dict[int, str] = {}
     for name, tensor in (*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)):
         first = by_tensor.setdefault(id(tensor), name)
-        facts.append((name, first, tuple(tensor.shape), tensor.dtype, tensor.stride()))
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
+        parts.append((name, first, tuple(tensor.shape), tensor.dtype, tensor.stride()))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _identity(value: Any) -> object:

@@ -86,13 +86,13 @@ def export_model(
         tell("source")
         model = source(request.spec)
         request = replace(request, spec=model.spec or request.spec)
-        facts = model.runtime()
+        runtime = model.runtime()
         if isinstance(model, ImageModel):
-            facts["tokenizer"] = write_tokenizer(tokenizer or model.tokenizer, staging, model)
+            runtime["tokenizer"] = write_tokenizer(tokenizer or model.tokenizer, staging, model)
         work = _Work.of(model, request, tell)
         model = replace(model, components=())
         made, quality = work.done(ComponentJob(request, staging, tell))
-        manifest = (PipelineManifest if facts else Manifest)(
+        manifest = (PipelineManifest if runtime else Manifest)(
             target=request.target.name,
             opset=request.target.opset,
             components=made,
@@ -104,13 +104,13 @@ def export_model(
             verified=request.unverified is None,
             verified_reason=request.unverified,
             files={name: sha256_of(staging / name) for name in names_in(staging)},
-            figures={
-                **({name: value for name, value in made[0].figures.items() if name != "seconds"} if len(made) == 1 else {}),
+            metrics={
+                **({name: value for name, value in made[0].metrics.items() if name != "seconds"} if len(made) == 1 else {}),
                 "total_seconds": round(time.perf_counter() - started, 3),
                 "peak_rss_mb": round(peak_memory() / 2**20, 3),
             },
             notes=(*model.notes, *_notes(made)),
-            **({**facts, "quality": quality} if facts else {}),
+            **({**runtime, "quality": quality} if runtime else {}),
         )
         (staging / MANIFEST).write_text(sealed(manifest))
         publication.commit()

@@ -159,8 +159,8 @@ def export_fused(
         ranges=dict(component.ranges),
         passes=tuple(record for spec in specs for record in spec.passes),
         verification=verification,
-        facts={"joined": list(PARTS), **{spec.name: spec.facts for spec in specs if spec.facts}},
-        figures={"seconds": round(time.perf_counter() - started, 3)},
+        metadata={"joined": list(PARTS), **{spec.name: spec.metadata for spec in specs if spec.metadata}},
+        metrics={"seconds": round(time.perf_counter() - started, 3)},
     )
 
 

@@ -62,27 +62,27 @@ class ComponentJob:
         Raises:
             Sam3xError: typed by step.
         """
-        request, figures = self.request, Stopwatch()
+        request, metrics = self.request, Stopwatch()
         dump = request.dump_graphs
         if dump is not None and len(request.components) > 1:
             dump = dump / component.name
         with rounded(component, request.numerics, samples) as expected:
             self.say(component.name, "capture")
-            with figures.timing("capture_seconds"):
+            with metrics.timing("capture_seconds"):
                 captured = capture_component(component, expected[0])
             self.say(component.name, "passes")
-            with figures.timing("passes_seconds"):
+            with metrics.timing("passes_seconds"):
                 check = check_pass if request.spec.verify == "each" else None
                 captured, records = self.passes.run(captured, check=check, dump_graphs=dump)
             self.say(component.name, f"lower to {request.target.name}")
             path = self.folder / request.file(component.name)
-            with figures.timing("lower_seconds"):
-                facts = {} if request.spec.verify == "off" else request.target.prove(captured, request.options)
-                facts |= request.target.lower(captured, path, request.options) or {}
+            with metrics.timing("lower_seconds"):
+                metadata = {} if request.spec.verify == "off" else request.target.prove(captured, request.options)
+                metadata |= request.target.lower(captured, path, request.options) or {}
             inputs, outputs = described(component, captured)
-            notes = (*captured.notes, *facts.pop("notes", ()))
+            notes = (*captured.notes, *metadata.pop("notes", ()))
             del captured
-            with figures.timing("verify_seconds"):
+            with metrics.timing("verify_seconds"):
                 verification = self.verified(component, path, expected, "Take another target (--target).") if self.runs else ()
         return ComponentSpec(
             name=component.name,
@@ -95,8 +95,8 @@ class ComponentJob:
             ranges=dict(component.ranges),
             passes=tuple(PassRecordModel.of(record) for record in records),
             verification=verification,
-            facts=facts,
-            figures=figures.seconds(),
+            metadata=metadata,
+            metrics=metrics.seconds(),
             notes=(*notes, *reference_notes(verification)),
         )
 

@@ -110,7 +110,7 @@ class Model:
     Attributes:
         components: in the order of ``sam3x.sources.names.COMPONENTS``.
         origin: one readable phrase, kept in the manifest. weights_sha256: see ``sam3x.sources.encoder.weights_hash``.
-        notes: facts a user should know.
+        notes: what a user should know.
         spec: the request as the source's code wants it; None: as it was.
     """
 

@@ -116,9 +116,9 @@ def load_weights(encoder: nn.Module, found: FoundEncoder, subject: str = "the ch
     shapes = [(key, found.state[key], value) for key, value in expected.items() if key in found.state]
     wrong = [f"{key} {tuple(is_.shape)}, not {tuple(want.shape)}" for key, is_, want in shapes if is_.shape != want.shape]
     reports = {"missing": missing, "unexpected": unexpected, "mis-shaped": wrong}
-    facts = [f"{kind}: {full(keys)}" for kind, keys in reports.items() if keys]
-    if facts:
-        what = f"does not fit the fusion encoder that its shapes describe. {'; '.join(facts)}"
+    findings = [f"{kind}: {full(keys)}" for kind, keys in reports.items() if keys]
+    if findings:
+        what = f"does not fit the fusion encoder that its shapes describe: {'; '.join(findings)}"
         raise _misfit(subject, what, "Give a complete checkpoint, or the hyper-parameters it was trained with.")
     weights = {key: _plain(found.prefix + key, found.state[key], subject) for key in expected}
     encoder.load_state_dict(weights, strict=True, assign=True)

@@ -82,8 +82,8 @@ def checkpoint_image_source(path: str | Path, weights_key: str | None = None) ->
         judged = judge(checkpoint)
         model, config = load_judged(judged)
         kind = "SAM 3.1's detector" if judged.report.kind == "SAM 3.1" else _described(config)
-        cut_model = meta_model(model, f"checkpoint {checkpoint.path.name}, {kind}", config.image_size, spec, expected)
-        return replace(cut_model, notes=(*cut_model.notes, *judged.report.notes))
+        split = meta_model(model, f"checkpoint {checkpoint.path.name}, {kind}", config.image_size, spec, expected)
+        return replace(split, notes=(*split.notes, *judged.report.notes))
 
     return build
 
@@ -101,8 +101,8 @@ def transformers_image_source(folder: str | Path) -> ImageSourceFactory:
         read = read_folder(path)
         read.report.refuse()
         origin = f"transformers {type(read.model).__name__} in {path.name}"
-        cut_model = transformers_model(read.model, origin, spec, path, expected)
-        return replace(cut_model, notes=(*cut_model.notes, *read.report.notes))
+        split = transformers_model(read.model, origin, spec, path, expected)
+        return replace(split, notes=(*split.notes, *read.report.notes))
 
     return build
 

@@ -20,7 +20,7 @@ class ImageSource(str, Enum):
     TRANSFORMERS = "transformers"
 
 
-def named_cut(
+def named_factory(
     source: ImageSource | None, checkpoint: Path | None, module: str | None, weights_key: str | None = None, *, pipeline: bool
 ) -> SourceFactory:
     """The fusion encoder, or with ``pipeline`` the image model, that the options name; without any, one of random weights.

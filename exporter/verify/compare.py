@@ -115,22 +115,22 @@ def _record(
     defined = ~want.isnan() if want.is_floating_point() else torch.ones_like(want, dtype=torch.bool)
     shaped = tuple(got.shape) == tuple(want.shape) and got.dtype == want.dtype
     gap = distance(got, want, defined) if shaped else float("inf")
-    facts: dict[str, Any] = {"allowed": ABSOLUTE * max(largest, 1.0) if scaled else ABSOLUTE}
-    passed = gap <= facts["allowed"]
+    metrics: dict[str, Any] = {"allowed": ABSOLUTE * max(largest, 1.0) if scaled else ABSOLUTE}
+    passed = gap <= metrics["allowed"]
     if not shaped:
         passed = False
     elif references.rounded is not None:
         if want.is_floating_point():
-            facts |= references.reduced_judgement(name, got, want, gap, defined)
-            passed |= reduced_passes(gap, facts)
+            metrics |= references.reduced_judgement(name, got, want, gap, defined)
+            passed |= reduced_passes(gap, metrics)
     elif not (passed and sample.large):
-        facts |= references.judgement(name, got, want, defined, facts["allowed"])
-        passed |= gap <= facts["allowed"]
-        if "from_float64" in facts:
-            passed |= facts["from_float64"] <= EAGER_FACTOR * facts["eager_from_float64"]
+        metrics |= references.judgement(name, got, want, defined, metrics["allowed"])
+        passed |= gap <= metrics["allowed"]
+        if "from_float64" in metrics:
+            passed |= metrics["from_float64"] <= EAGER_FACTOR * metrics["eager_from_float64"]
     if sample.unrounded is not None:
-        facts |= from_before(got, want, sample.unrounded[name])
-    facts |= undefined_facts(got, defined) if shaped else {}
+        metrics |= from_before(got, want, sample.unrounded[name])
+    metrics |= undefined_metrics(got, defined) if shaped else {}
     undefined = int((~defined).sum())
     return VerificationRecord(
         branch=sample.branch,
@@ -140,7 +140,7 @@ def _record(
         max_rel=gap / largest if largest else gap,
         passed=passed and math.isfinite(gap) and (sample.all_padded or not undefined),
         undefined=undefined,
-        **facts,
+        **metrics,
     )
 
 
@@ -210,15 +210,15 @@ class _References:
 
     def reduced_judgement(self, name: str, got: Tensor, want: Tensor, gap: float, defined: Tensor) -> dict[str, float]:
         """What eager rounded likewise allows (decision 0010)."""
-        facts = reduced_facts(got, want, self.reduced[name], defined)
-        if not reduced_passes(gap, facts):  # a few numbers may be near by chance
+        metrics = reduced_metrics(got, want, self.reduced[name], defined)
+        if not reduced_passes(gap, metrics):  # a few numbers may be near by chance
             for run in self.moved:
-                other = reduced_facts(got, want, run[name], defined)
-                facts |= {key: max(facts[key], other[key]) for key in ("allowed", "eager_rms_rel")}
-        return facts
+                other = reduced_metrics(got, want, run[name], defined)
+                metrics |= {key: max(metrics[key], other[key]) for key in ("allowed", "eager_rms_rel")}
+        return metrics
 
 
-def undefined_facts(got: Tensor, defined: Tensor) -> dict[str, Any]:
+def undefined_metrics(got: Tensor, defined: Tensor) -> dict[str, Any]:
     """How many values are NaN in the artifact alone, and where the first stands that is NaN in it or in eager."""
     alone = got.isnan() & defined if got.is_floating_point() else torch.zeros_like(defined)
     places = (alone | ~defined).nonzero()
@@ -228,16 +228,16 @@ def undefined_facts(got: Tensor, defined: Tensor) -> dict[str, Any]:
     }
 
 
-def reduced_facts(got: Tensor, expected: Tensor, other: Tensor, defined: Tensor) -> dict[str, float]:
+def reduced_metrics(got: Tensor, expected: Tensor, other: Tensor, defined: Tensor) -> dict[str, float]:
     """What an output below float32 may be off, from ``other``, eager with that precision's rounding (decision 0010)."""
     usable = defined & (other.isfinite() | (other == expected))  # what eager overflows in allows nothing
     allowed = max(ABSOLUTE, REDUCED_FACTOR * distance(other, expected, usable))
     return {"allowed": allowed, "rms_rel": _rms(got, expected, defined), "eager_rms_rel": _rms(other, expected, usable)}
 
 
-def reduced_passes(gap: float, facts: Mapping[str, float]) -> bool:
-    """Whether an output that is ``gap`` off at worst is as near as ``reduced_facts`` asks."""
-    return gap <= facts["allowed"] and facts["rms_rel"] <= max(ABSOLUTE, REDUCED_RMS_FACTOR * facts["eager_rms_rel"])
+def reduced_passes(gap: float, metrics: Mapping[str, float]) -> bool:
+    """Whether an output that is ``gap`` off at worst is as near as ``reduced_metrics`` asks."""
+    return gap <= metrics["allowed"] and metrics["rms_rel"] <= max(ABSOLUTE, REDUCED_RMS_FACTOR * metrics["eager_rms_rel"])
 
 
 def from_before(got: Tensor, expected: Tensor, before: Tensor) -> dict[str, float]:

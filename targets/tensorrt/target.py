@@ -138,25 +138,26 @@ class TrtTarget(Target):
         """
         from sam3x.targets.tensorrt import build as trt_build
 
-        facts: dict[str, Any] = {"distribution": f"{distribution()} {version(str(distribution()))}", "format": options.format}
+        name = str(distribution())
+        metadata: dict[str, Any] = {"distribution": f"{name} {version(name)}", "format": options.format}
         if options.layout == "triton":
             path.parent.mkdir(parents=True, exist_ok=True)
-            facts |= write_config(captured, path, "onnxruntime" if options.format == "plan-onnx" else "tensorrt")
+            metadata |= write_config(captured, path, "onnxruntime" if options.format == "plan-onnx" else "tensorrt")
         from sam3x.targets.tensorrt.driver import this_gpu
 
         capability = options.compute_capability or this_gpu()
-        facts["compute_capability"] = capability
+        metadata["compute_capability"] = capability
         if options.format == "plan-onnx":
             from sam3x.targets.tensorrt.onnx import write_plan_onnx
 
-            return {**facts, **write_plan_onnx(captured, path, options, capability)}
+            return {**metadata, **write_plan_onnx(captured, path, options, capability)}
         if options.format == "ep":
             from sam3x.targets.tensorrt.program import write_program
 
-            return {**facts, **write_program(captured, path, options)}
+            return {**metadata, **write_program(captured, path, options)}
         built = trt_build.build(captured, options, capability)
         path.write_bytes(built.engine)
-        return {**facts, **built.metadata}
+        return {**metadata, **built.metadata}
 
     def unverifiable(self, options: TrtOptions) -> str | None:
         from sam3x.targets.tensorrt.driver import gpu_count, this_gpu

@@ -28,8 +28,10 @@ def folder(default_artifact: Path, tmp_path: Path) -> Path:
     values = json.loads((default_artifact / MANIFEST).read_text())
     (component,) = values.pop("components")
     del values["kind"]
-    names = ("inputs", "outputs", "ranges", "passes", "verification", "facts")
+    names = ("inputs", "outputs", "ranges", "verification")
     values |= {name: component[name] for name in names}
+    values |= {"facts": component["metadata"], "figures": values.pop("metrics")}
+    values["passes"] = [{"missed": record.pop("match_failures"), **record} for record in component["passes"]]
     values |= {f"{name}_names": [item["name"] for item in component[f"{name}s"]] for name in ("input", "output")}
     write_schema_2(tmp_path / "out", {**values, "interface": "tokens"})
     return tmp_path / "out"
@@ -38,7 +40,7 @@ def folder(default_artifact: Path, tmp_path: Path) -> Path:
 def test_an_encoder_of_schema_2_is_an_encoder(folder: Path, default_artifact: Path) -> None:
     old, new = sam3x.load(folder), sam3x.load(default_artifact)
     assert old.path == folder / "fusion_encoder.onnx" and old.manifest.input_names == new.manifest.input_names
-    for name in ("inputs", "outputs", "ranges", "passes", "verification", "interface", "spec"):
+    for name in ("inputs", "outputs", "ranges", "passes", "verification", "interface", "spec", "metadata", "metrics"):
         assert getattr(old.manifest, name) == getattr(new.manifest, name), name
     assert run("inspect", folder).exit_code == 0
     (folder / MANIFEST).write_text((folder / MANIFEST).read_text().replace("onnx", "pte"))

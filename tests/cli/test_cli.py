@@ -53,7 +53,7 @@ MANIFEST = Manifest(
     versions={"sam3x": __version__},
     verified=True,
     files={"fusion_encoder.onnx": "cd" * 32},
-    figures={"total_seconds": 12.5, "peak_rss_mb": 1090.4, "something_new": 3.0},
+    metrics={"total_seconds": 12.5, "peak_rss_mb": 1090.4, "something_new": 3.0},
     notes=("a note [in brackets]",),
 )  # fmt: skip
 

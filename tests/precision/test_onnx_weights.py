@@ -103,10 +103,10 @@ KINDS: dict[str, tuple[Callable[[], list[Any]], tuple[int, ...], int, list[Any]]
 
 def stored(model: onnx.ModelProto, precision: str) -> tuple[onnx.ModelProto, dict[str, Any]]:
     copied = ir.serde.deserialize_model(model)
-    facts = onnx_weights.store(copied, precision)
+    metadata = onnx_weights.store(copied, precision)
     made = ir.serde.serialize_model(copied)
     onnx.checker.check_model(made, full_check=True)
-    return made, facts
+    return made, metadata
 
 
 def outputs_of(model: onnx.ModelProto, x: np.ndarray, *, optimized: bool = True, **more: np.ndarray) -> list[np.ndarray]:
@@ -124,9 +124,9 @@ def test_each_kind_of_node_gives_the_same_bits(kind: str, precision: str) -> Non
     weights = {"w": rounded(drawn(*shape), precision, axis), "b": drawn(30, seed=1).numpy()}
     used, rank = {name for node in nodes() for name in node.input}, 4 if kind.startswith("Conv") else 2
     model = graph_of(nodes(), {name: value for name, value in weights.items() if name in used}, x, ["y"], rank)
-    made, facts = stored(model, precision)
+    made, metadata = stored(model, precision)
     kept = {item.name: item.data_type for item in made.graph.initializer}
-    assert STORED[precision] in kept.values() and facts["narrow_tensors"] == 1
+    assert STORED[precision] in kept.values() and metadata["narrow_tensors"] == 1
     assert kept.get("b", onnx.TensorProto.FLOAT) == onnx.TensorProto.FLOAT
     given = np.arange(7) if len(x) == 1 else drawn(2, *x[1:], seed=2).numpy()
     for optimized in (True, False):
@@ -138,8 +138,8 @@ def test_a_weight_of_several_nodes_is_converted_once(precision: str) -> None:
     nodes = [NODE("Gemm", ["x", "w"], ["a"], transB=1), NODE("MatMul", ["a", "w"], ["y"]), NODE("Identity", ["v"], ["z"])]
     kept = {"w": rounded(drawn(20, 20), precision), "v": rounded(drawn(20, 20, seed=1), precision)}
     model = graph_of(nodes, kept, ["n", 20], ["y", "z"])
-    made, facts = stored(model, precision)
-    assert facts["narrow_tensors"] == 2 and [node.op_type for node in made.graph.node].count("Cast") == 2
+    made, metadata = stored(model, precision)
+    assert metadata["narrow_tensors"] == 2 and [node.op_type for node in made.graph.node].count("Cast") == 2
     for left, right in zip(outputs_of(made, np.eye(20, dtype=np.float32)), outputs_of(model, np.eye(20, dtype=np.float32))):  # noqa: B905
         assert np.array_equal(left, right)
 
@@ -162,8 +162,8 @@ def test_weights_of_branches_and_loops_are_converted_outside(precision: str) -> 
     ]
     model = graph_of(nodes, {"w": outer, "one": np.array([1])}, ["n", 20], ["z"], 3)
     model.graph.input.append(info("flag", onnx.TensorProto.BOOL, []))
-    made, facts = stored(model, precision)
-    assert facts["narrow_tensors"] == 2 and [node.op_type for node in made.graph.node].count("Cast") == 2
+    made, metadata = stored(model, precision)
+    assert metadata["narrow_tensors"] == 2 and [node.op_type for node in made.graph.node].count("Cast") == 2
     x = drawn(5, 20, seed=2).numpy()
     for flag in (True, False):
         (got,), (wanted,) = (outputs_of(item, x, flag=np.array(flag)) for item in (made, model))
@@ -174,8 +174,8 @@ def test_what_a_caller_sees_and_what_is_small_stays(tmp_path: Path) -> None:
     big, small = rounded(drawn(20, 20), "int8"), rounded(drawn(5, 20), "int8")
     nodes = [NODE("MatMul", ["x", "w"], ["y"]), NODE("Gemm", ["x", "s"], ["z"], transB=1)]
     model = graph_of(nodes, {"w": big, "s": small}, ["n", 20], ["y", "z", "w"])
-    made, facts = stored(model, "int8")
-    assert facts == {"narrow_tensors": 0, "narrow_bytes": 0, "float32_bytes": big.nbytes + small.nbytes}
+    made, metadata = stored(model, "int8")
+    assert metadata == {"narrow_tensors": 0, "narrow_bytes": 0, "float32_bytes": big.nbytes + small.nbytes}
     assert made.SerializeToString() == stored(model, "fp32")[0].SerializeToString() and stored(model, "fp32")[1] == {}
 
 
@@ -289,7 +289,7 @@ def test_the_file_shrinks_as_the_precision_does(precision: str, most: float, tmp
     manifest = sam3x.export(encoder, output=tmp_path / "out", **options).manifest
     weights = sum(value.nbytes for value in encoder.layers.parameters())
     assert (tmp_path / "out" / "fusion_encoder.onnx").stat().st_size <= most * weights
-    assert manifest.facts["narrow_tensors"] == 6 and manifest.facts["float32_bytes"] < 0.02 * weights
+    assert manifest.metadata["narrow_tensors"] == 6 and manifest.metadata["float32_bytes"] < 0.02 * weights
 
 
 def test_feature_maps_and_external_data(tmp_path: Path) -> None:

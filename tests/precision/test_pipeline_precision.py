@@ -39,7 +39,7 @@ def test_every_component_equals_eager_with_its_weights_rounded(folder: Path) -> 
     manifest = load_manifest(folder)
     assert manifest.verified and tuple(item.name for item in manifest.components) == COMPONENTS
     for item in manifest.components:
-        assert item.facts["narrow_tensors"] >= 8, item.name
+        assert item.metadata["narrow_tensors"] >= 8, item.name
         floats = [record for record in item.verification if record.rms_rel is not None]
         assert all(record.passed and record.max_rel < 2e-5 for record in item.verification), item.name
         assert max(record.rms_rel or 0 for record in floats) > 1e-3  # and is not eager as it was

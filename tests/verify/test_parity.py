@@ -139,13 +139,13 @@ def test_the_module_and_the_callers_objects_are_left_as_they_were(tmp_path: Path
     encoder.layers[0].register_forward_hook(lambda *_: fired.append("layer"))
     encoder.layers[1].linear1.weight.requires_grad_(False)
     state = {name: (value.data_ptr(), value.clone()) for name, value in encoder.state_dict().items()}
-    facts = [(name, module.training, sorted(module.__dict__)) for name, module in encoder.named_modules()]
+    metadata = [(name, module.training, sorted(module.__dict__)) for name, module in encoder.named_modules()]
     gradients = [p.requires_grad for p in encoder.parameters()]
     layers = list(encoder.layers)
     generator, fastpath = torch.get_rng_state(), torch.backends.mha.get_fastpath_enabled()
     sam3x.export(layers, output=tmp_path / "out")
     assert layers == list(encoder.layers)
-    assert [(name, module.training, sorted(module.__dict__)) for name, module in encoder.named_modules()] == facts
+    assert [(name, module.training, sorted(module.__dict__)) for name, module in encoder.named_modules()] == metadata
     assert [p.requires_grad for p in encoder.parameters()] == gradients
     for name, value in encoder.state_dict().items():
         assert value.data_ptr() == state[name][0] and torch.equal(value, state[name][1])

@@ -44,7 +44,7 @@ def test_any_encoder_and_request(config: dict[str, Any], request: dict[str, Any]
         artifact = sam3x.export(
             encoder, target="pte", output=Path(folder) / "out", **{**request, "inputs": names, "batch": (1, 2)}
         )
-        assert artifact.manifest.verified and artifact.manifest.facts["delegated_flops"] > 0.95
+        assert artifact.manifest.verified and artifact.manifest.metadata["delegated_flops"] > 0.95
         spec = make_spec(**artifact.manifest.spec)
         sizes = Sizes(batch=batch, tokens=9, prompt_length=5, padding=padding)
         inputs = make_inputs(spec.inputs, spec, 32, sizes, seed=5)

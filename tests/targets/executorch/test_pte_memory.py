@@ -23,7 +23,7 @@ def encoder() -> nn.Module:
 
 
 def metadata_of(encoder: nn.Module, folder: Path, **options: Any) -> tuple[dict[str, Any], int]:
-    """The facts of the file, and the largest batch."""
+    """The metadata of the file, and the largest batch."""
     request = resolve("pte", {"tokens": TOKENS, "verify": "off", **options})
     spec, own, target = request.spec, request.options, request.target
     passes = default_pipeline(str(spec.branches)).then(*target.legalization_passes(own))
@@ -51,12 +51,12 @@ def metadata_of(encoder: nn.Module, folder: Path, **options: Any) -> tuple[dict[
 )
 def test_a_fixed_prompt_takes_one_heads_scores_at_a_time(encoder: nn.Module, options: dict[str, Any], tmp_path: Path) -> None:
     """A view of the mask was a delegate of its own; the second one then held the scores of every head at once."""
-    facts, batch = metadata_of(encoder, tmp_path, **options)
+    metadata, batch = metadata_of(encoder, tmp_path, **options)
     size = 2 if options.get("precision") == "fp16" else 4
     images = batch // 2 if options.get("dac") is True else batch
     scores, tokens = images * TOKENS * TOKENS * size, batch * TOKENS * WIDTH * 4
     masks = batch * TOKENS * TOKENS * 5 if "inputs" in options else 0  # bool and float, prepared once by portable kernels
     if "inputs" not in options:  # where masks of all pairs are prepared, which is much of so narrow a model
-        assert facts["delegates"] == 1 and facts["delegated_flops"] > 0.99
-    assert facts["workspace_bytes"] <= scores + 8 * tokens
-    assert facts["planned_bytes"] <= 3 * tokens + 2 * masks + 100_000
+        assert metadata["delegates"] == 1 and metadata["delegated_flops"] > 0.99
+    assert metadata["workspace_bytes"] <= scores + 8 * tokens
+    assert metadata["planned_bytes"] <= 3 * tokens + 2 * masks + 100_000

@@ -44,8 +44,8 @@ def test_a_group_norm_over_a_large_map_is_as_near_float64_as_torchs(
     captured, _ = PassPipeline(target.legalization_passes(options)).run(
         capture_component(component, Sample(branch="fixed", case="x", inputs={"x": x}))
     )
-    facts = target.lower(captured, path, options)
-    assert facts["delegates"] == 1 and not facts["portable"]
+    metadata = target.lower(captured, path, options)
+    assert metadata["delegates"] == 1 and not metadata["portable"]
     runner = target.load_runner(path)
     for batch in (1, shape[0]):
         wanted = component.eager_double({"x": x[:batch]})["y"].numpy()

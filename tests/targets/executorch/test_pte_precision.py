@@ -80,7 +80,7 @@ def test_the_manifest_has_the_error_with_peaked_attention_too(artifact: sam3x.Ar
 def test_the_file_shrinks_and_stays_one_delegate(artifact: sam3x.Artifact, encoder: nn.Module) -> None:
     parameters = sum(p.numel() * p.element_size() for p in encoder.layers.parameters())
     assert artifact.path.stat().st_size <= SIZE[precision_of(artifact)] * parameters
-    assert artifact.manifest.facts["delegates"] == 1 and artifact.manifest.facts["delegated_flops"] > 0.99
+    assert artifact.manifest.metadata["delegates"] == 1 and artifact.manifest.metadata["delegated_flops"] > 0.99
 
 
 def test_a_bundled_program_has_a_case_a_branch_that_its_own_program_passes(artifact: sam3x.Artifact) -> None:
@@ -92,7 +92,7 @@ def test_a_bundled_program_has_a_case_a_branch_that_its_own_program_passes(artif
         assert not path.exists()
         return
     assert path.name in artifact.manifest.files
-    assert artifact.manifest.facts["bundled_cases"] == [f"dac={dac} pre_norm={pre}" for dac, pre in BRANCHES]
+    assert artifact.manifest.metadata["bundled_cases"] == [f"dac={dac} pre_norm={pre}" for dac, pre in BRANCHES]
     bundled = deserialize_from_flatbuffer_to_bundled_program(path.read_bytes())
     assert bytes(bundled.program) == artifact.path.read_bytes()
     method = Runtime.get().load_program(bytes(bundled.program)).load_method("forward")
@@ -252,8 +252,8 @@ def test_delegates_of_other_machines_are_built_and_said_to_be_unverified(delegat
     assert (
         not manifest.verified and "has no " in str(manifest.verified_reason) and "sam3x verify" in str(manifest.verified_reason)
     )
-    assert manifest.facts["delegates"] <= 2 and manifest.facts["delegated_flops"] > 0.99
-    assert manifest.facts["delegated"]["_softmax"] in (2, 4)  # one an attention, or one a head
+    assert manifest.metadata["delegates"] <= 2 and manifest.metadata["delegated_flops"] > 0.99
+    assert manifest.metadata["delegated"]["_softmax"] in (2, 4)  # one an attention, or one a head
     assert level == (logging.getLogger().level, logging.root.manager.disable)
 
 

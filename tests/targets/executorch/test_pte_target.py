@@ -157,8 +157,8 @@ def test_every_weight_stands_once_in_the_file(tmp_path: Path) -> None:
 
 
 def test_everything_heavy_is_one_delegate(encoder: nn.Module, tmp_path: Path) -> None:
-    facts = lowered(encoder, tmp_path, PteOptions())
-    assert facts["delegates"] == 1 and facts["delegated_flops"] > 0.99
+    metadata = lowered(encoder, tmp_path, PteOptions())
+    assert metadata["delegates"] == 1 and metadata["delegated_flops"] > 0.99
     assert not {
         "native_layer_norm",
         "expand_copy",
@@ -167,15 +167,15 @@ def test_everything_heavy_is_one_delegate(encoder: nn.Module, tmp_path: Path) ->
         "permute_copy",
         "bmm",
         "_softmax",
-    } & set(facts["portable"])
-    assert facts["delegated"]["_softmax"] == 3 * 2 * 4 and facts["delegated"]["rsqrt"] == 3 * 6
+    } & set(metadata["portable"])
+    assert metadata["delegated"]["_softmax"] == 3 * 2 * 4 and metadata["delegated"]["rsqrt"] == 3 * 6
     # what is left: a few operators on masks and flags, once for all layers, and room for the output
-    assert sum(facts["portable"].values()) < 30 and facts["planned_bytes"] < 2 * 36 * 32 * 4 + 10_000
+    assert sum(metadata["portable"].values()) < 30 and metadata["planned_bytes"] < 2 * 36 * 32 * 4 + 10_000
 
 
 def test_portable_kernels_alone(encoder: nn.Module, tmp_path: Path) -> None:
-    facts = lowered(encoder, tmp_path, PteOptions(delegate="none"))
-    assert facts["delegates"] == 0 and facts["delegated"] == {} and facts["delegated_flops"] == 0.0
+    metadata = lowered(encoder, tmp_path, PteOptions(delegate="none"))
+    assert metadata["delegates"] == 0 and metadata["delegated"] == {} and metadata["delegated_flops"] == 0.0
     artifact = export(encoder_of(1), tmp_path, delegate="none")
     check(artifact, encoder_of(1), Sizes(batch=2, tokens=36, prompt_length=7))
 
@@ -185,9 +185,9 @@ def lowered(encoder: nn.Module, folder: Path, options: PteOptions) -> dict[str, 
     captured = capture(encoder, make_spec(tokens=36, batch=(1, 2)))
     captured, _ = default_pipeline("select").then(*target.legalization_passes(options)).run(captured)
     before = str(captured.program.graph), dict(captured.program.range_constraints)
-    facts = target.lower(captured, folder / "x.pte", options)
+    metadata = target.lower(captured, folder / "x.pte", options)
     assert before == (str(captured.program.graph), dict(captured.program.range_constraints))
-    return facts
+    return metadata
 
 
 def test_the_file_names_its_inputs_and_outputs(artifact: sam3x.Artifact) -> None:

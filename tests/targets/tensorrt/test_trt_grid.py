@@ -41,11 +41,11 @@ def test_the_default_encoder_builds_for_every_gpu_three_times_in_a_row(
     passes = default_pipeline(str(request.spec.branches)).then(*request.target.legalization_passes(options))
     program, _ = passes.run(default_encoder(flags))
     for gpu, _ in itertools.product(GPUS, range(TIMES)):
-        facts = build(program, options, gpu).metadata
-        figures = (
-            f"{flags} {precision} {gpu}: {facts['activation_bytes'] / 1e6:.0f} MB, {facts['build_seconds']} s, {facts['form']}"
+        found = build(program, options, gpu).metadata
+        metrics = (
+            f"{flags} {precision} {gpu}: {found['activation_bytes'] / 1e6:.0f} MB, {found['build_seconds']} s, {found['form']}"
         )
         with capsys.disabled():
-            print(figures, flush=True)
-        assert facts["left_to_torch"] == 0
-        assert facts["activation_bytes"] <= 400e6, figures
+            print(metrics, flush=True)
+        assert found["left_to_torch"] == 0
+        assert found["activation_bytes"] <= 400e6, metrics

@@ -101,11 +101,11 @@ def test_where_the_builder_crashes_the_next_form_is_built_and_said(
     options = {**SMALL, "attention_memory": "20KB"}
     artifact = sam3x.export(encoder_of(1), target="trt", output=tmp_path / "out", verify="off", **options)
     form = ["loops", "tiles", "products"][len(failing)]
-    facts, (note,) = artifact.manifest.facts, [note for note in artifact.manifest.notes if "builder" in note]
-    assert tried == [*failing, form] and facts["form"] == trt_build.FORMS[form] and "notes" not in facts
+    metadata, (note,) = artifact.manifest.metadata, [note for note in artifact.manifest.notes if "builder" in note]
+    assert tried == [*failing, form] and metadata["form"] == trt_build.FORMS[form] and "notes" not in metadata
     assert note.startswith(f"built with {trt_build.FORMS[form]}") and note.count("SIGSEGV") == len(failing)
-    assert facts["tiled_attention_loops"] == 0
-    assert facts["attentions"] > 2 if form == "tiles" else facts["layers"]["softmax"] == 2
+    assert metadata["tiled_attention_loops"] == 0
+    assert metadata["attentions"] > 2 if form == "tiles" else metadata["layers"]["softmax"] == 2
 
 
 def test_where_it_crashes_on_every_form_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,20 +40,20 @@ def folder(encoder: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_an_engine_built_without_a_gpu_says_what_it_is(folder: Path) -> None:
     manifest = sam3x.load(folder).manifest
-    facts = manifest.facts
+    found = manifest.metadata
     assert set(manifest.files) == {"fusion_encoder.engine"} and (folder / "fusion_encoder.engine").stat().st_size > 100_000
-    assert facts["compute_capability"] == "sm89" and facts["distribution"].startswith("torch-tensorrt")
-    assert (facts["engines"], facts["left_to_torch"], facts["attention_layers"]) == (1, 0, 4)
-    assert facts["profile"]["tgt"] == "1x36x32 / 1x36x32 / 4x36x32"
-    assert facts["profile"]["memory"] == "1x1x32 / 1x9x32 / 4x9x32"
+    assert found["compute_capability"] == "sm89" and found["distribution"].startswith("torch-tensorrt")
+    assert (found["engines"], found["left_to_torch"], found["attention_layers"]) == (1, 0, 4)
+    assert found["profile"]["tgt"] == "1x36x32 / 1x36x32 / 4x36x32"
+    assert found["profile"]["memory"] == "1x1x32 / 1x9x32 / 4x9x32"
     assert (
-        facts["dtypes"]["memory_key_padding_mask"] == facts["dtypes"]["dac"] == "bool" and facts["dtypes"]["output"] == "float"
+        found["dtypes"]["memory_key_padding_mask"] == found["dtypes"]["dac"] == "bool" and found["dtypes"]["output"] == "float"
     )
-    assert facts["engine_bytes"] > facts["weights_bytes"] > 0 and facts["activation_bytes"] > 0 and facts["build_seconds"] < 60
+    assert found["engine_bytes"] > found["weights_bytes"] > 0 and found["activation_bytes"] > 0 and found["build_seconds"] < 60
 
 
 def test_its_graph_is_proven_in_every_branch_and_all_padded(folder: Path) -> None:
-    drift = sam3x.load(folder).manifest.facts["drift"]
+    drift = sam3x.load(folder).manifest.metadata["drift"]
     branches = {f"dac={dac} pre_norm={pre}" for dac, pre in itertools.product((False, True), repeat=2)}
     assert {case.partition(",")[0] for case in drift} == branches and any("all padded" in case for case in drift)
 
@@ -68,30 +68,30 @@ def test_without_a_gpu_it_is_not_called_verified(folder: Path) -> None:
 
 @pytest.mark.parametrize(("form", "precision"), [("select", "fp16"), ("select", "bf16"), ("cond", "fp16"), ("cond", "bf16")])
 def test_lower_precisions_in_one_engine(form: str, precision: str, tmp_path: Path) -> None:
-    facts = lower(captured(form), tmp_path / "x.engine", precision=precision)
-    assert facts["attentions"] == 4 and facts["tiled_attention_loops"] == 0
-    assert facts["attention_layers"] == (0 if (form, precision) == ("cond", "bf16") else 4)
-    assert facts["dtypes"]["tgt"] == facts["dtypes"]["output"] == "float"  # what callers hand over does not change
-    drift = [dict(item.split(" ") for item in text.split(", ")) for text in facts["drift"].values()]
+    found = lower(captured(form), tmp_path / "x.engine", precision=precision)
+    assert found["attentions"] == 4 and found["tiled_attention_loops"] == 0
+    assert found["attention_layers"] == (0 if (form, precision) == ("cond", "bf16") else 4)
+    assert found["dtypes"]["tgt"] == found["dtypes"]["output"] == "float"  # what callers hand over does not change
+    drift = [dict(item.split(" ") for item in text.split(", ")) for text in found["drift"].values()]
     bound = {"fp16": (2e-2, 0.99999), "bf16": (1.5e-1, 0.9995)}[precision]  # 11 and 8 bits on values up to 4
     assert all(float(item["max_abs"]) <= bound[0] and float(item["cosine"]) >= bound[1] for item in drift)
 
 
 def test_conditionals_stay_conditionals_in_one_engine(tmp_path: Path) -> None:
-    facts = lower(captured("cond"), tmp_path / "x.engine")
-    assert facts["conditionals"] == 12 and facts["left_to_torch"] == 0  # six norms a layer; dac is a mask of rows
+    found = lower(captured("cond"), tmp_path / "x.engine")
+    assert found["conditionals"] == 12 and found["left_to_torch"] == 0  # six norms a layer; dac is a mask of rows
 
 
 @pytest.mark.parametrize("form", ["select", "cond"])
 def test_dac_at_a_fixed_batch_of_one_leaves_no_conditional_of_sizes(form: str, tmp_path: Path) -> None:
     spec = sam3x.spec.make_spec(branches=form, tokens=36, batch=1, prompt_length=(1, 9))
-    facts = lower(capture(encoder_of(1), spec), tmp_path / "x.engine")
-    assert facts["conditionals"] == (0 if form == "select" else 6)
+    found = lower(capture(encoder_of(1), spec), tmp_path / "x.engine")
+    assert found["conditionals"] == (0 if form == "select" else 6)
 
 
 def test_a_profile_is_tuned_for_the_sizes_that_are_named(tmp_path: Path) -> None:
-    facts = lower(captured("select"), tmp_path / "x.engine", opt_batch=2, opt_prompt_length=5)
-    assert facts["profile"]["memory"] == "1x1x32 / 2x5x32 / 4x9x32"
+    found = lower(captured("select"), tmp_path / "x.engine", opt_batch=2, opt_prompt_length=5)
+    assert found["profile"]["memory"] == "1x1x32 / 2x5x32 / 4x9x32"
 
 
 def test_scores_in_float32_keep_the_budget(encoder: nn.Module, tmp_path: Path) -> None:
@@ -108,17 +108,17 @@ def test_scores_in_float32_keep_the_budget(encoder: nn.Module, tmp_path: Path) -
 def test_masks_of_image_tokens_and_dynamic_tokens_in_tiles(tmp_path: Path) -> None:
     names = ("tgt", "memory", "tgt_mask", "memory_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "pos", "query_pos")
     spec = sam3x.spec.make_spec(branches="select", inputs=names, dac=False, tokens=(16, 90), batch=(1, 2), prompt_length=(1, 9))
-    facts = lower(capture(encoder_of(1), spec), tmp_path / "x.engine", attention_memory="64KiB")
-    assert facts["tiled_attention_loops"] >= 1 and facts["left_to_torch"] == 0
+    found = lower(capture(encoder_of(1), spec), tmp_path / "x.engine", attention_memory="64KiB")
+    assert found["tiled_attention_loops"] >= 1 and found["left_to_torch"] == 0
 
 
 @pytest.mark.parametrize("form", ["select", "cond"])
 def test_a_mask_of_all_pairs_where_dac_halves_the_tokens(form: str, tmp_path: Path) -> None:
     names = ("tgt", "memory", "tgt_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "query_pos")
     options = {**SMALL, "inputs": names, "dac_dim": 1, "branches": form, "attention_memory": "2KB"}
-    facts = sam3x.export(encoder_of(1), target="trt", output=tmp_path / "out", **options).manifest.facts
-    assert facts["conditionals"] == (0 if form == "select" else 6) and facts["left_to_torch"] == 0
-    assert any(case.startswith("dac=True") for case in facts["drift"])
+    found = sam3x.export(encoder_of(1), target="trt", output=tmp_path / "out", **options).manifest.metadata
+    assert found["conditionals"] == (0 if form == "select" else 6) and found["left_to_torch"] == 0
+    assert any(case.startswith("dac=True") for case in found["drift"])
 
 
 class OneHead(Attention):
@@ -144,14 +144,18 @@ def test_masks_as_others_write_them(style: Any, masks: tuple[str, ...], layers: 
     encoder.layers[0].self_attn, encoder.layers[0].cross_attn_image = (style(32, 1) for _ in range(2))
     names = ("tgt", "memory", *masks)
     spec = sam3x.spec.make_spec(branches="select", inputs=names, dac=False, tokens=36, batch=(1, 2), prompt_length=(1, 9))
-    facts = lower(capture(encoder, spec), tmp_path / "x.engine")
-    assert (facts["attention_layers"], facts["layers"].get("softmax", 0), facts["left_to_torch"]) == (layers, softmax, 0)
+    found = lower(capture(encoder, spec), tmp_path / "x.engine")
+    assert (found["attention_layers"], found["layers"].get("softmax", 0), found["left_to_torch"]) == (
+        layers,
+        softmax,
+        0,
+    )
 
 
 def test_feature_maps(tmp_path: Path) -> None:
     maps = {"interface": "feature_maps", "feature_sizes": ((6, 6),), "batch": 1, "prompt_length": 9}
     artifact = sam3x.export(encoder_of(1), target="trt", output=tmp_path / "out", compute_capability="sm80", **maps)
-    assert artifact.manifest.facts["left_to_torch"] == 0
+    assert artifact.manifest.metadata["left_to_torch"] == 0
 
 
 # ---- float32 operations
@@ -180,7 +184,7 @@ def test_an_overflow_is_refused_with_the_way_to_find_it(encoder: nn.Module, tmp_
     artifact = sam3x.export(
         loud, target="trt", output=tmp_path / "out", precision="fp16", fp32_ops="layers.0.linear1,layers.0.linear2", **SMALL
     )
-    assert artifact.manifest.facts["engines"] == 1
+    assert artifact.manifest.metadata["engines"] == 1
 
 
 def test_dynamic_tokens_dac_and_all_masks_beside_conditionals(tmp_path: Path) -> None:
@@ -240,7 +244,7 @@ def test_an_input_that_is_an_output_too_keeps_its_name(encoder: nn.Module, tmp_p
         "pre_norm": True,
     }
     artifact = sam3x.export(encoder, target="trt", output=tmp_path / "out", dac=False, compute_capability="sm89", **spec)
-    assert "memory_text" in artifact.manifest.output_names and "prompt" in artifact.manifest.facts["profile"]
+    assert "memory_text" in artifact.manifest.output_names and "prompt" in artifact.manifest.metadata["profile"]
 
 
 # ---- ONNX for trtexec
@@ -248,9 +252,9 @@ def test_an_input_that_is_an_output_too_keeps_its_name(encoder: nn.Module, tmp_p
 
 def test_onnx_for_trtexec_is_verified_and_builds(encoder: nn.Module, tmp_path: Path) -> None:
     artifact = sam3x.export(encoder, target="trt", output=tmp_path / "out", format="plan-onnx", branches="cond", **SMALL)
-    facts = artifact.manifest.facts
+    found = artifact.manifest.metadata
     assert artifact.manifest.verified and artifact.path.name == "fusion_encoder.onnx"
-    assert facts["engine_bytes"] > 0 and facts["conditionals"] > 0 and "--noTF32 --minShapes=tgt:1x36x32" in facts["trtexec"]
+    assert found["engine_bytes"] > 0 and found["conditionals"] > 0 and "--noTF32 --minShapes=tgt:1x36x32" in found["trtexec"]
 
 
 # ---- the default encoder
@@ -259,6 +263,6 @@ def test_onnx_for_trtexec_is_verified_and_builds(encoder: nn.Module, tmp_path: P
 @pytest.mark.long
 def test_the_default_encoder_in_half_precision_for_one_image(tmp_path: Path) -> None:
     spec = sam3x.spec.make_spec(branches="select", tokens=5184, batch=1, prompt_length=(1, 77), verify="off")
-    facts = lower(capture(default_source(0).module, spec), tmp_path / "x.engine", precision="fp16")
-    assert (facts["attentions"], facts["attention_layers"], facts["left_to_torch"]) == (12, 12, 0)
-    assert facts["activation_bytes"] <= 60e6
+    found = lower(capture(default_source(0).module, spec), tmp_path / "x.engine", precision="fp16")
+    assert (found["attentions"], found["attention_layers"], found["left_to_torch"]) == (12, 12, 0)
+    assert found["activation_bytes"] <= 60e6
