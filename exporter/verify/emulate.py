@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -56,7 +57,21 @@ def _mode(precision: str, half_sums: bool) -> TorchDispatchMode:
         return _Rounding(None, products.tf32, convolutions.tf32)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     kernels = (products.half_summed, convolutions.half_summed) if half_sums else (products.exact, convolutions.exact)
-    return _Rounding(lambda value: value.to(dtype).float(), *kernels, torch.finfo(dtype).max)
+    return _Rounding(functools.partial(_through, dtype), *kernels, torch.finfo(dtype).max)
+
+
+def _through(dtype: torch.dtype, value: Tensor) -> Tensor:
+    """float32 rounded to ``dtype``; what is too large for it keeps as many bits and stays finite.
+
+    An artifact may hold it in float32 (``--fp32-ops``); one that overflows is infinite or undefined, which nothing excuses.
+    """
+    rounded = value.to(dtype).float()
+    beyond = rounded.isinf()
+    if not bool(beyond.any()):
+        return rounded
+    beyond &= value.isfinite()
+    step = 2.0**20  # so that the splitting does not overflow
+    return torch.where(beyond, products.to_bits(value / step, products.HALF_BITS) * step, rounded)
 
 
 def _is_beyond(value: Any, largest: float) -> bool:

@@ -44,6 +44,14 @@ def test_emulation_clamps_fills_as_the_passes_do(precision: str) -> None:
     torch.testing.assert_close(emulated, filled(*ARGS), atol=0.05, rtol=0.05)
 
 
+def test_emulation_keeps_the_bits_of_what_overflows_and_what_is_infinite() -> None:
+    x = torch.rand(2, 5) + 1
+    with torch.no_grad(), eager_in("fp16"):
+        large, infinite = x * 6e4 * 4, x + -torch.inf
+    torch.testing.assert_close(large, x * 2.4e5, rtol=2**-10, atol=0)
+    assert not torch.equal(large, x * 2.4e5) and bool(infinite.isinf().all())
+
+
 def test_constants_keep_what_is_infinite_and_clamp_what_is_finite() -> None:
     value = lowered(torch.tensor([LOW, -torch.inf, torch.inf, 1e9, 1.0]), torch.float16)
     assert value.tolist() == [-65504.0, -torch.inf, torch.inf, 65504.0, 1.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import sam3x
 from sam3x.capture.capture import capture
-from sam3x.errors import LoweringError, TargetUnavailableError, VerificationError
+from sam3x.errors import LoweringError, Step, TargetUnavailableError, VerificationError
 from sam3x.pipeline.request import resolve
 from sam3x.sources.encoder import default_source
 from sam3x.targets.tensorrt.target import TrtTarget
@@ -75,6 +76,17 @@ def test_lower_precisions_in_one_engine(form: str, precision: str, tmp_path: Pat
     drift = [dict(item.split(" ") for item in text.split(", ")) for text in found["drift"].values()]
     bound = {"fp16": (2e-2, 0.99999), "bf16": (1.5e-1, 0.9995)}[precision]  # 11 and 8 bits on values up to 4
     assert all(float(item["max_abs"]) <= bound[0] and float(item["cosine"]) >= bound[1] for item in drift)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_graph_that_is_known_to_be_wrong_is_refused_in_every_precision(precision: str) -> None:
+    program, own = legal(captured("select"), compute_capability="sm89", precision=precision)
+    right = program.eager
+    TrtTarget().prove(program, own)
+    wrong = dataclasses.replace(program, eager=lambda x: {"output": right(x)["output"] * 1.1}, exact=None)
+    with pytest.raises(VerificationError, match="from eager, allowed") as failed:
+        TrtTarget().prove(wrong, own)
+    assert failed.value.step is Step.LOWER
 
 
 def test_conditionals_stay_conditionals_in_one_engine(tmp_path: Path) -> None:
