@@ -65,7 +65,7 @@ def build(captured: CapturedProgram, options: TrtOptions, capability: str) -> Bu
     with tempfile.TemporaryDirectory(prefix="sam3x-trt-") as folder:
         path = Path(folder) / "program.pt2"
         _save(captured, path)
-        slim = replace(captured, program=None, samples=(), eager=None)  # type: ignore[arg-type]
+        slim = replace(captured, program=None, samples=(), eager=None, exact=None)  # type: ignore[arg-type]
         for form in forms_of(captured):
             try:
                 built = in_builder_process(engine_of, slim, path, options, capability, form)
