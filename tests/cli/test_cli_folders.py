@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from sam3x.artifact.manifest import SCHEMA_VERSION
 from support.command_line import run
 
 SMALL_MODULE = """
@@ -119,7 +120,7 @@ def test_bad_folders(command: str, damage: str, default_artifact: Path, tmp_path
     elif damage == "no json":
         manifest.write_text("{")
     elif damage == "other schema":
-        manifest.write_text(manifest.read_text().replace('"schema_version": 2', '"schema_version": 99'))
+        manifest.write_text(manifest.read_text().replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 99'))
     elif damage == "edited file":
         graph.write_bytes(graph.read_bytes() + b"\0")
     elif damage == "missing file":
