@@ -123,6 +123,8 @@ def _places_after(node: Node, inside: Mapping[Node, Places], symbol: sympy.Symbo
         return _expanded(node, inside.get(source, ()), symbol)
     if target in _PRODUCTS:
         return _product(node, inside)
+    if target is aten.cat.default:
+        return _joined(node, inside)
     tags = getattr(target, "tags", ())
     if target in _LIKE or (torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags):
         return _aligned(node, inside)
@@ -220,6 +222,15 @@ def _aligned(node: Node, inside: Mapping[Node, Places]) -> Places:
                 raise NotRowsError(f"{node.target} ('{node.name}') combines rows at different places")
             raise NotRowsError(f"{node.target} ('{node.name}') meets '{item.name}', whose rows are not known")
     return places
+
+
+def _joined(node: Node, inside: Mapping[Node, Places]) -> Places | None:
+    """Parts whose rows are at the same places, side by side in another dimension."""
+    parts: Any = node.args[0]
+    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    own = inside.get(parts[0], ())
+    aside = all(place.dim != dim % node.meta["val"].dim() for place in own)
+    return own if aside and all(inside.get(part, ()) == own for part in parts) else None
 
 
 def _product(node: Node, inside: Mapping[Node, Places]) -> Places | None:

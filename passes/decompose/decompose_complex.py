@@ -10,7 +10,16 @@ from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import erase_dead
 from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult, graph_modules
-from sam3x.passes.graph.cond_graph import fake_mode_of
+from sam3x.passes.graph.cond_graph import (
+    Cond,
+    conds_of,
+    fake_mode_of,
+    outputs,
+    own_branches,
+    placeholders,
+    read_cond,
+    results_of,
+)
 from sam3x.passes.graph.constants import Constants
 from sam3x.passes.graph.emitter import Emitter
 
@@ -23,8 +32,8 @@ _ONE_DIM = {_aten.select.int, _aten.slice.Tensor, _aten.unsqueeze.default, _aten
 class DecomposeComplexPass(Pass):
     """Rotary embeddings written with ``view_as_complex``, a product and ``view_as_real`` become four real products.
 
-    A complex tensor of shape (…) becomes a real one of shape (…, 2), weights included. A graph in which one complex operator is
-    not known is left as it is. The product is written as ATen computes it, (ac − bd, ad + bc).
+    A complex tensor of shape (…) becomes a real one of shape (…, 2): weights, and what conditionals take and give, too.
+    A graph in which one complex operator is not known keeps it. The product is written as ATen computes it, (ac − bd, ad + bc).
     """
 
     name = "decompose_complex"
@@ -32,6 +41,7 @@ class DecomposeComplexPass(Pass):
 
     def call(self, program: ExportedProgram) -> PassResult:
         rewrites, failures = 0, []
+        crossed = sum(_cross_in_pairs(module) for _, module in graph_modules(program))
         for prefix, module in graph_modules(program):
             unknown = [node for node in module.graph.nodes if _is_complex(node) and not _known(node)]
             unknown += [n for n in module.graph.nodes if not _is_complex(n) and _reads_complex(n) and n.target not in _EXITS]
@@ -41,7 +51,9 @@ class DecomposeComplexPass(Pass):
                 ]
                 continue
             rewrites += _rewrite(program, module)
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
+        return PassResult(
+            program=program, modified=bool(rewrites or crossed), rewrites=rewrites, match_failures=tuple(failures)
+        )
 
 
 _MADE = {_aten.complex.default, _aten.polar.default}
@@ -49,8 +61,8 @@ _SUMS = {_aten.add.Tensor, _aten.sub.Tensor}
 _EXITS = {_aten.view_as_real.default, _aten.real.default, _aten.imag.default}
 
 
-def _is_complex(node: Node) -> bool:
-    value = node.meta.get("val")
+def _is_complex(node: Any) -> bool:
+    value = node.meta.get("val") if isinstance(node, Node) else None
     return isinstance(value, torch.Tensor) and value.is_complex()
 
 
@@ -74,6 +86,61 @@ def _known(node: Node) -> bool:
         *_SAME,
         *_ONE_DIM,
     }
+
+
+def _cross_in_pairs(module: GraphModule) -> int:
+    """Let the conditionals of a graph take and give real pairs in place of complex numbers; how many did not."""
+    own_branches(module)
+    crossing = [read_cond(module, node) for node in conds_of(module)]
+    crossing = [cond for cond in crossing if _reads_complex(cond.node) or any(map(_is_complex, outputs(cond.branches[0])))]
+    for cond in crossing:
+        _take_pairs(module, cond)
+        if any(map(_is_complex, outputs(cond.branches[0]))):
+            _give_pairs(module, cond)
+    return len(crossing)
+
+
+def _take_pairs(module: GraphModule, cond: Cond) -> None:
+    emit = Emitter(module, cond.node)
+    taken = [isinstance(item, Node) and _is_complex(item) for item in cond.operands]
+    pairs = [
+        emit(_aten.view_as_real.default, item) if is_in else item for item, is_in in zip(cond.operands, taken, strict=True)
+    ]
+    cond.node.update_arg(3, tuple(pairs))
+    for branch in cond.branches:
+        first = next(node for node in branch.graph.nodes if node.op != "placeholder")
+        for node, is_in in zip(placeholders(branch), taken, strict=True):
+            if is_in:
+                _as_pair(branch, node, first)
+
+
+def _give_pairs(module: GraphModule, cond: Cond) -> None:
+    for branch in cond.branches:
+        end = branch.graph.output_node()
+        emit = Emitter(branch, end)
+        # a copy: a branch may not return what it was given
+        given = [
+            emit(_aten.clone.default, emit(_aten.view_as_real.default, item)) if _is_complex(item) else item
+            for item in outputs(branch)
+        ]
+        end.update_arg(0, tuple(given))
+    values = (item.meta["val"] if isinstance(item, Node) else item for item in outputs(cond.branches[0]))
+    cond.node.meta["val"] = tuple(values)
+    for readers in results_of(cond.node).values():
+        for reader in readers:
+            if _is_complex(reader):
+                _as_pair(module, reader, reader.next)
+
+
+def _as_pair(module: GraphModule, node: Node, before: Node) -> None:
+    """``node``, complex so far, is a real pair, and its readers read the complex number made of it in front of ``before``."""
+    emit = Emitter(module, before)
+    pair = emit(_aten.view_as_real.default, node)
+    value = pair.meta["val"]
+    emit.undo()
+    node.meta["val"] = value
+    number = emit(_aten.view_as_complex.default, node)
+    node.replace_all_uses_with(number, delete_user_cb=lambda user: user is not number)
 
 
 def _rewrite(program: ExportedProgram, module: GraphModule) -> int:

@@ -134,7 +134,7 @@ BATCHED: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["linear", "merged minor", "merged major", "attention", "reductions"])
+@pytest.mark.parametrize("name", list(BATCHED))
 def test_rows_become_a_mask(name: str) -> None:
     x = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(3))
     program = capture(Program(halving(BATCHED[name]), w=W), (x, FLAG), {0: {0: DYN}})
@@ -285,6 +285,7 @@ MIXING: dict[str, tuple[Callable[..., Tensor], int, str]] = {
     "mask of both sides": (lambda x, w: scaled_dot_product_attention(x, x, x, x @ x.mT), 1, "may mix"),
     "softmax": (lambda x, w: x.softmax(0), 0, "may mix"),
     "flip": (lambda x, w: x.flip(0), 0, "may mix"),
+    "joined": (lambda x, w: torch.cat((x[:, :4], x[:, 4:]))[: x.shape[0]].repeat(1, 2, 1), 0, "may mix"),
     "cut": (lambda x, w: x.reshape(-1).reshape(3, -1).softmax(-1).reshape(-1, 3, 4), 0, "cuts across|may mix"),
 }
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+import sam3x
 from sam3x.capture.program import CapturedProgram, run_program
 from sam3x.passes.attention.canonicalize_attention import CanonicalizeAttentionPass
 from sam3x.passes.attention.simplify_attention_masks import SimplifyAttentionMasksPass
-from sam3x.passes.base import count_ops
+from sam3x.passes.base import count_ops, graph_modules
 from sam3x.passes.decompose.decompose_complex import DecomposeComplexPass
 from sam3x.passes.pipeline import PassPipeline
+from support.attention_styles import Attention
+from support.upstream import encoder_of
 
 
 class Rotary(nn.Module):
@@ -89,6 +95,66 @@ def test_rotary_tables_made_in_the_graph_become_real() -> None:
     assert not any(value.is_complex() for value in values)
     x = torch.rand(5, 2, 10, 8)
     torch.testing.assert_close(run_program(after.program, {"x": x}, ("out",))["out"], module(x), atol=1e-6, rtol=0)
+
+
+class Chosen(Rotary):
+    """A conditional that takes a complex table and gives a complex number, around another one."""
+
+    def forward(self, x: Tensor, turned: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        twice = torch.cond(
+            turned,
+            lambda a, b, t: torch.cond(t, lambda a, b: a * b, lambda a, b: a + b, (a, b)),
+            lambda a, b, t: a.clone(),
+            (pairs * self.freqs_cis, self.freqs_cis, turned),
+        )
+        return torch.view_as_real(twice * self.freqs_cis).flatten(3)
+
+
+def test_conditionals_take_and_give_pairs() -> None:
+    module = Chosen()
+    before = captured(module, torch.rand(3, 2, 10, 8), torch.tensor(True), names=("x", "turned"))
+    after, (record,) = PassPipeline((DecomposeComplexPass(),)).run(before)
+    assert record.modified and not record.match_failures
+    for _, graph in graph_modules(after.program):
+        values = [node.meta["val"] for node in graph.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+        assert not any(value.is_complex() for value in values)
+    x = torch.rand(3, 2, 10, 8)
+    for turned in (torch.tensor(True), torch.tensor(False)):
+        got = run_program(after.program, {"x": x, "turned": turned}, ("out",))["out"]
+        torch.testing.assert_close(got, module(x, turned), atol=1e-6, rtol=0)
+
+
+class Rotated(Attention):
+    """Queries turned by a slice of a buffer seen as complex, keys by what ``polar`` makes."""
+
+    def __init__(self, d_model: int, num_heads: int) -> None:
+        super().__init__(d_model, num_heads)
+        angles = torch.rand(24, self.head_dim // 2)
+        self.register_buffer("angles", angles)
+        self.register_buffer("table", torch.stack((angles.cos(), angles.sin()), -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, hide: Any) -> Tensor:
+        angles = self.angles[: k.shape[-2]]
+        q = turned_by(q, torch.view_as_complex(self.table[: q.shape[-2]]))
+        k = turned_by(k, torch.polar(torch.ones_like(angles), angles))
+        scores = q @ k.transpose(-2, -1) / self.head_dim**0.5
+        return (scores if hide is None else scores.masked_fill(hide, -1e9)).softmax(-1) @ v
+
+
+def turned_by(x: Tensor, table: Tensor) -> Tensor:
+    return torch.view_as_real(torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2)) * table).flatten(3)
+
+
+def test_a_rotary_encoder_with_runtime_flags_is_a_pte(tmp_path: Path) -> None:
+    encoder = encoder_of(1)
+    encoder.layers[0].self_attn = Rotated(32, 4)
+    sizes: dict[str, Any] = {"tokens": 18, "batch": (1, 2), "prompt_length": 3}
+    manifest = sam3x.export(encoder, target="pte", output=tmp_path / "out", **sizes).manifest
+    assert manifest.verified and {record.branch.partition(" ")[0] for record in manifest.verification} == {
+        "dac=False",
+        "dac=True",
+    }
 
 
 def test_a_complex_operator_that_is_not_known_leaves_the_graph_as_it_is() -> None:
