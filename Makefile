@@ -21,6 +21,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not long" $(PYTEST_ARGS)
 
 test-long: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[all,tools]"
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m long $(PYTEST_ARGS)
 
 fuzz: $(STAMP)

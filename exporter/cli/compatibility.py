@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sam3x.cli.console import reporting, shown_steps, suppressed_output
 
+if TYPE_CHECKING:
+    from sam3x.cli.views import Steps
+
 
 def compatibility(
     target: Annotated[list[str] | None, typer.Option("--target", "-t", help="Only these; repeatable.")] = None,
+    tools: Annotated[
+        bool, typer.Option("--tools", help="Instead: which runtimes and tools read the ONNX files, in every form of them.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the page as Markdown.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceback of an error.")] = False,
@@ -24,21 +30,32 @@ def compatibility(
             raise SpecError(
                 f"{output} cannot be written", remedy="Name a file in a folder that exists.", step=Step.COMPATIBILITY
             )
+        if tools and target:
+            raise SpecError("--tools is about the ONNX files", remedy="Leave --target or --tools out.", step=Step.COMPATIBILITY)
         with shown_steps(quiet) as steps:
             steps.begin("import torch")
             with suppressed_output(verbose):
-                from sam3x.pipeline import compatibility as matrix
-                from sam3x.targets.registry import get_target
+                if tools:
+                    from sam3x.bench import portability
 
-                chosen = {name: matrix.TARGETS.get(name, {}) for name in target or matrix.TARGETS}
-                found = matrix.compatibility(chosen, steps.begin)
-                versions: dict[str, str] = {}
-                for name in chosen:
-                    back_end = get_target(name)
-                    versions |= back_end.versions() if back_end.availability().available else {}
+                    page = portability.markdown(portability.portability(steps.begin))
+                else:
+                    page = _of_targets(target, steps)
             steps.end()
-        page = matrix.markdown(found, versions)
         if output is not None:
             output.write_text(page, encoding="utf-8")
         elif not quiet:
             typer.echo(page)
+
+
+def _of_targets(target: list[str] | None, steps: Steps) -> str:
+    from sam3x.pipeline import compatibility as matrix
+    from sam3x.targets.registry import get_target
+
+    chosen = {name: matrix.TARGETS.get(name, {}) for name in target or matrix.TARGETS}
+    found = matrix.compatibility(chosen, steps.begin)
+    versions: dict[str, str] = {}
+    for name in chosen:
+        back_end = get_target(name)
+        versions |= back_end.versions() if back_end.availability().available else {}
+    return matrix.markdown(found, versions)

@@ -1,0 +1,110 @@
+"""Who else than ONNX Runtime reads the ONNX files: runtimes agree with it, tools leave a file that loads and agrees."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from typer.testing import CliRunner
+
+from sam3x.bench.portability import component_files, encoder_files, markdown
+from sam3x.bench.tools import PORTABLE, TOOLS, attempt, try_tool, write_case
+from sam3x.cli.app import app
+from sam3x.sources.names import COMPONENTS
+
+pytestmark = pytest.mark.long
+
+RUNTIMES = ("onnx evaluator", "OpenVINO")
+EXACT = ("shape inference", "version converter", "onnxslim")
+OTHERS = {"float16": 1e-2, "quant_pre_process, shapes by onnx": 1e-6, "quantize_dynamic": 0.3}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return encoder_files(tmp_path_factory.mktemp("files"), ("default", "select"))
+
+
+def test_the_default_file_has_loops_in_loops_and_conditionals(files: dict[str, Path]) -> None:
+    graph = onnx.load(files["default"] / "model.onnx").graph
+    loops = [node for node in graph.node if node.op_type == "Loop"]
+    inner = [node.op_type for loop in loops for node in loop.attribute[0].g.node]
+    assert len(loops) == 6 and inner.count("Loop") == 4 and "If" in {node.op_type for node in graph.node}
+
+
+@pytest.mark.parametrize("form", ("default", "select"))
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_other_runtimes_agree_with_onnx_runtime(name: str, form: str, files: dict[str, Path]) -> None:
+    off = attempt(name, files[form])
+    assert off is not None and off <= PORTABLE
+
+
+@pytest.mark.parametrize("form", ("default", "select"))
+def test_the_parser_of_tensorrt_takes_the_graph(form: str, files: dict[str, Path]) -> None:
+    assert attempt("TensorRT-RTX parser", files[form]) is None
+
+
+@pytest.mark.parametrize("name", (*EXACT, *OTHERS))
+def test_what_tools_make_of_the_default_file_loads_and_agrees(name: str, files: dict[str, Path]) -> None:
+    off = attempt(name, files["default"])
+    assert off is not None and off <= OTHERS.get(name, 0.0)
+
+
+def test_each_component_and_the_fused_file_are_read_with_strict_shape_inference(tmp_path: Path) -> None:
+    written = component_files(tmp_path)
+    assert set(written) == {*COMPONENTS, "fused"}
+    assert {name: attempt("shape inference", folder) for name, folder in written.items()} == dict.fromkeys(written, 0.0)
+
+
+def test_the_transformers_optimizer_takes_what_has_no_conditional(files: dict[str, Path]) -> None:
+    off = attempt("transformers optimizer", files["select"])
+    assert off is not None and off <= PORTABLE
+
+
+def test_every_name_in_a_file_stands_for_one_thing(files: dict[str, Path]) -> None:
+    def names(graph: onnx.GraphProto) -> list[str]:
+        found = [value.name for value in (*graph.input, *graph.initializer)]
+        for node in graph.node:
+            found += [*node.output, f"node {node.name}"]
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    found += names(attribute.g)
+        return found
+
+    for folder in files.values():
+        found = names(onnx.load(folder / "model.onnx").graph)
+        assert len(found) == len(set(found))
+
+
+def test_a_tool_that_fails_or_crashes_costs_one_file(tmp_path: Path) -> None:
+    """The reason is told, and the file after it is tried all the same."""
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "neg", [x], [y])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, tmp_path / "neg.onnx")
+    for name in ("broken", "whole"):
+        write_case(tmp_path / name, tmp_path / "neg.onnx", [{"x": np.ones(2, np.float32)}])
+    (tmp_path / "broken" / "model.onnx").write_bytes(b"no model")
+    found = try_tool("shape inference", [tmp_path / "broken", tmp_path / "whole"])
+    assert "DecodeError" in str(found[tmp_path / "broken"]) and found[tmp_path / "whole"] == 0.0
+
+
+def test_the_page_has_a_cell_for_every_tool_and_a_reason_for_every_no() -> None:
+    found = {name: {"default": 1e-7, "fused": 0.0} for name in TOOLS}
+    found |= {
+        "OpenVINO": {"default": "Error: /tmp/x/model.onnx | no", "fused": 2e-3},
+        "float16": {"default": None, "fused": math.inf},
+    }
+    page = markdown(found)
+    assert "| OpenVINO | no |" in page and "| OpenVINO | **2e-03** |" in page
+    assert "OpenVINO fails on default, fused." in page and "onnxruntime-web fails" not in page
+    assert "- OpenVINO, default: Error: model.onnx \\| no" in page
+    assert "| float16 | reads it |" in page and "| float16 | other sizes |" in page
+
+
+def test_tools_and_targets_are_two_questions(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["compatibility", "--tools", "--target", "onnx", "--quiet"])
+    assert done.exit_code == 2 and "Leave --target or --tools out." in done.output
