@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from sam3x.capture.component import capture_component
-from sam3x.capture.program import CapturedProgram
+from sam3x.capture.program import CapturedProgram, Sample
 from sam3x.passes.attention.unweave_channels import UnweaveChannelsPass
 from sam3x.passes.base import Pass, count_ops
 from sam3x.passes.default_pipeline import default_pipeline
@@ -99,7 +99,7 @@ def captured(body: Body, *, tokens: str | None = None, names: tuple[str, ...] = 
     ports = (Port(name="x", dims=("batch", tokens, None)),)
     ranges = {"batch": (1, 8), **({"tokens": (1, 64)} if tokens else {})}
     component = Component(name="part", module=Packed(body).eval(), inputs=ports, outputs=names, ranges=ranges)
-    return BEFORE.run(capture_component(component, {"x": torch.randn(3, 6, WIDTH)}))[0]
+    return BEFORE.run(capture_component(component, Sample(branch="fixed", case="x", inputs={"x": torch.randn(3, 6, WIDTH)})))[0]
 
 
 def rewritten(given: CapturedProgram, made: Pass) -> tuple[ExportedProgram, ExportedProgram, int]:

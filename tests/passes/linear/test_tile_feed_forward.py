@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sam3x.capture.component import capture_component
-from sam3x.capture.program import CapturedProgram
+from sam3x.capture.program import CapturedProgram, Sample
 from sam3x.passes.linear.tile_feed_forward import ACTIVATIONS, TILED_FEED_FORWARD, TileFeedForwardPass
 from sam3x.passes.pipeline import PassPipeline
 from sam3x.sources.contract import Component, Port
@@ -117,7 +117,9 @@ def test_rows_of_a_known_number_are_cut_without_a_rest(
     module = Mlp(functional.gelu)
     port = Port(name="x", dims=("batch", *[None] * len(rows), None))
     component = Component(name="mlp", module=_Tuple(module), inputs=(port,), outputs=("y",), ranges={"batch": (1, 4)})
-    given, _ = PassPipeline((TileFeedForwardPass(0),)).run(capture_component(component, {"x": torch.randn(2, *rows, 8)}))
+    given, _ = PassPipeline((TileFeedForwardPass(0),)).run(
+        capture_component(component, Sample(branch="fixed", case="x", inputs={"x": torch.randn(2, *rows, 8)}))
+    )
     path, target = tmp_path / "mlp.onnx", OnnxTarget()
     target.lower(given, path, OnnxOptions())
     found = [node.op_type for node in onnx.load(path).graph.node]
