@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from sam3x.capture.capture import capture
 from sam3x.capture.program import CapturedProgram, run_program
-from sam3x.errors import SpecError
+from sam3x.errors import SpecError, Step
 from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.passes.pipeline import PassPipeline
 from sam3x.spec import make_spec
@@ -74,6 +74,6 @@ class Orders(RuleBasedStateMachine):
         result, records = self.pipeline.run(self.program)
         assert [record.name for record in records] == [item.name for item in self.order]
         found = compare(result.samples, lambda x: run_program(result.program, x, result.output_names), self.program.eager)
-        require(found, f"{self.pipeline.names}")
+        require(found, Step.PASSES, str(self.pipeline.names))
         COUNTS["orders of passes"] += 1
         COUNTS["orders comparisons"] += len(found)
