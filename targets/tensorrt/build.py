@@ -43,6 +43,10 @@ class Built:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
+class UnreadableError(Exception):
+    """torch cannot load a program that it saved itself, as with some sizes that a flag decides."""
+
+
 FORMS = {
     "loops": "attention in loops over tiles of queries",
     "tiles": "attention in tiles of queries, one after another",
@@ -69,6 +73,8 @@ def build(captured: CapturedProgram, options: TrtOptions, capability: str) -> Bu
         for form in forms_of(captured):
             try:
                 built = in_builder_process(engine_of, slim, path, options, capability, form)
+            except UnreadableError:  # the builder works in this process then: what it raises is told, a crash would end both
+                built = _engine(captured, options, capability, form)
             except BuilderError as error:
                 failed.append(f"{FORMS[form]}: {error.fact}")
                 last = error
@@ -135,19 +141,30 @@ def in_builder_process(work: Callable[..., T], *args: Any) -> T:
             subject="trt",
             remedy="Allow attention more memory (--attention-memory 2GB), or take --precision fp16.",
         ) from None
-    except Sam3xError:
+    except (Sam3xError, UnreadableError):
         raise
     except Exception as error:
         raise LoweringError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", subject="trt") from error
 
 
 def engine_of(slim: CapturedProgram, path: Path, options: TrtOptions, capability: str, form: str) -> Built:
-    """Load the program at ``path`` and build its engine, in this process. ``slim``: the capture without its program."""
+    """Load the program at ``path`` and build its engine, in this process. ``slim``: the capture without its program.
+
+    Raises:
+        UnreadableError: the program cannot be loaded.
+    """
     import torch
 
     import sam3x.passes.attention.operators  # noqa: F401 - what the program calls
 
-    captured = replace(slim, program=torch.export.load(path))
+    try:
+        program = torch.export.load(path)
+    except Exception as error:
+        raise UnreadableError(str(error).partition(chr(10))[0]) from error
+    return _engine(replace(slim, program=program), options, capability, form)
+
+
+def _engine(captured: CapturedProgram, options: TrtOptions, capability: str, form: str) -> Built:
     with named_device(capability_of(capability)), builder_log() as log:
         import_torch_tensorrt()
         network, interpreter, profile = convert(captured, options, log, form)
