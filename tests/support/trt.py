@@ -29,11 +29,11 @@ def captured(form: str) -> CapturedProgram:
     return capture(encoder_of(2), make_spec(branches=form, **SIZES))
 
 
-def legal(captured: CapturedProgram, **options: Any) -> tuple[CapturedProgram, Any]:
-    """The program as the target lowers it, and the options."""
+def legal(captured: CapturedProgram, *, branches: str = "select", **options: Any) -> tuple[CapturedProgram, Any]:
+    """The program as the target lowers it with runtime flags in the form ``branches``, and the options."""
     request = resolve("trt", {**captured.ranges, **options})
     own: Any = request.options
-    pipeline = default_pipeline("cond").then(*request.target.legalization_passes(own))
+    pipeline = default_pipeline(branches).then(*request.target.legalization_passes(own))
     return pipeline.run(captured)[0], own
 
 

@@ -69,7 +69,7 @@ def test_without_a_gpu_it_is_not_called_verified(folder: Path) -> None:
 
 @pytest.mark.parametrize(("form", "precision"), [("select", "fp16"), ("select", "bf16"), ("cond", "fp16"), ("cond", "bf16")])
 def test_lower_precisions_in_one_engine(form: str, precision: str, tmp_path: Path) -> None:
-    found = lower(captured(form), tmp_path / "x.engine", precision=precision)
+    found = lower(captured(form), tmp_path / "x.engine", branches=form, precision=precision)
     assert found["attentions"] == 4 and found["tiled_attention_loops"] == 0
     assert found["attention_layers"] == (0 if (form, precision) == ("cond", "bf16") else 4)
     assert found["dtypes"]["tgt"] == found["dtypes"]["output"] == "float"  # what callers hand over does not change
@@ -90,14 +90,14 @@ def test_a_graph_that_is_known_to_be_wrong_is_refused_in_every_precision(precisi
 
 
 def test_conditionals_stay_conditionals_in_one_engine(tmp_path: Path) -> None:
-    found = lower(captured("cond"), tmp_path / "x.engine")
+    found = lower(captured("cond"), tmp_path / "x.engine", branches="cond")
     assert found["conditionals"] == 12 and found["left_to_torch"] == 0  # six norms a layer; dac is a mask of rows
 
 
 @pytest.mark.parametrize("form", ["select", "cond"])
 def test_dac_at_a_fixed_batch_of_one_leaves_no_conditional_of_sizes(form: str, tmp_path: Path) -> None:
     spec = sam3x.spec.make_spec(branches=form, tokens=36, batch=1, prompt_length=(1, 9))
-    found = lower(capture(encoder_of(1), spec), tmp_path / "x.engine")
+    found = lower(capture(encoder_of(1), spec), tmp_path / "x.engine", branches=form)
     assert found["conditionals"] == (0 if form == "select" else 6)
 
 
@@ -203,7 +203,7 @@ def test_dynamic_tokens_dac_and_all_masks_beside_conditionals(tmp_path: Path) ->
     """TensorRT refused the sizes of it below the top level until they were stated."""
     names = ("tgt", "memory", "tgt_mask", "memory_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "pos", "query_pos")
     spec = sam3x.spec.make_spec(branches="cond", inputs=names, tokens=(16, 90), batch=(1, 2), prompt_length=(1, 9))
-    assert lower(capture(encoder_of(1), spec), tmp_path / "x.engine")["conditionals"] > 0
+    assert lower(capture(encoder_of(1), spec), tmp_path / "x.engine", branches="cond")["conditionals"] > 0
 
 
 # ---- refusals
