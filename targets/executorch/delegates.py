@@ -15,6 +15,9 @@ from sam3x.targets.executorch.partition import partitions
 _CAT = 5
 """The most tensors XNNPACK joins at once."""
 
+PLACE = "sam3x_place"
+"""In a node's ``meta``: where it stood in the graph before delegates were cut out of it."""
+
 _LIGHT = 1_000_000
 """FLOPs that are no reason for a delegate of their own; ExecuTorch's kernels need about a millisecond for them."""
 
@@ -118,6 +121,8 @@ def _xnnpack(precision: str, plain: bool) -> list[Any]:
         def generate_partitions(self, ep: ExportedProgram) -> list[Any]:
             groups = self.get_matched_nodes_from_configs(ep)
             whole = sum(flops_of(node) for group in groups for node in group)
+            for index, node in enumerate(ep.graph.nodes):
+                node.meta[PLACE] = index
             found = partitions(ep.graph, groups, lambda program: sum(map(flops_of, program)) < min(_LIGHT, whole / 1000))
             return [Partition(id=index, nodes=nodes) for index, nodes in enumerate(found)]
 

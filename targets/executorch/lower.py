@@ -19,7 +19,7 @@ from sam3x.passes.base import Pass, PassResult
 from sam3x.passes.graph.cond_graph import aten, expression, fake_mode_of, slice_args
 from sam3x.passes.linear.canonicalize_layouts import unify_sizes
 from sam3x.passes.pipeline import PassPipeline
-from sam3x.targets.executorch.delegates import PlainProgram, is_plain, partitioners
+from sam3x.targets.executorch.delegates import PLACE, PlainProgram, is_plain, partitioners
 from sam3x.targets.executorch.metadata import metadata_of
 from sam3x.targets.quiet import suppressed_output
 
@@ -118,18 +118,42 @@ def _bounded(captured: CapturedProgram) -> Iterator[None]:
         captured.program.range_constraints.update(constraints)
 
 
+def _sorted(module: GraphModule) -> GraphModule:
+    """Sort the graph by the places that the partitioner gave; what was cut out, and all it waits for, comes first."""
+    from torch.fx.passes.tools_common import stable_topological_sort
+
+    first: set[Node] = set()
+    waiting = [node for node in module.graph.nodes if node.op == "call_module"]
+    waiting += [user for node in waiting for user in node.users if user.target is operator.getitem]
+    while waiting:
+        node = waiting.pop()
+        if node not in first:
+            first.add(node)
+            waiting += node.all_input_nodes
+
+    def place(node: Node) -> tuple[int, bool, int]:
+        if node.op in ("placeholder", "output"):
+            return (0 if node.op == "placeholder" else 2, False, 0)
+        return (1, node not in first, node.meta.get(PLACE, -1))
+
+    last = module.graph._root
+    for node in sorted(module.graph.nodes, key=place):
+        last.append(node)
+        last = node
+    return stable_topological_sort(module)
+
+
 @contextlib.contextmanager
 def _graph_order() -> Iterator[None]:
     """Nodes keep their order when a delegate is cut out.
 
     ExecuTorch sorts what is left breadth first (``legalize_graph``), and a second delegate then computes the scores of all
-    heads before it uses those of the first. torch's stable sort stands in for it.
+    heads before it uses those of the first. ``_sorted`` stands in for it.
     """
     from executorch.exir import lowered_backend_module
-    from torch.fx.passes.tools_common import stable_topological_sort
 
     before = lowered_backend_module.legalize_graph
-    lowered_backend_module.legalize_graph = stable_topological_sort
+    lowered_backend_module.legalize_graph = _sorted
     try:
         yield
     finally:
