@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sam3x
-from sam3x import api
 from sam3x.artifact.files import sha256_of
 from sam3x.errors import ArtifactError, Sam3xError, SourceError
+from sam3x.pipeline import job
 from sam3x.sources.encoder import checkpoint_source
 from support.folders import contents, edit_manifest
 from support.upstream import encoder_of
@@ -363,7 +363,7 @@ def test_an_export_into_a_folder_that_another_export_holds(artifact: Path, monke
         refusals.append(contents(artifact) == before)
         raise SourceError("the first one stops here")
 
-    monkeypatch.setattr(api, "capture", capture_meanwhile)
+    monkeypatch.setattr(job, "capture_component", capture_meanwhile)
     with pytest.raises(SourceError, match="stops here"):
         sam3x.export(encoder_of(1), output=artifact)
     assert refusals == [True] and contents(artifact) == before

@@ -159,7 +159,7 @@ def test_hints_for_a_pipeline_name_the_option(damage: str, tiny_pipeline: Path, 
         done = run(command, folder, *(["a.png", "--text", "x"] if command == "run" else []))
         assert done.exit_code == 2 and f"sam3x export --pipeline -o {folder}" in "".join(done.stderr.split("\n")), command
     with pytest.raises(ArtifactError, match="export --pipeline"):
-        verify_pipeline(tmp_path, random_image_source(SMALL))
+        verify_pipeline(folder, random_image_source(SMALL))
 
 
 @pytest.mark.parametrize(("given", "expected"), [([], None), (["--threshold", "0.2"], 0.2)])
@@ -169,10 +169,18 @@ def test_run_filters_at_the_manifests_own_threshold(
     """0.3 for transformers' models, as ``Segmenter.segment`` has it."""
     seen: list[float | None] = []
 
-    def segment(self: Segmenter, image: object, *_: object, threshold: float | None = None) -> Result:
+    def segment(self: Segmenter, image: object, *, threshold: float | None = None, **_: object) -> Result:
         seen.append(threshold)
-        none = np.zeros((0, 4), np.float32)
-        return Result(masks=none, boxes=none, scores=none[:, 0], prompt=none[:, 0], prompts=("x",), picture=photograph())
+        none = np.zeros((0, 4, 4), np.float32)
+        return Result(
+            boxes=none[:, 0],
+            scores=none[:, 0, 0],
+            prompt=np.zeros(0, np.int64),
+            prompts=("x",),
+            picture=photograph(),
+            small_masks=none,
+            border=0.0,
+        )
 
     monkeypatch.setattr(Segmenter, "segment", segment)
     photograph().save(tmp_path / "a.png")
