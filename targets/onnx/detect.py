@@ -42,7 +42,7 @@ select (float[prompts, Q] pred_logits, float[prompts, 1] presence, float[prompts
     ids = Range (zero, every, one)
     bonus = Mul (counted, length)
     ranks = Sub (bonus, ids)
-    keys = Cast <to: int = 1> (ranks)
+    keys = CastLike (ranks, nothing)
     best, slots = TopK <axis: int = 1> (keys, some)
     index = Unsqueeze (slots, last)
     kept = GatherND <batch_dims: int = 1> (queries, index)

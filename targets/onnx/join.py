@@ -72,6 +72,9 @@ def join(
     ir.passes.Sequential(
         common.OutputFixPass(),
         common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(
+            lift_all_constants=True, size_limit=0
+        ),  # onnxslim makes a double of `value_float`
         common.DeduplicateHashedInitializersPass(),
     )(model)
     for value, tensor in zip((*model.graph.outputs, *model.graph.inputs), (*outputs, *inputs), strict=True):

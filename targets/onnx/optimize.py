@@ -19,6 +19,22 @@ def _activation_first() -> Any:
     )
 
 
+def _one_size_more() -> Any:
+    """Expand to ones adds dimensions and nothing else: OpenVINO drops it, dimensions and all."""
+    from onnxscript import ir
+    from onnxscript.rewriter import RewriteRule
+
+    def check(context: Any, x: ir.Value, shape: ir.Value) -> bool:
+        sizes = ir.convenience.get_const_tensor(shape)
+        return x.shape is not None and sizes is not None and bool((sizes.numpy() == 1).all())
+
+    def added(op: Any, x: ir.Value, shape: ir.Value) -> Any:
+        more = int(ir.convenience.get_const_tensor(shape).size) - len(x.shape)  # type: ignore[union-attr, arg-type]
+        return op.Unsqueeze(x, op.Constant(value_ints=list(range(more)))) if more > 0 else op.Identity(x)
+
+    return RewriteRule(lambda op, x, shape: op.Expand(x, shape), added, check, name="one_size_more")
+
+
 def _fresh(rule: Any) -> Any:
     """Make the rule anew from its class: one that was used keeps its last graph, weights and all, and cannot be copied."""
     return type(rule._condition_function.__self__).rule()
@@ -47,7 +63,7 @@ def optimize(model: ir.Model, *, fold_norms: bool = True) -> None:
         chosen += [rules.normalize_pad_format_conv_rule, rules.fuse_pad_into_conv_rule]
     common.InlinePass()(model)
     fold_constants_ir(model, onnx_shape_inference=True)
-    rewrite(model, [_activation_first(), *map(_fresh, chosen)])
+    rewrite(model, [_activation_first(), _one_size_more(), *map(_fresh, chosen)])
     fold_constants_ir(model)  # the rewrites leave an Identity each
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),

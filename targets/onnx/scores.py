@@ -28,17 +28,21 @@ def _is_bool(mask: ir.Value) -> bool:
     return mask.dtype == ir.DataType.BOOL
 
 
-def _scaled_and_swapped(query: ir.Value, key: ir.Value, scale: float) -> tuple[ir.Value, ir.Value]:
-    """Scaled query, transposed key."""
+def _scaled(query: ir.Value, scale: float) -> ir.Value:
+    made = opset().Mul(query, _scalar(scale, query))
+    made.dtype, made.shape = query.dtype, query.shape
+    return made
+
+
+def _swapped(key: ir.Value) -> ir.Value:
+    """(…, S, D) → (…, D, S)."""
     import onnx_ir as ir
 
-    op = opset()
     rank = len(key.shape)  # type: ignore[arg-type]
     order = [*range(rank - 2), rank - 1, rank - 2]
-    scaled, swapped = op.Mul(query, _scalar(scale, query)), op.Transpose(key, perm=order)
-    scaled.dtype, scaled.shape = query.dtype, query.shape
-    swapped.dtype, swapped.shape = key.dtype, ir.Shape([key.shape[axis] for axis in order])  # type: ignore[index]
-    return scaled, swapped
+    made = opset().Transpose(key, perm=order)
+    made.dtype, made.shape = key.dtype, ir.Shape([key.shape[axis] for axis in order])  # type: ignore[index]
+    return made
 
 
 def _additive(mask: ir.Value, like: ir.Value) -> ir.Value:
@@ -52,8 +56,7 @@ def _additive(mask: ir.Value, like: ir.Value) -> ir.Value:
 
 def plain(query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | None, scale: float) -> ir.Value:
     """(…, N, D), (…, S, D), (…, S, E), a mask that broadcasts to (…, N, S) → (…, N, E), all scores at once."""
-    scaled, swapped = _scaled_and_swapped(query, key, scale)
-    return _whole(scaled, swapped, value, None if mask is None else _additive(mask, query))
+    return _whole(_scaled(query, scale), _swapped(key), value, None if mask is None else _additive(mask, query))
 
 
 def _whole(scaled: ir.Value, swapped: ir.Value, value: ir.Value, mask: ir.Value | None) -> ir.Value:
@@ -67,12 +70,12 @@ def _whole(scaled: ir.Value, swapped: ir.Value, value: ir.Value, mask: ir.Value 
 
 def scan(query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | None, scale: float, budget: int) -> ir.Value:
     """As ``plain``, with at most ``budget`` bytes for scores and probabilities."""
-    scaled, swapped = _scaled_and_swapped(query, key, scale)
+    scaled = _scaled(query, scale)
     if mask is not None and not _varies(mask):
         mask = _additive(mask, query)
     if _head_by_head(query, key, value, mask):
-        return _heads(scaled, swapped, value, mask, budget)
-    return _tiled(scaled, swapped, value, mask, budget)
+        return _heads(scaled, key, value, mask, budget)
+    return _tiled(scaled, _swapped(key), value, mask, budget)
 
 
 def _tiled(scaled: ir.Value, swapped: ir.Value, value: ir.Value, mask: ir.Value | None, budget: int) -> ir.Value:
@@ -116,8 +119,8 @@ def _head_by_head(query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Valu
     return mask is None or not _varies(mask) or all(dim == 1 for dim in mask.shape[:-2])  # type: ignore[index]
 
 
-def _heads(scaled: ir.Value, swapped: ir.Value, value: ir.Value, mask: ir.Value | None, budget: int) -> ir.Value:
-    """As ``_tiled``, head by head, so that a tile has many rows and little memory; all heads at once where that is small.
+def _heads(scaled: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | None, budget: int) -> ir.Value:
+    """As ``_tiled`` of a key that is not transposed, head by head: many rows, little memory; all heads where that is small.
 
     Where the sizes are numbers and a head's scores fit, as in a window of a ViT, a step takes whole heads and no tiles.
     """
@@ -127,11 +130,11 @@ def _heads(scaled: ir.Value, swapped: ir.Value, value: ir.Value, mask: ir.Value 
     rank = len(scaled.shape)  # type: ignore[arg-type]
     lead, queries = op.Shape(scaled, start=0, end=rank - 2), op.Shape(scaled, start=rank - 2, end=rank - 1)
     width, tiles = op.Shape(value, start=-1), None
-    few = _heads_that_fit(scaled, swapped, min(TILE_BYTES, budget // 2))
+    few = _heads_that_fit(scaled, key, min(TILE_BYTES, budget // 2))
     if few:
         shape = ints(-1, few)
     else:
-        heads, keys = op.ReduceProd(lead, keepdims=1), op.Shape(swapped, start=rank - 1)
+        heads, keys = op.ReduceProd(lead, keepdims=1), op.Shape(key, start=rank - 2, end=rank - 1)
         size = op.Mul(op.Mul(op.Mul(heads, queries), keys), ints(int(_dtype(scaled).itemsize)))
         group = op.Where(op.LessOrEqual(size, ints(min(TILE_BYTES, budget // 2))), heads, ints(1))
         shape = op.Concat(op.Div(heads, group), group, axis=0)
@@ -143,7 +146,8 @@ def _heads(scaled: ir.Value, swapped: ir.Value, value: ir.Value, mask: ir.Value 
         made.dtype, made.shape = x.dtype, ir.Shape([None, few or None, *x.shape[-2:]])  # type: ignore[index]
         return made
 
-    looped = [grouped(x) for x in (scaled, swapped, value)]
+    # transposed once grouped: OpenVINO throws on a dynamic size between two Reshapes (its ShuffleChannelsFusion)
+    looped = [grouped(scaled), _swapped(grouped(key)), grouped(value)]
     if mask is not None and all(dim == 1 for dim in mask.shape[:-2]):  # type: ignore[index]
         mask = _of_all_heads(mask)
         mask = _additive(mask, scaled) if few else mask
@@ -165,9 +169,9 @@ def _heads(scaled: ir.Value, swapped: ir.Value, value: ir.Value, mask: ir.Value 
     return op.Reshape(made, op.Concat(lead, queries, width, axis=0))
 
 
-def _heads_that_fit(scaled: ir.Value, swapped: ir.Value, limit: int) -> int:
+def _heads_that_fit(scaled: ir.Value, key: ir.Value, limit: int) -> int:
     """How many heads at a time keep their scores below ``limit`` bytes and divide all heads; 0 where sizes are not known."""
-    queries, keys = scaled.shape[-2], swapped.shape[-1]  # type: ignore[index]
+    queries, keys = scaled.shape[-2], key.shape[-2]  # type: ignore[index]
     if not isinstance(queries, int) or not isinstance(keys, int):
         return 0
     fit = limit // (queries * keys * int(scaled.dtype.itemsize))  # type: ignore[union-attr]

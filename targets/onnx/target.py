@@ -227,6 +227,7 @@ def _make_plain(model: ir.Model) -> None:
 
     - A name stands for one thing in the whole file, not for one in each sub-graph: onnx's shape inference and others keep
       what they know by name alone.
+    - Numbers become float by a ``CastLike`` of a constant, whose dtype converters to float16 change; they leave a ``Cast``.
     - A float input that sub-graphs alone read goes through an ``Identity``: converters to float16 put a cast behind inputs, and
       look for readers in the outermost graph.
     """
@@ -249,6 +250,7 @@ def _make_plain(model: ir.Model) -> None:
             value.name = new(value.name, values)
         for node in inner:
             node.name = new(node.name or node.op_type, nodes)
+    _cast_like(graph, new("float_like", values))
     for value in graph.inputs:
         if value.dtype == ir.DataType.FLOAT and value.uses() and all(use.node.graph is not graph for use in value.uses()):
             read = ir.node("Identity", [value], name=new(f"{value.name}_identity", nodes))
@@ -257,6 +259,22 @@ def _make_plain(model: ir.Model) -> None:
             value.replace_all_uses_with(made)
             read.replace_input_with(0, value)
             graph.insert_before(graph[0], [read])
+
+
+def _cast_like(graph: ir.Graph, name: str) -> None:
+    """``Cast`` to float as ``CastLike`` of one constant of that name, in sub-graphs too."""
+    import onnx_ir as ir
+
+    found = [node for node in ir.traversal.RecursiveGraphIterator(graph) if node.op_type == "Cast"]
+    found = [node for node in found if node.attributes["to"].as_int() == ir.DataType.FLOAT]
+    if not found:
+        return
+    like = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]), const_value=ir.tensor(0.0, name=name))
+    graph.register_initializer(like)
+    for cast in found:
+        assert cast.graph is not None
+        made = ir.node("CastLike", [cast.inputs[0], like], name=cast.name, version=18)
+        ir.convenience.replace_nodes_and_values(cast.graph, cast, [cast], [made], cast.outputs, made.outputs)
 
 
 def _set_opset(model: ir.Model, opset: int, others: Mapping[str, int]) -> None:

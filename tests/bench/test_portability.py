@@ -41,6 +41,30 @@ def test_other_runtimes_agree_with_onnx_runtime(name: str, form: str, files: dic
     assert off is not None and off <= PORTABLE
 
 
+@pytest.fixture(scope="module")
+def components(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return component_files(tmp_path_factory.mktemp("components"))
+
+
+FILES = (*COMPONENTS, "fused")
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_other_runtimes_read_each_component_and_the_fused_file(name: str, file: str, components: dict[str, Path]) -> None:
+    """OpenVINO dropped an `Expand` to ones with its dimension, and threw on Reshape, Transpose, Reshape of a dynamic size."""
+    off = attempt(name, components[file])
+    assert off is not None and off <= PORTABLE
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("name", (*EXACT, *OTHERS))
+def test_what_tools_make_of_each_component_loads_and_agrees(name: str, file: str, components: dict[str, Path]) -> None:
+    """onnxslim made a double of the `value_float` of a `Constant`, float16 left a `Cast` to float in a graph of halves."""
+    off = attempt(name, components[file])
+    assert off is not None and off <= OTHERS.get(name, 0.0)
+
+
 @pytest.mark.parametrize("form", ("default", "select"))
 def test_the_parser_of_tensorrt_takes_the_graph(form: str, files: dict[str, Path]) -> None:
     assert attempt("TensorRT-RTX parser", files[form]) is None
@@ -52,10 +76,8 @@ def test_what_tools_make_of_the_default_file_loads_and_agrees(name: str, files: 
     assert off is not None and off <= OTHERS.get(name, 0.0)
 
 
-def test_each_component_and_the_fused_file_are_read_with_strict_shape_inference(tmp_path: Path) -> None:
-    written = component_files(tmp_path)
-    assert set(written) == {*COMPONENTS, "fused"}
-    assert {name: attempt("shape inference", folder) for name, folder in written.items()} == dict.fromkeys(written, 0.0)
+def test_every_component_and_the_fused_file_are_tried(components: dict[str, Path]) -> None:
+    assert tuple(components) == FILES
 
 
 def test_the_transformers_optimizer_takes_what_has_no_conditional(files: dict[str, Path]) -> None:

@@ -196,3 +196,13 @@ def test_one_pictures_tensor_is_repeated(tmp_path: Path) -> None:
     one = np.arange(6, dtype=np.float32).reshape(1, 3, 2)
     found = run(joined, tmp_path, {"of_one": one, "prompt": np.zeros((4, 5, 2), dtype=np.float32)})
     np.testing.assert_array_equal(found["of_each"], np.repeat(one, 4, axis=0))
+
+
+def test_constants_of_a_joined_file_are_tensors(tmp_path: Path) -> None:
+    """A `Constant` with `value_float` is a double to onnxslim, and float32 for ever to converters to float16."""
+    part = model(
+        "halves (float[rows, 3] x) => (float[rows, 3] y) { half = Constant <value_float: float = 0.5> ()  y = Mul (x, half) }"
+    )
+    joined = join([Part(name="a", model=part)], inputs=["x"], outputs=["y"], name="joined")
+    assert [node.op_type for node in joined.graph] == ["Mul"]
+    assert (run(joined, tmp_path, {"x": X})["y"] == X / 2).all()
