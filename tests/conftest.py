@@ -12,6 +12,9 @@ import pytest
 if TYPE_CHECKING:
     from torch import nn
 
+# torch's threads, here and in what tests start: at these sizes, beside other workers, two threads take 30 times the CPU of one
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SMALL = {"d_model": 32, "num_layers": 1, "num_heads": 4, "dim_feedforward": 64}
 """``FusionConfig`` fields of the encoder that is quick to export."""
 
@@ -72,14 +75,3 @@ def tiny_pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
             model, vocabulary = request.getfixturevalue("tiny_model"), request.getfixturevalue("tiny_vocabulary")
             export_pipeline(module_image_source(model), output=folder, tokenizer=vocabulary)
     return folder
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """torch on one thread: kernels of small sizes lose more to waiting for each other than they gain."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

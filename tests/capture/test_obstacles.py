@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sam3x.errors import CaptureError, SpecError
 from sam3x.fusion.encoder import FusionEncoder
 from sam3x.passes.base import count_ops
 from sam3x.passes.default_pipeline import default_pipeline
-from sam3x.spec import TOKENS_INPUTS, make_spec
+from sam3x.spec import TOKENS_INPUTS, ExportSpec, make_spec
 from support.strategies import InputsCase
 from support.upstream import assert_equal_to_upstream, encoder_of
 
@@ -27,14 +28,34 @@ OPTIONAL = TOKENS_INPUTS[2:]
 SIZES = Sizes(batch=4, tokens=18, prompt_length=7)
 
 
+def covering_pairs(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Subsets in which any two names occur together, each without the other, and not at all: by the bits of their places."""
+    bits = [[place >> bit & 1 for place in range(len(names))] for bit in range(len(names).bit_length())]
+    rows = [[1] * len(names), *bits]
+    return [tuple(itertools.compress(names, (bit ^ flip for bit in row))) for row in rows for flip in (0, 1)]
+
+
 def graph_equals_upstream(encoder: nn.Module, layers: Any = None, sizes: Sizes = SIZES, **options: Any) -> None:
     """Capture, run the default pipeline, and compare the graph with Meta's layers in every branch, at sizes not traced."""
     spec = make_spec(**options)
     captured, _ = default_pipeline().run(capture(encoder, spec))
+    equals_upstream(
+        lambda given: run_program(captured.program, given, captured.output_names)["output"], encoder, spec, layers, sizes
+    )
+
+
+def equals_upstream(
+    call: Callable[[dict[str, Tensor]], Tensor],
+    encoder: nn.Module,
+    spec: ExportSpec,
+    layers: Any = None,
+    sizes: Sizes = SIZES,
+) -> None:
+    """Compare ``call`` with Meta's layers in every branch."""
     names = FusionEncoder(encoder, spec)
     inputs = make_inputs(spec.inputs, spec, 32, sizes, 11)
     for _, flags in branch_values(names.flag_names, spec, len(names.layers)):
-        got = run_program(captured.program, {**inputs, **flags}, captured.output_names)["output"]
+        got = call({**inputs, **flags})
         pre: Any = spec.pre_norm if isinstance(spec.pre_norm, bool) else None
         if "pre_norm" in flags:
             pre = flags["pre_norm"].tolist()
@@ -171,12 +192,17 @@ class TestDac:
 class TestOptionalParameters:
     """Obstacle: 简单参数, seven optional tensors, any subset of them."""
 
-    @pytest.mark.long
-    @pytest.mark.parametrize("size", range(len(OPTIONAL) + 1))
-    def test_every_subset(self, size: int) -> None:
+    def test_every_subset_in_eager(self) -> None:
         encoder = encoder_of(1, pos_enc_at_cross_attn_queries=True, pos_enc_at_cross_attn_keys=True)
-        for chosen in itertools.combinations(OPTIONAL, size):
-            graph_equals_upstream(encoder, inputs=("tgt", "memory", *chosen))
+        for given in itertools.product((False, True), repeat=len(OPTIONAL)):
+            spec = make_spec(inputs=("tgt", "memory", *itertools.compress(OPTIONAL, given)))
+            module = FusionEncoder(encoder, spec)
+            equals_upstream(lambda given, module=module: module.eager(given)["output"], encoder, spec)
+
+    @pytest.mark.parametrize("chosen", covering_pairs(OPTIONAL), ids=len)
+    def test_every_pair_in_the_graph(self, chosen: tuple[str, ...]) -> None:
+        encoder = encoder_of(1, pos_enc_at_cross_attn_queries=True, pos_enc_at_cross_attn_keys=True)
+        graph_equals_upstream(encoder, inputs=("tgt", "memory", *chosen))
 
     def test_float_masks(self) -> None:
         graph_equals_upstream(encoder_of(1), inputs=("tgt", "memory", "tgt_mask", "memory_mask"), mask_dtype="float32")

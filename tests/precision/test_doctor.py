@@ -26,7 +26,6 @@ from sam3x.spec import make_spec
 from sam3x.targets.tensorrt.check import distance
 from support.upstream import encoder_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CULPRIT = 3
 BRANCHES = {f"dac={dac} pre_norm={pre}" for dac, pre in itertools.product((False, True), repeat=2)}
 

@@ -30,7 +30,6 @@ from sam3x.verify.convolutions import exact, half_summed
 from sam3x.verify.emulate import eager_in
 from support.image_model import photograph
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 HALF = PteOptions(precision="fp16")
 
 

@@ -19,7 +19,6 @@ from sam3x.targets.tensorrt import driver as trt_driver
 from sam3x.targets.tensorrt.target import TrtTarget
 from support.trt import NO_GPU, SMALL, captured, lower, with_unknown
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CUDA = ("current_device", "get_device_capability", "get_device_properties", "mem_get_info", "is_available", "device_count")
 
 

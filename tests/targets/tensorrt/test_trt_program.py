@@ -17,8 +17,6 @@ from sam3x.targets.tensorrt import program as trt_program
 from support.trt import GPU, SIZES, captured, legal, zeros_of
 from support.upstream import encoder_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class InPlaceOfTheEngine(nn.Module):
     """Called as ``TorchTensorRTModule`` is: one tensor or a tuple comes back. Output i is the first input plus i."""

@@ -21,8 +21,6 @@ from support.attention_styles import STYLES, Attention
 from support.trt import GPU, NO_GPU, SIZES, SMALL, captured, legal, lower, with_unknown, zeros_of
 from support.upstream import encoder_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def encoder() -> nn.Module:
