@@ -1,27 +1,18 @@
 """The pass contract: what a graph pass declares, checks and reports.
 
-A pass receives a functional ``ExportedProgram`` (no in-place ops, weights lifted to placeholders, branches as
-``torch.ops.higher_order.cond`` over sub-GraphModules) and changes it in place. The pipeline hands it a private copy of the
-graph, so a pass that raises loses nothing. Modelled on ``onnx_ir.passes``: pre- and postconditions are checked by the
-pipeline, on the result.
+Every pass works in place: it receives a functional ``ExportedProgram`` (no in-place ops, weights lifted to placeholders,
+branches as ``torch.ops.higher_order.cond`` over sub-GraphModules) and changes that program. The pipeline hands it a private
+copy of the graphs, so a pass that raises loses nothing, checks the result, and lets the signature name the new outputs.
 """
 
 from __future__ import annotations
 
-import enum
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.export import ExportedProgram
-
-
-class Exactness(enum.Enum):
-    """What a pass may do to the numbers."""
-
-    BIT_EXACT = "bit-exact"
-    ARITHMETIC = "arithmetic"  # reassociates floating point: verified against float64, not against bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +25,22 @@ class MatchFailure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassResult:
-    """What one run of a pass did. ``modified`` is true exactly when the graph changed."""
+    """What one run of a pass did.
 
-    program: ExportedProgram
-    modified: bool
+    Attributes:
+        rewrites: places that it rewrote.
+        match_failures: places that it left alone.
+        tidied: whether it changed the graph elsewhere too: dropped what nobody reads, gave equal sizes one symbol.
+    """
+
     rewrites: int = 0
     match_failures: tuple[MatchFailure, ...] = ()
+    tidied: bool = False
+
+    @property
+    def modified(self) -> bool:
+        """Whether the graph changed."""
+        return self.rewrites > 0 or self.tidied
 
 
 class Pass(ABC):
@@ -48,12 +49,10 @@ class Pass(ABC):
     Attributes:
         name: id used on the command line and in records, e.g. ``canonicalize_attention``.
         run_after: names of passes that must come earlier when both are in a pipeline.
-        exactness: whether results stay bit-equal or only arithmetically equal.
     """
 
     name: str
     run_after: tuple[str, ...] = ()
-    exactness: Exactness = Exactness.BIT_EXACT
 
     def requires(self, program: ExportedProgram) -> None:  # noqa: B027 - optional hook
         """Raise ``PreconditionError`` when the program cannot be worked on."""
@@ -61,9 +60,6 @@ class Pass(ABC):
     @abstractmethod
     def call(self, program: ExportedProgram) -> PassResult:
         """Rewrite ``program`` in place (every graph of ``graph_modules(program)``) and report."""
-
-    def ensures(self, result: PassResult) -> None:  # noqa: B027 - optional hook
-        """Raise ``PostconditionError`` when the result breaks the promise of this pass."""
 
 
 def graph_modules(program: ExportedProgram) -> Iterator[tuple[str, torch.fx.GraphModule]]:

@@ -15,7 +15,7 @@ from sam3x.capture.program import erase_dead
 from sam3x.errors import SpecError, Step
 from sam3x.passes.attention.pattern import ASSERTIONS, PRODUCTS, SOFTMAXES, match
 from sam3x.passes.attention.rewrite import attend, explicit_causal, release_shapes, repeat_heads, rewrite
-from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult, graph_modules
+from sam3x.passes.base import MatchFailure, Pass, PassResult, graph_modules
 from sam3x.passes.graph.aten_nodes import SDPA, aten, dtype_of, same_shape, same_size, shape_of
 from sam3x.passes.graph.emitter import Emitter
 from sam3x.passes.graph.form import NotAttentionError
@@ -81,7 +81,7 @@ def register_attention_op(
         if where is None and role == "mask":
             continue
         wrong = not isinstance(where, (int, str)) or isinstance(where, bool)
-        if wrong or all(_position(schema, where) is None for schema in schemas):  # type: ignore[arg-type]
+        if wrong or all(_position(schema, where) is None for schema in schemas):
             raise refused(f"{role}={where!r} is no argument of {schemas[0]}", remedy="Give its position or its name.")
     places = [_position(schemas[0], where) for role, where in arguments.items() if role != "scale" and where is not None]
     if len(set(places)) != len(places):
@@ -130,14 +130,13 @@ class CanonicalizeAttentionPass(Pass):
 
     name = "canonicalize_attention"
     run_after = ("eliminate_noops",)
-    exactness = Exactness.ARITHMETIC
 
     def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, modified = 0, False
+        rewrites, tidied = 0, False
         failures: list[MatchFailure] = []
         constants = KnownNumbers(program)
         for prefix, module in graph_modules(program):
-            modified |= erase_dead(module)  # an unused copy of the weights must not hide attention
+            tidied |= erase_dead(module)  # an unused copy of the weights must not hide attention
             changed = False
             for node in list(module.graph.nodes):
                 if node.op != "call_function":
@@ -172,7 +171,7 @@ class CanonicalizeAttentionPass(Pass):
             if changed:
                 erase_dead(module)
                 module.recompile()
-        return PassResult(program=program, modified=modified or rewrites > 0, rewrites=rewrites, match_failures=tuple(failures))
+        return PassResult(rewrites=rewrites, match_failures=tuple(failures), tidied=tidied)
 
 
 def _drop_assertions(node: Node) -> None:
@@ -234,7 +233,7 @@ def _plain(module: GraphModule, node: Node) -> Node:
 
 def _registered(module: GraphModule, node: Node, constants: KnownNumbers) -> tuple[Node, Node]:
     """(the node to replace, its SDPA) of a registered operator."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = node.target._schema
     spec = _REGISTERED[schema.name]
     names = [argument.name for argument in schema.arguments]
     bound = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}

@@ -7,7 +7,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from sam3x.passes.attention.guard import Sdpa, additive, attentions, guarded, read_sdpa, replace, zeroed
-from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult
+from sam3x.passes.base import MatchFailure, Pass, PassResult
 from sam3x.passes.graph.emitter import Emitter
 
 _aten = torch.ops.aten
@@ -18,7 +18,6 @@ class DecomposeAttentionPass(Pass):
 
     name = "decompose_attention"
     run_after = ("canonicalize_attention", "simplify_attention_masks", "tile_attention", "fuse_multi_head_attention")
-    exactness = Exactness.ARITHMETIC
 
     def call(self, program: ExportedProgram) -> PassResult:
         rewrites, failures = 0, []
@@ -29,7 +28,7 @@ class DecomposeAttentionPass(Pass):
                 continue
             _rewrite(module, found)
             rewrites += 1
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
+        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
 
 
 def _rewrite(module: GraphModule, found: Sdpa) -> None:

@@ -69,9 +69,9 @@ def hides_no_row(mask: Node) -> bool:
     if mask.target is not _aten.logical_or.default:
         return False
     return any(
-        other.target is _aten.logical_not.default  # type: ignore[union-attr]
-        and other.args[0].target is _aten.any.dim  # type: ignore[union-attr]
-        and other.args[0].args == (allowed, -1, True)  # type: ignore[union-attr]
+        other.target is _aten.logical_not.default
+        and other.args[0].target is _aten.any.dim
+        and other.args[0].args == (allowed, -1, True)
         for allowed, other in (mask.args[:2], mask.args[1::-1])
     )
 
@@ -79,8 +79,8 @@ def hides_no_row(mask: Node) -> bool:
 def _keeps_rows(node: Node) -> bool:
     """Whether each row of ``node`` is one of what it is made of."""
     if node.target is _aten.select.int:
-        return 0 <= int(node.args[1]) < len(shape_of(node)) - 1  # type: ignore[arg-type]
-    return node.target in _MOVING and same_size(shape_of(node)[-1], shape_of(node.args[0])[-1])  # type: ignore[arg-type]
+        return 0 <= int(node.args[1]) < len(shape_of(node)) - 1
+    return node.target in _MOVING and same_size(shape_of(node)[-1], shape_of(node.args[0])[-1])
 
 
 def is_finite(mask: Node) -> bool:

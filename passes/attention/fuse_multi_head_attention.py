@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from sam3x.passes.attention.guard import Sdpa, additive, attentions, guarded, read_sdpa, replace, zeroed
 from sam3x.passes.attention.operators import MULTI_HEAD_ATTENTION
-from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult
+from sam3x.passes.base import MatchFailure, Pass, PassResult
 from sam3x.passes.graph.aten_nodes import same_size, shape_of
 from sam3x.passes.graph.emitter import Emitter
 
@@ -24,7 +24,6 @@ class FuseMultiHeadAttentionPass(Pass):
 
     name = "fuse_multi_head_attention"
     run_after = ("canonicalize_attention", "simplify_attention_masks")
-    exactness = Exactness.ARITHMETIC
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -39,7 +38,7 @@ class FuseMultiHeadAttentionPass(Pass):
                 continue
             _rewrite(module, found, self.budget)
             rewrites += 1
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
+        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
 
 
 def _refusal(found: Sdpa) -> str | None:

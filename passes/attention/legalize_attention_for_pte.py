@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import erase_dead
 from sam3x.passes.attention.finite_mask import hides_no_row
-from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult
+from sam3x.passes.base import MatchFailure, Pass, PassResult
 from sam3x.passes.graph.cond_graph import Builder, aten, expression, fake_mode_of
 from sam3x.passes.graph.constants import Constants
 from sam3x.passes.graph.view_layout import Digit, Layout, layout_of
@@ -39,7 +39,6 @@ class LegalizeAttentionForPtePass(Pass):
 
     name = "legalize_attention_for_pte"
     run_after = ("canonicalize_attention", "canonicalize_layouts", "fold_constants")
-    exactness = Exactness.ARITHMETIC
 
     def __init__(self, lowest: float = LOWEST) -> None:
         """``lowest`` is added to the scores of hidden keys: far below any score, and with one added still a finite number."""
@@ -60,7 +59,7 @@ class LegalizeAttentionForPtePass(Pass):
                 failures.append(MatchFailure(node=node.name, reason=str(reason)))
         erase_dead(module)
         constants.drop_unused()
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
+        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
 
 
 class _Attention:
@@ -142,7 +141,7 @@ class _Attention:
         rows = self._rows(layout, int(side.meta["val"].shape[-1]))
         if rows is None:
             return self._sliced(side, scale)
-        hint = linear.args[1].name.removeprefix("p_")  # type: ignore[union-attr]
+        hint = linear.args[1].name.removeprefix("p_")
 
         def project(head: int) -> Node:
             picked = torch.from_numpy(rows[head])
@@ -242,7 +241,7 @@ def _cleared(side: Node) -> tuple[Node, Node] | None:
     rows, kept, zero = side.args
     known = isinstance(zero, Node) and zero.target is aten.full.default and zero.args[1] == 0
     plain = isinstance(kept, Node) and kept.meta["val"].shape == side.meta["val"].shape
-    return (rows, kept) if known and plain and rows.meta["val"].shape[-1] == 1 else None  # type: ignore[union-attr, return-value]
+    return (rows, kept) if known and plain and rows.meta["val"].shape[-1] == 1 else None  # type: ignore[return-value]
 
 
 def _steps(digits: tuple[Digit, ...]) -> np.ndarray | None:

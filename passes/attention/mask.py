@@ -66,7 +66,7 @@ def _kept(emit: Emitter, step: MaskStep, tensor: Node) -> Node:
         return emit(aten.eq.Scalar, tensor, 0.0)
     if step.inverted:
         return tensor
-    if tensor.target is aten.logical_not.default and dtype_of(tensor.args[0]) is torch.bool:  # type: ignore[arg-type]
+    if tensor.target is aten.logical_not.default and dtype_of(tensor.args[0]) is torch.bool:
         return tensor.args[0]  # type: ignore[return-value]
     return emit(aten.logical_not.default, tensor)
 

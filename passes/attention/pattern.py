@@ -57,7 +57,7 @@ def match(softmax: Node, constant: Constant) -> Attention:
     layouts = {scores.product: made}
     for before, node in zip((*scores.chain, *forward[:-1]), (*scores.chain[1:], *forward), strict=True):
         layouts[node] = _moved(node, layouts[before])
-    over = leaves(layouts[softmax][operator.index(softmax.args[1]) % rank])  # type: ignore[arg-type]
+    over = leaves(layouts[softmax][operator.index(softmax.args[1]) % rank])
     rows, columns = leaves(made[-2]), leaves(made[-1])
     if over not in (rows, columns):
         raise NotAttentionError(f"the softmax is over dimension {softmax.args[1]}, not the keys' dimension of the product")
@@ -244,7 +244,7 @@ def _low_or_zero(mask: Any, constant: Constant) -> float | None:
         if scaled is not None:
             mask, factor = scaled[0], factor * scaled[1]
         elif mask.target in CASTS:
-            if dtype_of(mask.args[0]) is torch.bool:  # type: ignore[arg-type]
+            if dtype_of(mask.args[0]) is torch.bool:
                 return factor
             mask = mask.args[0]
         elif mask.target in NOOPS | RESHAPES | PERMUTES | {aten.slice.Tensor, aten.select.int}:
@@ -255,7 +255,7 @@ def _low_or_zero(mask: Any, constant: Constant) -> float | None:
             values = {constant(value) for value in mask.args[1:]}
             if None in values or 0.0 not in values or len(values) != 2:
                 return None
-            return factor * (values - {0.0}).pop()  # type: ignore[operator]
+            return factor * (values - {0.0}).pop()
         else:
             return None
     return None

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import erase_dead
 from sam3x.passes.attention.guard import attentions, read_sdpa
-from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult
+from sam3x.passes.base import MatchFailure, Pass, PassResult
 from sam3x.passes.graph.aten_nodes import permutation, same_size, shape_of
 from sam3x.passes.graph.emitter import Emitter
 from sam3x.passes.graph.form import Axis, Layout, NotAttentionError, axes_of, leaves
@@ -30,7 +30,6 @@ class SimplifyAttentionMasksPass(Pass):
 
     name = "simplify_attention_masks"
     run_after = ("canonicalize_attention",)
-    exactness = Exactness.ARITHMETIC
 
     def call(self, program: ExportedProgram) -> PassResult:
         rewrites, failures = 0, []
@@ -42,7 +41,7 @@ class SimplifyAttentionMasksPass(Pass):
                 rewrites += _rewrite(module, node, found.mask)
             except NotAttentionError as error:
                 failures.append(MatchFailure(node=node.name, reason=str(error)))
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
+        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
 
 
 def _rewrite(module: GraphModule, node: Node, mask: Node) -> int:

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from sam3x.passes.attention.guard import Sdpa, attentions, guarded, read_sdpa, replace, zeroed
 from sam3x.passes.attention.operators import TILED_ATTENTION
-from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult
+from sam3x.passes.base import MatchFailure, Pass, PassResult
 from sam3x.passes.graph.emitter import Emitter
 
 
@@ -22,7 +22,6 @@ class TileAttentionPass(Pass):
 
     name = "tile_attention"
     run_after = ("canonicalize_attention", "simplify_attention_masks", "fuse_multi_head_attention")
-    exactness = Exactness.ARITHMETIC
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -40,7 +39,7 @@ class TileAttentionPass(Pass):
             tiled = emit(TILED_ATTENTION, found.query, found.key, found.value, mask, found.scale, budget)
             replace(module, node, zeroed(emit, tiled, hidden))
             rewrites += 1
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
+        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
 
     def budget_of(self, found: Sdpa) -> int | str:
         """What the scores of one attention may take, or why it stays as it is."""

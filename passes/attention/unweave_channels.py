@@ -8,7 +8,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from sam3x.capture.program import erase_dead
-from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult, graph_modules
+from sam3x.passes.base import MatchFailure, Pass, PassResult, graph_modules
 from sam3x.passes.graph.aten_nodes import SDPA, VIEWS, aten, same_shape, shape_of
 from sam3x.passes.graph.emitter import Emitter
 
@@ -21,7 +21,6 @@ class UnweaveChannelsPass(Pass):
 
     name = "unweave_channels"
     run_after = ("canonicalize_attention", "decompose_complex")
-    exactness = Exactness.ARITHMETIC  # the sums of the scores in another order
 
     def call(self, program: ExportedProgram) -> PassResult:
         rewrites, failures = 0, []
@@ -41,7 +40,7 @@ class UnweaveChannelsPass(Pass):
             if done:
                 erase_dead(module)
             rewrites += done
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
+        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
 
 
 def _refused(node: Node, query: list[Node] | None, key: list[Node] | None) -> str | None:
@@ -49,7 +48,7 @@ def _refused(node: Node, query: list[Node] | None, key: list[Node] | None) -> st
         return f"only the {'query' if key is None else 'key'} is woven"
     if len(query) != len(key):
         return "query and key are woven from different numbers of tensors"
-    if any(len(item.users) > 1 for item in node.args[:2]):  # type: ignore[union-attr]
+    if any(len(item.users) > 1 for item in node.args[:2]):
         return "query or key is read elsewhere too"
     return None
 

@@ -34,8 +34,8 @@ def collapse(module: GraphModule, node: Node) -> bool:
         if nested.predicate not in given or any(item not in given for item in nested.operands if isinstance(item, Node)):
             continue
         operands = [given[item] if isinstance(item, Node) else item for item in nested.operands]
-        other = _facts(cond.branches[1 - side], cond.operands)
-        same = [_facts(part, operands) == other for part in nested.branches]
+        other = _returned(cond.branches[1 - side], cond.operands)
+        same = [_returned(part, operands) == other for part in nested.branches]
         if not any(same):
             continue
         emit = Builder(module.graph, node, fake_mode_of(module))
@@ -67,7 +67,7 @@ def _only_cond(branch: GraphModule) -> Node | None:
     return found
 
 
-def _facts(branch: GraphModule, operands: Sequence[Any]) -> tuple[Any, ...]:
+def _returned(branch: GraphModule, operands: Sequence[Any]) -> tuple[Any, ...]:
     """What a branch returns, as terms over the operands; equal terms are equal values."""
     terms = _terms(branch, [_outer(item) for item in operands])
     return tuple(terms.get(value, value) for value in outputs(branch))

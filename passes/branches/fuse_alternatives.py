@@ -9,7 +9,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult, graph_modules
+from sam3x.passes.base import MatchFailure, Pass, PassResult, graph_modules
 from sam3x.passes.graph.cond_build import copied, inputs_of, new_cond
 from sam3x.passes.graph.cond_graph import (
     Builder,
@@ -52,7 +52,6 @@ class FuseAlternativesPass(Pass):
     """
 
     name = "fuse_alternatives"
-    exactness = Exactness.BIT_EXACT
 
     def call(self, program: ExportedProgram) -> PassResult:
         rewrites, failures = 0, []
@@ -70,7 +69,7 @@ class FuseAlternativesPass(Pass):
                 rewrites += 1
         if rewrites:
             sweep(program.graph_module)
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
+        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
 
 
 def _behind_not(predicate: Any) -> tuple[Any, bool]:
@@ -89,7 +88,7 @@ def _optional(module: GraphModule, node: Node) -> _Optional | None:
         for side in (0, 1):
             norm, x = node.args[1 + side], node.args[2 - side]
             if isinstance(norm, Node) and norm.target in _NORMS and norm.args[0] is x and not norm.kwargs:
-                return _Optional(node, predicate, (side == 0) is even, x, norm, tuple(norm.args[1:]))  # type: ignore[arg-type]
+                return _Optional(node, predicate, (side == 0) is even, x, norm, tuple(norm.args[1:]))
         return None
     source = node.args[0] if node.args else None
     if node.op != "call_function" or not isinstance(source, Node) or not is_cond(source) or len(source.meta["val"]) != 1:
@@ -103,7 +102,7 @@ def _optional(module: GraphModule, node: Node) -> _Optional | None:
         given, other = (dict(zip(placeholders(cond.branches[i]), cond.operands, strict=True)) for i in (side, 1 - side))
         if not isinstance(norm, Node) or norm.target not in _NORMS or other.get(passed) is None:
             continue
-        x = given.get(norm.args[0])  # type: ignore[arg-type]
+        x = given.get(norm.args[0])
         arguments = tuple(given.get(item, item) if isinstance(item, Node) else item for item in norm.args[1:])
         known = all(not isinstance(item, Node) or item.graph is module.graph for item in arguments)
         if isinstance(x, Node) and x is other[passed] and known and not norm.kwargs:
@@ -143,7 +142,7 @@ def _fuse(module: GraphModule, first: _Optional, second: _Optional) -> None:
         emit(aten.where.self, first.predicate, *((a, b) if first.when else (b, a))) if isinstance(a, Node) and a is not b else a
         for a, b in zip(first.arguments, second.arguments, strict=True)
     ]
-    z = emit(first.norm.target, first.x, *arguments)  # type: ignore[arg-type]
+    z = emit(first.norm.target, first.x, *arguments)
     z.meta = {**first.value.meta, "val": z.meta["val"]}
     second.value.replace_all_uses_with(z)
     sides = (z, first.x) if first.when else (first.x, z)
@@ -194,11 +193,11 @@ def _readers(value: Node) -> list[Node] | None:
         return None
     results = results_of(reader)
     parts = [item for item in reader.args[1:3] if isinstance(item, Node)]
-    if list(results) != [0] or len(results[0]) != 1 or len(reader.args[3]) != len(set(reader.args[3])):  # type: ignore[arg-type]
+    if list(results) != [0] or len(results[0]) != 1 or len(reader.args[3]) != len(set(reader.args[3])):
         return None
     module = reader.graph.owning_module
     allowed = {aten.add.Tensor, aten.cat.default, aten.slice.Tensor, aten.sym_size.int}
-    for branch in read_cond(module, reader).branches:  # type: ignore[arg-type]
+    for branch in read_cond(module, reader).branches:
         if any(node.op == "call_function" and node.target not in allowed for node in branch.graph.nodes):
             return None
     return [*parts, reader, results[0][0]]

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult
+from sam3x.passes.base import MatchFailure, Pass, PassResult
 from sam3x.passes.branches.row_mask import mask_rows
 from sam3x.passes.branches.row_places import NotRowsError
 from sam3x.passes.graph.cond_graph import (
@@ -62,14 +62,13 @@ class IfConvertPass(Pass):
     """
 
     name = "if_convert"
-    exactness = Exactness.ARITHMETIC  # a product over more rows may sum in another order
 
     def __init__(self, *, rows_only: bool = False) -> None:
         self.rows_only = rows_only
         self.name = "if_convert_rows" if rows_only else "if_convert"
 
     def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, modified = 0, False
+        rewrites = 0
         failures: dict[str, str] = {}
         # a mask of rows needs the conditionals on its way gone, and so does a branch that holds one: until nothing moves
         moved = True
@@ -86,10 +85,9 @@ class IfConvertPass(Pass):
                     sweep(program.graph_module)
                     break
                 failures[name] = reason
-            modified |= moved
         left = {name for name, _, _ in cond_places(program)}
         reasons = tuple(MatchFailure(node=name, reason=reason) for name, reason in failures.items() if name in left)
-        return PassResult(program=program, modified=modified, rewrites=rewrites, match_failures=reasons)
+        return PassResult(rewrites=rewrites, match_failures=reasons)
 
 
 def _convert(program: ExportedProgram | None, module: GraphModule, node: Node) -> str | None:

@@ -139,7 +139,7 @@ class Merger:
         """Add outside what ``like`` is in one branch and ``other`` in the other."""
         try:
             value = self._agreed(like.meta["val"], other.meta["val"])
-            made = self.emit(like.target, *args, **kwargs) if value is None else self._add(like.target, args, kwargs, value)  # type: ignore[arg-type]
+            made = self.emit(like.target, *args, **kwargs) if value is None else self._add(like.target, args, kwargs, value)
         except GuardOnDataDependentSymNode:
             return MISSING  # the operator needs to know a size that only a run can tell
         self.moved += is_heavy(like)
@@ -174,7 +174,7 @@ class Merger:
                 found = self._hoisted(side, value)
                 if found is not MISSING:
                     return found
-        return self.sizes.get(pair, MISSING)  # type: ignore[call-overload]
+        return self.sizes.get(pair, MISSING)
 
     def _hoisted(self, side: Side, value: Any) -> Any:
         """A size that both branches agree on, computed outside as this branch does."""
@@ -184,7 +184,7 @@ class Merger:
         if value in side.known:
             return side.known[value]
         args = [self._hoisted(side, item) if is_size(item) else side.known.get(item, MISSING) for item in value.args]
-        return MISSING if any(item is MISSING for item in args) else self.emit(value.target, *args)  # type: ignore[arg-type]
+        return MISSING if any(item is MISSING for item in args) else self.emit(value.target, *args)
 
     # --- nodes that do nothing in one of the branches
 
@@ -230,7 +230,7 @@ class Merger:
             rows = region.row_vector(side, end, vector)
             made[side], made[1 - side] = rows, region.operand(1 - side, vector, vector)
             try:
-                self._finish(region, [tuple(made)])  # type: ignore[list-item]
+                self._finish(region, [tuple(made)])
             except GuardOnDataDependentSymNode:
                 return MISSING
         return self.sizes.get(key, MISSING)
@@ -247,11 +247,11 @@ class Merger:
         """The vector that a branch's own conditional chooses rows of: the same one outside lets the two become one."""
         result = end.args[0] if isinstance(end, Node) and end.target is aten.sym_size.int else None
         made = result.args[0] if isinstance(result, Node) and result.target is operator.getitem else None
-        for item in made.args[3] if isinstance(made, Node) and is_cond(made) else ():  # type: ignore[union-attr]
+        for item in made.args[3] if isinstance(made, Node) and is_cond(made) else ():
             if isinstance(item, Node) and sizes_are(item, [full]):
                 picks = [item]
                 while picks[-1].target is aten.select.int and picks[-1] not in self.sides[side].known:
-                    picks.append(picks[-1].args[0])  # type: ignore[arg-type]
+                    picks.append(picks[-1].args[0])
                 vector = self.sides[side].known.get(picks.pop())
                 if isinstance(vector, Node):
                     for pick in reversed(picks):
@@ -277,7 +277,7 @@ class Merger:
             along = user.args[1] if len(user.args) > 1 else 0
             rank = user.meta["val"].dim()
             base = self.sides[side].known.get(source)
-            if dim % rank != along % rank or not is_size(start) or step != 1 or not isinstance(base, Node):  # type: ignore[operator]
+            if dim % rank != along % rank or not is_size(start) or step != 1 or not isinstance(base, Node):
                 continue
             dim %= rank
             total = expression(self.val(base).shape[dim])

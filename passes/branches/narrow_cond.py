@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult
+from sam3x.passes.base import MatchFailure, Pass, PassResult
 from sam3x.passes.branches.align import align, alike
 from sam3x.passes.branches.collapse import collapse
 from sam3x.passes.branches.merge import Merger
@@ -43,7 +43,6 @@ class NarrowCondPass(Pass):
     """
 
     name = "narrow_cond"
-    exactness = Exactness.BIT_EXACT
 
     def call(self, program: ExportedProgram) -> PassResult:
         failures: list[MatchFailure] = []
@@ -53,14 +52,14 @@ class NarrowCondPass(Pass):
             for module, node in [(module, node) for _, module, node in cond_places(program)]:
                 collapse(module, node)
             sweep(program.graph_module)
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
+        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
 
 
 def _narrow_all(program: ExportedProgram | None, module: GraphModule, prefix: str, failures: list[MatchFailure]) -> int:
     rewrites = 0
     for node in conds_of(module):
         name = f"{prefix}{node.name}"
-        branches = [str(item.target) for item in node.args[1:3]]  # type: ignore[union-attr]
+        branches = [str(item.target) for item in node.args[1:3]]
         if any(conds_of(getattr(module, branch)) for branch in branches):
             own_branches(module)
         for branch in branches:

@@ -188,7 +188,7 @@ class _Choice:
             return False
         dim %= node.meta["val"].dim()
         head, rest = self.rows.get(parts[0]), self.rows[parts[1]]
-        if head != (Place(dim),) or rest.dim != dim:  # type: ignore[union-attr]
+        if head != (Place(dim),) or rest.dim != dim:
             raise NotRowsError("rows and rest are joined along another dimension")
         return True
 
@@ -197,11 +197,11 @@ class _Choice:
         refused = NotRowsError(f"{node.target} ('{node.name}') may mix the chosen rows with the others")
         query, key, value = node.args[:3]
         mask: Any = node.args[3] if len(node.args) > 3 else None
-        rank = query.meta["val"].dim()  # type: ignore[union-attr]
+        rank = query.meta["val"].dim()
         given = [*node.args[4:], *(node.kwargs.get(name) for name in ("attn_mask", "dropout_p", "is_causal"))]
-        if any(given) or any(item.meta["val"].dim() != rank for item in (key, value)):  # type: ignore[union-attr]
+        if any(given) or any(item.meta["val"].dim() != rank for item in (key, value)):
             raise refused
-        own, keys, values = (inside.get(item, ()) for item in (query, key, value))  # type: ignore[arg-type]
+        own, keys, values = (inside.get(item, ()) for item in (query, key, value))
         batch = tuple(place for place in own if place.dim < rank - 2)
         among = (*batch, Place(rank - 2))
         if own == keys == values == among:
@@ -252,7 +252,7 @@ class _Choice:
         for attention in self.over_keys:
             hide_keys(module, attention, mask, size)
         for closing in self.closings:
-            rest: Any = self.rows[closing.args[0][1]]  # type: ignore[index]
+            rest: Any = self.rows[closing.args[0][1]]
             join(program, module, closing, rest.whole, rest.dim, mask, size)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from sam3x.passes.base import Exactness, Pass, PassResult, graph_modules
+from sam3x.passes.base import Pass, PassResult, graph_modules
 from sam3x.passes.graph.cond_build import copied, inputs_of, new_cond, with_sizes
 from sam3x.passes.graph.cond_graph import (
     aten,
@@ -57,7 +57,6 @@ class UnsliceRowsPass(Pass):
     """
 
     name = "unslice_rows"
-    exactness = Exactness.BIT_EXACT
 
     def call(self, program: ExportedProgram) -> PassResult:
         rewrites = 0
@@ -74,7 +73,7 @@ class UnsliceRowsPass(Pass):
                 rewrites += len(joins) + len(sums)
         if rewrites:
             sweep(program.graph_module)
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites)
+        return PassResult(rewrites=rewrites)
 
 
 def _all_rows(module: GraphModule) -> list[_Rows]:
@@ -158,15 +157,15 @@ def _sum_of_heads(node: Node, rows: _Rows) -> bool:
         return False
     heads = [item for item in node.args if _is_head(item, rows)]
     rest = [item for item in node.args if item not in heads]
-    if not heads or any(slice_args(item)[1] != slice_args(heads[0])[1] for item in heads):  # type: ignore[arg-type]
+    if not heads or any(slice_args(item)[1] != slice_args(heads[0])[1] for item in heads):
         return False
-    dim = slice_args(heads[0])[1] - heads[0].meta["val"].dim()  # type: ignore[arg-type]
+    dim = slice_args(heads[0])[1] - heads[0].meta["val"].dim()
     return all(not isinstance(item, Node) or item.meta["val"].dim() < -dim or _size(item, dim) == 1 for item in rest)
 
 
 def _joined(node: Node, rows: _Rows) -> tuple[Node, Node, Node] | None:
     """(x, sum, tail) of ``cat(x[:n] + y, x[n:])``."""
-    if node.target is not aten.cat.default or len(node.args[0]) != 2:  # type: ignore[arg-type]
+    if node.target is not aten.cat.default or len(node.args[0]) != 2:
         return None
     parts: Any = node.args[0]
     total, tail = parts
@@ -200,7 +199,7 @@ def _unhead(module: GraphModule, node: Node, rows: _Rows) -> None:
 def _choose(module: GraphModule, node: Node, rows: _Rows, nodes: list[Node], total: Node) -> None:
     """Put a conditional in the place of ``node``: a copy of ``nodes``, or ``total`` with whole tensors for heads."""
     own = with_sizes(nodes)
-    heads = {item: slice_args(item)[0] for item in total.args if item in nodes}  # type: ignore[union-attr]
+    heads = {item: slice_args(item)[0] for item in total.args if item in nodes}
     terms = [heads.get(item, item) for item in total.args]
     operands = list(dict.fromkeys([*(item for item in terms if isinstance(item, Node)), *inputs_of(own)]))
     dim = slice_args(next(iter(heads)))[1]

@@ -34,4 +34,4 @@ class CanonicalizeReductionsPass(Pass):
                 cast.meta["val"] = source.meta["val"].to(dtype)
                 node.args = (cast, *node.args[1:])
                 rewrites += 1
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites)
+        return PassResult(rewrites=rewrites)

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sam3x.capture.program import erase_dead
-from sam3x.passes.base import Exactness, Pass, PassResult, graph_modules
+from sam3x.passes.base import Pass, PassResult, graph_modules
 
 _aten = torch.ops.aten
 _ALWAYS = {_aten.alias.default, _aten.detach.default, _aten.lift_fresh_copy.default}
@@ -37,18 +37,15 @@ class EliminateNoopsPass(Pass):
     """
 
     name = "eliminate_noops"
-    exactness = Exactness.BIT_EXACT
 
     def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, modified = 0, False
+        rewrites, tidied = 0, False
         for prefix, module in graph_modules(program):
             done = _eliminate(program if not prefix else None, module)
             dead = erase_dead(module)
             rewrites += done
-            if done or dead:
-                modified = True
-                module.recompile()
-        return PassResult(program=program, modified=modified, rewrites=rewrites)
+            tidied |= dead
+        return PassResult(rewrites=rewrites, tidied=tidied)
 
 
 def _eliminate(root: ExportedProgram | None, module: GraphModule) -> int:
@@ -82,7 +79,7 @@ def _same_value(node: Node) -> Node | None:
     if target in _ALWAYS:
         return source if _alike(node, source) else None
     if target in _COPIES | _MOVES or target is _aten.permute.default:
-        if target is _aten.permute.default and list(node.args[1]) != list(range(len(node.args[1]))):  # type: ignore[arg-type]
+        if target is _aten.permute.default and list(node.args[1]) != list(range(len(node.args[1]))):
             return None
         return source if _alike(node, source) and not _steps(node) else None
     if target in _FACTORS:

@@ -48,7 +48,7 @@ class FoldConstantsPass(Pass):
                     rewrites += 1
         erase_dead(module)
         dropped = constants.drop_unused()
-        return PassResult(program=program, modified=bool(rewrites or dropped), rewrites=rewrites)
+        return PassResult(rewrites=rewrites, tidied=bool(dropped))
 
 
 def _foldable(node: Node) -> bool:

@@ -40,7 +40,7 @@ class FoldStaticSizesPass(Pass):
                 rewrites += 1
         if rewrites:
             sweep(program.graph_module)
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites)
+        return PassResult(rewrites=rewrites)
 
 
 def _inferred(node: Node) -> bool:
@@ -58,7 +58,7 @@ def _inferred(node: Node) -> bool:
 def _put(user: Node, node: Node, value: int) -> None:
     """Let ``user`` read the number in place of ``node``."""
     known = {node: value}
-    user.args, user.kwargs = torch.fx.node.map_arg((user.args, user.kwargs), lambda item: known.get(item, item))  # type: ignore[arg-type]
+    user.args, user.kwargs = torch.fx.node.map_arg((user.args, user.kwargs), lambda item: known.get(item, item))
 
 
 def _number(value: object) -> int | None:

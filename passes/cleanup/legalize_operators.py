@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult, graph_modules
+from sam3x.passes.base import MatchFailure, Pass, PassResult, graph_modules
 
 _ROUNDS = 8
 
@@ -26,7 +26,6 @@ class LegalizeOperatorsPass(Pass):
     """
 
     name = "legalize_operators"
-    exactness = Exactness.ARITHMETIC
 
     def __init__(self, supported: Callable[[Any], bool], table: Mapping[Any, Callable[..., Any]]) -> None:
         self.supported, self.table = supported, dict(table)
@@ -41,7 +40,7 @@ class LegalizeOperatorsPass(Pass):
                 if not done:
                     failures += [MatchFailure(node=n.name, reason=f"{n.target} has no decomposition") for n in nodes]
                     break
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
+        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
 
     def _unsupported(self, node: Node) -> bool:
         target: Any = node.target
@@ -67,7 +66,7 @@ class LegalizeOperatorsPass(Pass):
             return 0
         mapped = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs, strict=True))
         with module.graph.inserting_before(node):
-            output = module.graph.graph_copy(traced.graph, mapped)  # type: ignore[arg-type]
+            output = module.graph.graph_copy(traced.graph, mapped)
         if not isinstance(output, Node):
             return 0
         node.replace_all_uses_with(output)

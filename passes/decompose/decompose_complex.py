@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import erase_dead
-from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult, graph_modules
+from sam3x.passes.base import MatchFailure, Pass, PassResult, graph_modules
 from sam3x.passes.graph.cond_graph import (
     Cond,
     conds_of,
@@ -37,7 +37,6 @@ class DecomposeComplexPass(Pass):
     """
 
     name = "decompose_complex"
-    exactness = Exactness.ARITHMETIC
 
     def call(self, program: ExportedProgram) -> PassResult:
         rewrites, failures = 0, []
@@ -51,9 +50,7 @@ class DecomposeComplexPass(Pass):
                 ]
                 continue
             rewrites += _rewrite(program, module)
-        return PassResult(
-            program=program, modified=bool(rewrites or crossed), rewrites=rewrites, match_failures=tuple(failures)
-        )
+        return PassResult(rewrites=rewrites, match_failures=tuple(failures), tidied=bool(crossed))
 
 
 _MADE = {_aten.complex.default, _aten.polar.default}
@@ -194,7 +191,7 @@ def _scaled(emit: Emitter, node: Node, real: dict[Node, Node]) -> Node:
     number, factor = (left, right) if isinstance(left, Node) and _is_complex(left) else (right, left)
     if isinstance(factor, Node):
         factor = emit(_aten.unsqueeze.default, factor, -1)
-    return emit(_aten.mul.Tensor, real[number], factor)  # type: ignore[index]
+    return emit(_aten.mul.Tensor, real[number], factor)
 
 
 def _pair(emit: Emitter, node: Node, real: dict[Node, Node]) -> Node:
@@ -204,13 +201,13 @@ def _pair(emit: Emitter, node: Node, real: dict[Node, Node]) -> Node:
     if node.target in _MADE:
         return _made(emit, node)
     if node.target in _SUMS:
-        return emit(node.target, *(real[arg] for arg in node.args))  # type: ignore[index]
+        return emit(node.target, *(real[arg] for arg in node.args))
     if node.target is _aten.mul.Tensor and not all(isinstance(arg, Node) and _is_complex(arg) for arg in node.args):
         return _scaled(emit, node, real)
     rank = first.meta["val"].dim()
     pair = real[first]
     if node.target is _aten.mul.Tensor:
-        left, right = (tuple(_part(emit, real[arg], i) for i in (0, 1)) for arg in node.args)  # type: ignore[index]
+        left, right = (tuple(_part(emit, real[arg], i) for i in (0, 1)) for arg in node.args)
         parts = [
             emit(_aten.sub.Tensor, emit(_aten.mul.Tensor, left[0], right[0]), emit(_aten.mul.Tensor, left[1], right[1])),
             emit(_aten.add.Tensor, emit(_aten.mul.Tensor, left[0], right[1]), emit(_aten.mul.Tensor, left[1], right[0])),
@@ -222,7 +219,7 @@ def _pair(emit: Emitter, node: Node, real: dict[Node, Node]) -> Node:
         target = _aten.expand.default if node.target is _aten.expand.default else _aten.reshape.default
         return emit(target, pair, [*node.args[1], 2])  # type: ignore[misc]
     if node.target is _aten.permute.default:
-        return emit(_aten.permute.default, pair, [*(dim % rank for dim in node.args[1]), rank])  # type: ignore[union-attr]
+        return emit(_aten.permute.default, pair, [*(dim % rank for dim in node.args[1]), rank])
     dim = node.args[1] if len(node.args) > 1 else 0
     size = rank + 1 if node.target is _aten.unsqueeze.default else rank
-    return emit(node.target, pair, int(dim) % size, *node.args[2:])  # type: ignore[arg-type, call-overload]
+    return emit(node.target, pair, int(dim) % size, *node.args[2:])

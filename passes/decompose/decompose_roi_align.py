@@ -9,7 +9,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult, graph_modules
+from sam3x.passes.base import MatchFailure, Pass, PassResult, graph_modules
 from sam3x.passes.graph.aten_nodes import aten, dtype_of, same_size, shape_of
 from sam3x.passes.graph.emitter import Emitter
 
@@ -37,7 +37,6 @@ class DecomposeRoiAlignPass(Pass):
     """
 
     name = "decompose_roi_align"
-    exactness = Exactness.ARITHMETIC
 
     def call(self, program: ExportedProgram) -> PassResult:
         rewrites, failures = 0, []
@@ -54,7 +53,7 @@ class DecomposeRoiAlignPass(Pass):
                 node.replace_all_uses_with(new)
                 module.graph.erase_node(node)
                 rewrites += 1
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
+        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
 
 
 def _refusal(given: dict[str, Any]) -> str:

@@ -47,7 +47,7 @@ class DecomposeSliceScatterPass(Pass):
             if done:
                 erase_dead(module)
             rewrites += done
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
+        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
 
 
 def _copied(node: Node) -> Node | str:
@@ -84,6 +84,6 @@ def _joined(emit: Emitter, node: Node) -> Node | str:
 def _part(emit: Emitter, base: Node, dim: int, start: Any, end: Any, rows: Any) -> Node:
     """``rows`` of ``base``; of a constant, a shorter one where their number is known."""
     if base.target is aten.full.default and rows.is_Integer:
-        sizes = [int(rows) if axis == dim else size for axis, size in enumerate(base.args[0])]  # type: ignore[arg-type]
+        sizes = [int(rows) if axis == dim else size for axis, size in enumerate(base.args[0])]
         return emit(aten.full.default, sizes, *base.args[1:], **base.kwargs)
     return emit(aten.slice.Tensor, base, dim, start, end)

@@ -32,7 +32,7 @@ class ExpandRepeatsPass(Pass):
                     continue
                 node.target, node.args = aten.expand.default, (source, shape)
                 rewrites += 1
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
+        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
 
 
 def _expanded(source: Node, repeats: list[int | Node]) -> list[int | Node] | None:

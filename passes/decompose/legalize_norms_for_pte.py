@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sam3x.capture.program import erase_dead
-from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult
+from sam3x.passes.base import MatchFailure, Pass, PassResult
 from sam3x.passes.graph.cond_graph import Builder, aten, fake_mode_of
 from sam3x.passes.graph.constants import Constants
 
@@ -28,7 +28,6 @@ class LegalizeNormsForPtePass(Pass):
 
     name = "legalize_norms_for_pte"
     run_after = ("fold_constants",)
-    exactness = Exactness.ARITHMETIC
 
     def call(self, program: ExportedProgram) -> PassResult:
         module = program.graph_module
@@ -40,7 +39,7 @@ class LegalizeNormsForPtePass(Pass):
                 continue
             if node.target is aten.layer_norm.default:
                 width = node.meta["val"].shape[-1]
-                if list(node.args[1]) != [width] or node.meta["val"].dtype is not torch.float32:  # type: ignore[arg-type]
+                if list(node.args[1]) != [width] or node.meta["val"].dtype is not torch.float32:
                     failures.append(MatchFailure(node=node.name, reason="not a float32 norm over the last dimension alone"))
                     continue
                 work.norm(node)
@@ -54,7 +53,7 @@ class LegalizeNormsForPtePass(Pass):
                 rewrites += 1
         erase_dead(module)
         work.constants.drop_unused()
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
+        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
 
 
 def _is_flag(node: Node) -> bool:
@@ -97,7 +96,7 @@ class _Rewrite:
         emit = Builder(self.module.graph, node, fake_mode_of(self.module))
         if choice is not None and choice.target is aten.where.self and _is_flag(choice) and set(choice.args[1:]) == {node, x}:
             kept = choice.args[2] is node
-            on, off = (self.flag(emit, choice.args[0], kept ^ value) for value in (False, True))  # type: ignore[arg-type]
+            on, off = (self.flag(emit, choice.args[0], kept ^ value) for value in (False, True))
             emit = Builder(self.module.graph, choice, emit.fake_mode)
         width = int(node.meta["val"].shape[-1])
         row = self.constants.add(torch.full((1, width), 1.0 / width), "mean_row")
@@ -116,21 +115,21 @@ class _Rewrite:
             result = emit(aten.mul.Tensor, result, factor)
         if bias is not None:
             result = emit(aten.add.Tensor, result, bias if on is None else emit(aten.mul.Tensor, bias, on))
-        (node if on is None else choice).replace_all_uses_with(result)  # type: ignore[union-attr]
+        (node if on is None else choice).replace_all_uses_with(result)
         if on is not None:
-            choice.args = (choice.args[0], x, x)  # type: ignore[union-attr]
+            choice.args = (choice.args[0], x, x)
 
     def group_norm(self, node: Node) -> str | None:
         """(N, C, …) → the same; why not, where it stays."""
         x, weight, bias, _, channels, _, groups, eps = node.args
-        value = x.meta["val"]  # type: ignore[union-attr]
+        value = x.meta["val"]
         if value.dtype is not torch.float32 or not all(isinstance(size, int) for size in value.shape[1:]):
             return "not float32, or of a size that only a run tells"
         if any(user.target is not operator.getitem or (user.args[1] != 0 and user.users) for user in node.users):
             return "its mean or its deviation is read"
         emit = Builder(self.module.graph, node, fake_mode_of(self.module))
         batch = int(value.shape[0]) if isinstance(value.shape[0], int) else -1
-        inner = [int(channels) // int(groups), *map(int, value.shape[2:])]  # type: ignore[call-overload]
+        inner = [int(channels) // int(groups), *map(int, value.shape[2:])]
         parts = emit(aten.reshape.default, x, [batch, groups, *inner])
         ones = [1] * len(inner)
 
@@ -143,13 +142,13 @@ class _Rewrite:
             return of
 
         centred = emit(aten.sub.Tensor, parts, mean(parts))
-        root = emit(aten.rsqrt.default, mean(emit(aten.mul.Tensor, centred, centred), float(eps)))  # type: ignore[arg-type]
+        root = emit(aten.rsqrt.default, mean(emit(aten.mul.Tensor, centred, centred), float(eps)))
         result = emit(aten.reshape.default, emit(aten.mul.Tensor, centred, root), [batch, channels, *inner[1:]])
         for operator_, own in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
             if own is not None:
-                held, shape = self.constants.value(own), [int(channels), *ones[1:]]  # type: ignore[call-overload]
+                held, shape = self.constants.value(own), [int(channels), *ones[1:]]
                 factor = emit(aten.reshape.default, own, shape) if held is None else None
-                result = emit(operator_, result, factor or self.constants.add(held.reshape(shape), "norm"))  # type: ignore[union-attr]
+                result = emit(operator_, result, factor or self.constants.add(held.reshape(shape), "norm"))
         for user in list(node.users):
             user.replace_all_uses_with(result)
         return None
@@ -160,13 +159,12 @@ class _Rewrite:
         for sum_, other, negated in ((a, b, False), (b, a, True)):
             if isinstance(sum_, Node) and sum_.target is aten.add.Tensor and other in sum_.args and not sum_.kwargs:
                 step = sum_.args[1] if sum_.args[0] is other else sum_.args[0]  # where(f, x + step, x) = x + f·step
-                part = emit(aten.mul.Tensor, step, self.flag(emit, condition, negated))  # type: ignore[arg-type]
+                part = emit(aten.mul.Tensor, step, self.flag(emit, condition, negated))
                 result = emit(aten.add.Tensor, other, part)
                 break
         else:
             parts: list[Any] = [
-                emit(aten.mul.Tensor, value, self.flag(emit, condition, negated))  # type: ignore[arg-type]
-                for value, negated in ((a, False), (b, True))
+                emit(aten.mul.Tensor, value, self.flag(emit, condition, negated)) for value, negated in ((a, False), (b, True))
             ]
             result = emit(aten.add.Tensor, *parts)
         node.replace_all_uses_with(result)

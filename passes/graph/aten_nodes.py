@@ -60,8 +60,8 @@ def permutation(node: Node) -> list[int] | None:
         return None
     rank = len(shape_of(node))
     if node.target is aten.permute.default:
-        return [dim % rank for dim in node.args[1]]  # type: ignore[union-attr, operator, misc]
+        return [dim % rank for dim in node.args[1]]  # type: ignore[misc]
     order = list(range(rank))
-    first, second = (operator.index(dim) % rank for dim in node.args[1:3])  # type: ignore[arg-type]
+    first, second = (operator.index(dim) % rank for dim in node.args[1:3])
     order[first], order[second] = order[second], order[first]
     return order

@@ -55,14 +55,14 @@ def is_cond(node: Node) -> bool:
 def read_cond(module: GraphModule, node: Node) -> Cond:
     """The parts of a conditional of ``module``."""
     predicate, *branches, operands = node.args
-    true, false = (getattr(module, branch.target) for branch in branches)  # type: ignore[union-attr]
-    return Cond(node=node, predicate=predicate, branches=(true, false), operands=tuple(operands))  # type: ignore[arg-type]
+    true, false = (getattr(module, branch.target) for branch in branches)
+    return Cond(node=node, predicate=predicate, branches=(true, false), operands=tuple(operands))
 
 
 def is_heavy(node: Node) -> bool:
     """Whether ``node`` is, or a conditional of it holds, what costs more than a conditional saves."""
     if is_cond(node):
-        parts = read_cond(node.graph.owning_module, node).branches  # type: ignore[arg-type]
+        parts = read_cond(node.graph.owning_module, node).branches
         return any(is_heavy(inner) for part in parts for inner in part.graph.nodes)
     return node.op == "call_function" and node.target in HEAVY
 
@@ -98,7 +98,7 @@ def results_of(node: Node) -> dict[int, list[Node]]:
     found: dict[int, list[Node]] = {}
     for user in node.users:
         assert user.target is operator.getitem, f"{user} reads {node} whole"
-        found.setdefault(user.args[1], []).append(user)  # type: ignore[arg-type]
+        found.setdefault(user.args[1], []).append(user)
     return found
 
 
@@ -123,12 +123,12 @@ def own_branches(module: GraphModule) -> None:
     seen: set[str] = set()
     for node in conds_of(module):
         for position in (1, 2):
-            name = str(node.args[position].target)  # type: ignore[union-attr]
+            name = str(node.args[position].target)
             if name in seen:
                 copied = copy.deepcopy(getattr(module, name))
                 with module.graph.inserting_before(node):
                     node.update_arg(position, module.graph.get_attr(attach(module, copied, name)))
-            seen.add(str(node.args[position].target))  # type: ignore[union-attr]
+            seen.add(str(node.args[position].target))
 
 
 def copy_node(target: GraphModule, source: GraphModule, node: Node, mapping: Mapping[Node, Any]) -> Node:

@@ -40,7 +40,7 @@ class KnownNumbers:
             if node.op == "placeholder" and node.name in fixed:
                 tensor = values.get(fixed[node.name])
                 known = isinstance(tensor, torch.Tensor) and tensor.numel() == 1 and tensor.device.type != "meta"
-                self._known[node] = tensor.detach().cpu().reshape(()) if known else None  # type: ignore[union-attr]
+                self._known[node] = tensor.detach().cpu().reshape(()) if known else None
         self._bind(program.graph_module)
 
     def _bind(self, module: GraphModule) -> None:
@@ -89,8 +89,8 @@ class KnownNumbers:
         if node.kwargs or any(value is None for value in rest):
             return None
         if node.target is aten.pow.Tensor_Scalar:
-            return torch.pow(first, float(rest[0])).to(dtype_of(node))  # type: ignore[arg-type]
-        return node.target(first, *rest).reshape(()).to(dtype_of(node))  # type: ignore[operator]
+            return torch.pow(first, float(rest[0])).to(dtype_of(node))
+        return node.target(first, *rest).reshape(()).to(dtype_of(node))
 
 
 def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

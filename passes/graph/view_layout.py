@@ -64,7 +64,7 @@ def layout_of(node: Node, *, whole: bool = False) -> Layout:
     while True:
         layout: Layout | None = _plain(source)
         for step in reversed(chain):
-            layout = _step(layout, step)  # type: ignore[arg-type]
+            layout = _step(layout, step)
             if layout is None:  # start over behind the step that is no plain view
                 cut = chain.index(step)
                 source, chain = step, chain[:cut]
@@ -91,7 +91,7 @@ def _viewed(node: Node) -> Node | None:
     views = {aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.dims}
     views |= {aten.squeeze.dim, aten.expand.default, aten.select.int, aten.slice.Tensor}
     known = target in _SAME or target in _RESHAPES or target in views
-    return node.args[0] if known and isinstance(node.args[0], Node) else None  # type: ignore[return-value]
+    return node.args[0] if known and isinstance(node.args[0], Node) else None
 
 
 def _step(layout: Layout, node: Node) -> Layout | None:
@@ -103,18 +103,18 @@ def _step(layout: Layout, node: Node) -> Layout | None:
         regrouped = _regroup(dims, [expression(size) for size in node.meta["val"].shape])
         return None if regrouped is None else replace(layout, dims=regrouped)
     if target is aten.permute.default:
-        return replace(layout, dims=tuple(dims[d % rank] for d in node.args[1]))  # type: ignore[union-attr, operator]
+        return replace(layout, dims=tuple(dims[d % rank] for d in node.args[1]))
     if target in (aten.transpose.int, aten.t.default):
-        a, b = (d % rank for d in (node.args[1:3] if target is aten.transpose.int else (0, 1)))  # type: ignore[operator]
+        a, b = (d % rank for d in (node.args[1:3] if target is aten.transpose.int else (0, 1)))
         order = list(range(rank))
         order[a], order[b] = b, a  # type: ignore[assignment]
         return replace(layout, dims=tuple(dims[d] for d in order))
     if target is aten.unsqueeze.default:
-        at = node.args[1] % (rank + 1)  # type: ignore[operator]
+        at = node.args[1] % (rank + 1)
         return replace(layout, dims=(*dims[:at], (), *dims[at:]))
     if target in (aten.squeeze.dim, aten.squeeze.dims):
         given = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
-        gone = {d % rank for d in given}  # type: ignore[operator]
+        gone = {d % rank for d in given}
         if any(dims[d] for d in gone):
             return None
         return replace(layout, dims=tuple(digits for d, digits in enumerate(dims) if d not in gone))
@@ -135,17 +135,17 @@ def _narrow(layout: Layout, node: Node) -> Layout | None:
     dims, rank = layout.dims, len(layout.dims)
     if node.target is operator.getitem:
         split, index = node.args
-        parts = split.meta["val"]  # type: ignore[union-attr]
-        given = split.args[2] if split.target is not aten.unbind.int and len(split.args) > 2 else 0  # type: ignore[union-attr]
-        given = split.args[1] if split.target is aten.unbind.int and len(split.args) > 1 else given  # type: ignore[union-attr]
-        at = given % rank  # type: ignore[operator]
-        if split.target is aten.unbind.int:  # type: ignore[union-attr]
+        parts = split.meta["val"]
+        given = split.args[2] if split.target is not aten.unbind.int and len(split.args) > 2 else 0
+        given = split.args[1] if split.target is aten.unbind.int and len(split.args) > 1 else given
+        at = given % rank
+        if split.target is aten.unbind.int:
             start, length = sympy.sympify(index), None
         else:
             start = sum((expression(part.shape[at]) for part in parts[:index]), sympy.S.Zero)
             length = expression(parts[index].shape[at])
     elif node.target is aten.select.int:
-        at, start, length = node.args[1] % rank, node.args[2], None  # type: ignore[operator]
+        at, start, length = node.args[1] % rank, node.args[2], None
         if not isinstance(start, int):
             return None
         start = sympy.sympify(start) + (_size(dims[at]) if start < 0 else 0)

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import erase_dead
-from sam3x.passes.base import Exactness, Pass, PassResult, graph_modules
+from sam3x.passes.base import Pass, PassResult, graph_modules
 from sam3x.passes.graph.cond_graph import Builder, aten, expression, fake_mode_of, quietly, substitute
 from sam3x.passes.graph.view_layout import Layout, layout_of
 
@@ -27,7 +27,6 @@ class CanonicalizeLayoutsPass(Pass):
     """
 
     name = "canonicalize_layouts"
-    exactness = Exactness.ARITHMETIC  # the same sums; a library may order them by shape
 
     def call(self, program: ExportedProgram) -> PassResult:
         unified = unify_sizes(program.graph_module)
@@ -38,13 +37,7 @@ class CanonicalizeLayoutsPass(Pass):
                     continue
                 rewrites += _hoist(module, node) if node.target is aten.linear.default else _shorten(node)
             erase_dead(module)
-        return PassResult(program=program, modified=bool(rewrites or unified), rewrites=rewrites)
-
-
-class CancelViewsPass(CanonicalizeLayoutsPass):
-    """The same once more, for the views around operators that a later pass rewrote."""
-
-    name = "cancel_views"
+        return PassResult(rewrites=rewrites, tidied=bool(unified))
 
 
 def _shorten(node: Node) -> int:
@@ -59,9 +52,9 @@ def _shorten(node: Node) -> int:
 
 
 def _hoist(module: GraphModule, node: Node) -> int:
-    layout = layout_of(node.args[0])  # type: ignore[arg-type]
+    layout = layout_of(node.args[0])
     if _rows(layout) is None:  # as behind dac's half of a batch of two
-        layout = layout_of(node.args[0], whole=True)  # type: ignore[arg-type]
+        layout = layout_of(node.args[0], whole=True)
     source, width = layout.source, layout.source.meta["val"].dim() - 1
     order = _rows(layout)
     if source is node.args[0] or order is None or width < 1:

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import erase_dead
-from sam3x.passes.base import Exactness, Pass, PassResult, graph_modules
+from sam3x.passes.base import Pass, PassResult, graph_modules
 from sam3x.passes.graph.aten_nodes import RESHAPES, permutation, shape_of
 from sam3x.passes.graph.form import Axis, Layout, axes_of, leaves
 
@@ -39,7 +39,6 @@ class SinkPermutesPass(Pass):
     """
 
     name = "sink_permutes"
-    exactness = Exactness.ARITHMETIC
 
     def call(self, program: ExportedProgram) -> PassResult:
         rewrites = 0
@@ -49,7 +48,7 @@ class SinkPermutesPass(Pass):
             worker.run()
             erase_dead(module)
             rewrites += max(before - _moves(module), 0)
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites)
+        return PassResult(rewrites=rewrites)
 
 
 def _moves(module: GraphModule) -> int:
@@ -110,7 +109,7 @@ class _Worker:
         if self._plain(before):
             return False
         with self.graph.inserting_before(node):
-            new = self.graph.call_function(node.target, (before.source, *node.args[1:]), node.kwargs)  # type: ignore[arg-type]
+            new = self.graph.call_function(node.target, (before.source, *node.args[1:]), node.kwargs)
         shape = [*shape_of(before.source)[:-1], shape_of(node)[-1]]
         new.meta = {**node.meta, "val": _empty(shape, node)}
         self._of(new)
@@ -140,7 +139,7 @@ class _Worker:
             if moved is None or moved.source is operand:
                 continue
             if node.target is _aten.sym_size.int:
-                group = leaves(moved.layout[node.args[1]])  # type: ignore[index]
+                group = leaves(moved.layout[node.args[1]])
                 where = [dim for dim, own in enumerate(self.own[moved.source]) if leaves(own) == group and group]
                 if where:
                     node.args = (moved.source, where[0])

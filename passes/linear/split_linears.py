@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from sam3x.capture.program import erase_dead
-from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult
+from sam3x.passes.base import MatchFailure, Pass, PassResult
 from sam3x.passes.graph.cond_graph import fake_mode_of
 from sam3x.passes.graph.constants import Constants
 from sam3x.passes.graph.emitter import Emitter
@@ -51,7 +51,6 @@ class SplitLinearsPass(Pass):
 
     name = "split_linears"
     run_after = ("canonicalize_attention", "decompose_complex")
-    exactness = Exactness.ARITHMETIC  # the same products; a library may add them in another order
 
     def __init__(self, smallest: int = SMALLEST) -> None:
         self.smallest = smallest
@@ -86,7 +85,7 @@ class SplitLinearsPass(Pass):
         if rewrites:
             erase_dead(module)
             constants.drop_unused()
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
+        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
 
     def _check(self, parts: Sequence[_Part]) -> None:
         kinds = {part.rows for part in parts}

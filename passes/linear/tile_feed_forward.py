@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.nn import functional
 
-from sam3x.passes.base import Exactness, MatchFailure, Pass, PassResult, graph_modules
+from sam3x.passes.base import MatchFailure, Pass, PassResult, graph_modules
 from sam3x.passes.graph.emitter import Emitter
 
 _aten = torch.ops.aten
@@ -53,7 +53,6 @@ class TileFeedForwardPass(Pass):
     """
 
     name = "tile_feed_forward"
-    exactness = Exactness.ARITHMETIC
 
     def __init__(self, small: int) -> None:
         self.small = small
@@ -77,7 +76,7 @@ class TileFeedForwardPass(Pass):
                 for node in (second, middle, first):
                     module.graph.erase_node(node)
                 rewrites += 1
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites, match_failures=tuple(failures))
+        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
 
     def _refused(self, first: Node, middle: Node) -> str | None:
         if len(first.users) > 1 or len(middle.users) > 1:

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from sam3x.errors import PreconditionError
-from sam3x.passes.base import Exactness, Pass, PassResult, graph_modules
+from sam3x.passes.base import Pass, PassResult, graph_modules
 from sam3x.passes.graph.cond_graph import aten, is_cond, outputs, placeholders, read_cond
 from sam3x.passes.graph.op_paths import matching, op_paths
 
@@ -66,7 +66,6 @@ class ConvertPrecisionPass(Pass):
 
     name = "convert_precision"
     run_after = ("canonicalize_attention", "simplify_attention_masks")
-    exactness = Exactness.ARITHMETIC
 
     def __init__(
         self, dtype: torch.dtype, fp32_ops: Sequence[str] = (), stays: Callable[[Node], bool] = lambda _: False
@@ -87,7 +86,7 @@ class ConvertPrecisionPass(Pass):
 
     def call(self, program: ExportedProgram) -> PassResult:
         if any(value.dtype is self.dtype for value in _float_values(program)):
-            return PassResult(program=program, modified=False)
+            return PassResult()
         in_float32, _ = matching(op_paths(program), self.fp32_ops)
         in_float32 = {
             *in_float32,
@@ -95,7 +94,7 @@ class ConvertPrecisionPass(Pass):
         }
         rewrites = _Converter(program.graph_module, self.dtype, in_float32).run()
         _restore_outputs(program)
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites)
+        return PassResult(rewrites=rewrites)
 
 
 def _float_values(program: ExportedProgram) -> list[torch.Tensor]:
@@ -106,7 +105,7 @@ def _float_values(program: ExportedProgram) -> list[torch.Tensor]:
 def _restore_outputs(program: ExportedProgram) -> None:
     """Outputs in the dtype that the signature had, under the names it knows."""
     output = program.graph.output_node()
-    values = list(output.args[0])  # type: ignore[arg-type]
+    values = list(output.args[0])
     for index, value in enumerate(values):
         if isinstance(value, Node) and value.meta["val"].dtype in (torch.float16, torch.bfloat16):
             with program.graph.inserting_before(output):
@@ -193,7 +192,7 @@ class _Converter:
 
 def _return(branch: GraphModule, index: int, dtype: torch.dtype) -> None:
     end = branch.graph.output_node()
-    values = list(end.args[0])  # type: ignore[arg-type]
+    values = list(end.args[0])
     with branch.graph.inserting_before(end):
         new = branch.graph.call_function(aten._to_copy.default, (values[index],), {"dtype": dtype})
     new.meta["val"] = values[index].meta["val"].to(dtype)

@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from sam3x.passes.base import Exactness, Pass, PassResult
+from sam3x.passes.base import Pass, PassResult
 from sam3x.passes.graph.cond_graph import Builder, aten, fake_mode_of, quietly
 from sam3x.passes.graph.constants import Constants
 from sam3x.passes.precision.convert_precision import clamp_numbers, lowered
@@ -22,7 +22,6 @@ class ConvertToHalfPass(Pass):
     """
 
     name = "convert_to_half"
-    exactness = Exactness.ARITHMETIC
 
     def call(self, program: ExportedProgram) -> PassResult:
         graph, fake_mode = program.graph_module.graph, fake_mode_of(program.graph_module)
@@ -50,16 +49,16 @@ class ConvertToHalfPass(Pass):
                     node.kwargs = {**node.kwargs, "dtype": torch.float16}
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda item: item.meta["val"])
                 with quietly(fake_mode):
-                    node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    node.meta["val"] = node.target(*args, **kwargs)
         output = graph.output_node()
         emit = Builder(graph, output, fake_mode)
-        results: list[Any] = list(output.args[0])  # type: ignore[call-overload]
+        results: list[Any] = list(output.args[0])
         for index, node in enumerate(results):
             if isinstance(node, Node) and node.meta["val"].dtype is torch.float16:
                 results[index] = emit(aten._to_copy.default, node, dtype=torch.float32)
         output.args = (tuple(results),)
         constants.drop_unused()
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites)
+        return PassResult(rewrites=rewrites)
 
 
 def _is_float(node: Any) -> bool:

@@ -70,7 +70,7 @@ class UnifyDimensionsPass(Pass):
                 node.args = sizes[expression(node.meta["val"])]
         erase_dead(module)
         rewrites += _share(module)
-        return PassResult(program=program, modified=bool(rewrites), rewrites=rewrites)
+        return PassResult(rewrites=rewrites)
 
 
 def _share(module: GraphModule) -> int:

@@ -81,7 +81,7 @@ class PteTarget(Target):
         from sam3x.passes.cleanup.fold_constants import FoldConstantsPass
         from sam3x.passes.decompose.decompose_roi_align import DecomposeRoiAlignPass
         from sam3x.passes.decompose.legalize_norms_for_pte import LegalizeNormsForPtePass
-        from sam3x.passes.linear.canonicalize_layouts import CancelViewsPass, CanonicalizeLayoutsPass
+        from sam3x.passes.linear.canonicalize_layouts import CanonicalizeLayoutsPass
         from sam3x.passes.precision.convert_to_half import ConvertToHalfPass
 
         half = options.precision == "fp16"
@@ -89,7 +89,7 @@ class PteTarget(Target):
             LegalizeAttentionForPtePass(LOWEST_HALF if half else LOWEST),
             DecomposeAttentionPass(),
             LegalizeNormsForPtePass(),
-            CancelViewsPass(),
+            CanonicalizeLayoutsPass(),
         ]
         return (
             DecomposeRoiAlignPass(),
