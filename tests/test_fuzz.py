@@ -217,6 +217,24 @@ def test_one_head_whose_batch_stands_where_heads_do() -> None:
     )
 
 
+def test_positions_and_biases_counted_in_whole_numbers() -> None:
+    """ONNX has no operator over whole numbers and floats, which torch casts silently; found by a fuzz."""
+    check(
+        Case(
+            encoder=EncoderCase(num_heads=2, styles=("biased_by_head", "rotary")),
+            spec={"pre_norm": "module", "dac": False, "dac_dim": 0, "inputs": ("tgt", "memory")},
+            lowerings=({},),
+        )
+    )
+
+
+def test_autocast_inside_an_attention_must_be_refused() -> None:
+    spec = {"pre_norm": "module", "dac": False, "inputs": ("tgt", "memory")}
+    before = COUNTS.copy()
+    check(Case(encoder=EncoderCase(styles=("meta", "autocast")), spec=spec, ambient="autocast"))
+    assert (COUNTS - before)["onnx refusals"] == 1
+
+
 @pytest.mark.parametrize(
     ("encoder", "spec", "lowering", "other"),
     [

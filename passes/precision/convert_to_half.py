@@ -31,7 +31,7 @@ class ConvertToHalfPass(Pass):
         body = next(node for node in graph.nodes if node.op != "placeholder")
         for node in [node for node in graph.nodes if node.op == "placeholder" and _is_float(node) and node.users]:
             if node.name in inputs:
-                readers = list(node.users)
+                readers = [reader for reader in node.users if not _is_bool(reader)]  # compared as it came in
                 half = Builder(graph, body, fake_mode)(aten._to_copy.default, node, dtype=torch.float16)
             else:
                 value = constants.value(node)
@@ -64,3 +64,8 @@ class ConvertToHalfPass(Pass):
 def _is_float(node: Any) -> bool:
     value = node.meta.get("val") if isinstance(node, Node) else None
     return isinstance(value, torch.Tensor) and value.dtype is torch.float32
+
+
+def _is_bool(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype is torch.bool

@@ -76,12 +76,15 @@ class PteTarget(Target):
         return TargetStatus(name=self.name, available=not missing, detail=detail, install=_INSTALL)
 
     def legalization_passes(self, options: PteOptions) -> tuple[Pass, ...]:
+        import torch
+
         from sam3x.passes.attention.decompose_attention import DecomposeAttentionPass
         from sam3x.passes.attention.legalize_attention_for_pte import LOWEST, LOWEST_HALF, LegalizeAttentionForPtePass
         from sam3x.passes.cleanup.fold_constants import FoldConstantsPass
         from sam3x.passes.decompose.decompose_roi_align import DecomposeRoiAlignPass
         from sam3x.passes.decompose.legalize_norms_for_pte import LegalizeNormsForPtePass
         from sam3x.passes.linear.canonicalize_layouts import CanonicalizeLayoutsPass
+        from sam3x.passes.precision.clamp_input_masks import ClampInputMasksPass
         from sam3x.passes.precision.convert_to_half import ConvertToHalfPass
 
         half = options.precision == "fp16"
@@ -95,6 +98,7 @@ class PteTarget(Target):
             DecomposeRoiAlignPass(),
             CanonicalizeLayoutsPass(),
             FoldConstantsPass(),
+            *([ClampInputMasksPass(torch.float16)] if half else []),
             # Core ML has norms, and runs heads side by side
             *([DecomposeAttentionPass()] if options.delegate == "coreml" else by_head),
             *([ConvertToHalfPass()] if half and options.delegate == "xnnpack" else []),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sam3x.errors import LoweringError
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -18,7 +20,7 @@ def write(model: ir.Model, path: Path, *, external_data: bool) -> None:
         model: its weights may lie in other files, which may go once this returns.
 
     Raises:
-        onnx.checker.ValidationError: the graph is not valid ONNX.
+        LoweringError: the graph is not valid ONNX.
     """
     import onnx
     import onnx_ir as ir
@@ -29,4 +31,7 @@ def write(model: ir.Model, path: Path, *, external_data: bool) -> None:
         ir.save(model, path, external_data=f"{path.name}.data")
     else:
         ir.save(ir.external_data.load_to_model(model), path)  # what lay beside another file would still point there
-    onnx.checker.check_model(str(path), full_check=True)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise LoweringError(f"the graph is no valid ONNX: {str(error).partition(chr(10))[0]}", subject="onnx") from error

@@ -85,6 +85,7 @@ class OnnxTarget(Target):
 
         from sam3x.passes.branches.fuse_alternatives import FuseAlternativesPass
         from sam3x.passes.branches.unslice_rows import UnsliceRowsPass
+        from sam3x.passes.cleanup.insert_type_promotion import InsertTypePromotionPass
         from sam3x.passes.cleanup.legalize_operators import LegalizeOperatorsPass
         from sam3x.passes.linear.tile_feed_forward import TILED_FEED_FORWARD, TileFeedForwardPass
         from sam3x.targets.onnx import attention as onnx_attention
@@ -102,6 +103,7 @@ class OnnxTarget(Target):
             LegalizeOperatorsPass(
                 lambda op: op in words or op in own or "assert" in op.name() or "sym_constrain" in op.name(), table
             ),
+            InsertTypePromotionPass(),
         )
 
     def numerics(self, options: OnnxOptions) -> Numerics:

@@ -191,11 +191,13 @@ def precision_passes(options: TrtOptions) -> tuple[Pass, ...]:
         return ()
     import torch
 
+    from sam3x.passes.precision.clamp_input_masks import ClampInputMasksPass
     from sam3x.passes.precision.convert_precision import ConvertPrecisionPass
 
     if options.precision == "fp16":
-        return (ConvertPrecisionPass(torch.float16, options.fp32_names),)
-    return (ConvertPrecisionPass(torch.bfloat16, options.fp32_names, stays=_is_transposed_convolution),)
+        return (ClampInputMasksPass(torch.float16), ConvertPrecisionPass(torch.float16, options.fp32_names))
+    convert = ConvertPrecisionPass(torch.bfloat16, options.fp32_names, stays=_is_transposed_convolution)
+    return (ClampInputMasksPass(torch.bfloat16), convert)
 
 
 def _is_transposed_convolution(node: Node) -> bool:

@@ -14,6 +14,7 @@ from sam3x.capture.program import CapturedProgram, run_program
 from sam3x.errors import PostconditionError, PreconditionError, SpecError
 from sam3x.passes.base import Pass, PassResult, count_ops, graph_modules
 from sam3x.passes.cleanup.canonicalize_reductions import CanonicalizeReductionsPass
+from sam3x.passes.cleanup.insert_type_promotion import InsertTypePromotionPass
 from sam3x.passes.cleanup.legalize_operators import LegalizeOperatorsPass
 from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.passes.pipeline import PassPipeline
@@ -167,6 +168,28 @@ def test_operators_without_a_word_are_expanded() -> None:
     assert (result.modified, result.rewrites) == (True, 1)
     assert "aten.squeeze.dims" not in count_ops(program)
     assert torch.equal(program.module()(x), Squeezes()(x))
+    assert not step.call(program).modified
+
+
+class SeveralTypes(nn.Module):
+    def forward(self, x: Tensor, where: Tensor) -> Tensor:
+        places = torch.arange(x.shape[0])
+        bias = places * 0.1 - 2.0**-places + (where + 1) * torch.where(where, places, 0.5)
+        return torch.cat((x + bias, places)) * (places > 0.5).repeat(2) + (places == x).repeat(2) + places.repeat(2) / 3
+
+
+def test_casts_that_operators_make_silently_are_spelt_out() -> None:
+    inputs = (torch.arange(4) * 1.0, torch.tensor([True, False, True, False]))
+    program = torch.export.export(SeveralTypes(), inputs, strict=False).run_decompositions({})
+    before = SeveralTypes()(*inputs)
+    step = InsertTypePromotionPass()
+    assert step.call(program).rewrites >= 9
+    assert torch.equal(program.module()(*inputs), before)
+    for node in program.graph.nodes:
+        if node.target in (aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.where.self, aten.cat.default):
+            assert {n.meta["val"].dtype for n in node.all_input_nodes[node.target is aten.where.self :]} == {
+                node.meta["val"].dtype
+            }
     assert not step.call(program).modified
 
 

@@ -22,6 +22,8 @@ from support.strategies import EncoderCase
 ENCODERS = {
     "meta": EncoderCase(num_heads=2, pre_norm=(True, False)),
     "matmul": EncoderCase(num_heads=2, styles=("matmul", "keep_mask"), peaked=4.0),
+    "rotary": EncoderCase(num_heads=2, styles=("rotary_complex", "biased")),
+    "grouped": EncoderCase(num_heads=4, styles=("enable_gqa", "grouped_by_groups")),
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sam3x.sources.encoder import draw_weights
 from sam3x.spec import TOKENS_INPUTS
-from support.attention_styles import REFUSED, STYLES
+from support.attention_styles import BELOW_FLOAT32, REFUSED, STYLES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,8 @@ class InputsCase:
         def attention_mask(*shape: int) -> Tensor:
             if mask_dtype == "bool":
                 return hidden(*shape)
-            return torch.randn(shape, generator=random).masked_fill(hidden(*shape), -math.inf)
+            hides = torch.finfo(torch.float32).min if self.seed % 3 == 2 else -math.inf
+            return torch.randn(shape, generator=random).masked_fill(hidden(*shape), hides)
 
         made: dict[str, Tensor] = {}
         shapes = {"tgt": (b, n, d_model), "query_pos": (b, n, d_model), "memory": (b, s, d_model), "pos": (b, s, d_model)}
@@ -136,7 +137,8 @@ class InputsCase:
 class Case:
     """An encoder, what its export is asked, the ways to lower what was captured, and what to run each of them on.
 
-    ``spec`` holds fields of ``ExportSpec``; each of ``lowerings`` the target's own options, and ``branches``.
+    ``spec`` holds fields of ``ExportSpec``; each of ``lowerings`` the target's own options, and ``branches``; ``ambient``
+    is what the caller has set of torch while it exports, ``none`` or ``autocast``.
     """
 
     encoder: EncoderCase = EncoderCase()
@@ -145,6 +147,7 @@ class Case:
     lowerings: tuple[dict[str, Any], ...] = ({},)
     runs: tuple[InputsCase, ...] = (InputsCase(),)
     relation: str = "none"
+    ambient: str = "none"
 
     def script(self) -> str:
         """A few lines that run this case again, to be pasted into a shell in the repository's root."""
@@ -154,7 +157,7 @@ class Case:
             "from support.strategies import Case, EncoderCase, InputsCase\n"
             "check(Case(\n"
             f"    encoder={_short(self.encoder)},\n"
-            f"    target={self.target!r}, relation={self.relation!r}, lowerings={self.lowerings!r},\n"
+            f"    target={self.target!r}, relation={self.relation!r}, ambient={self.ambient!r}, lowerings={self.lowerings!r},\n"
             f"    spec={self.spec!r},\n"
             f"    runs=({' '.join(f'{_short(run)},' for run in self.runs)}),\n"
             "))\nEOF"
@@ -172,13 +175,15 @@ def _short(value: Any) -> str:
 RELATIONS = ("none", "none", "none", "none", "fixed", "no_masks")
 """Other exports that must give the same: flags fixed, masks left out where they hide nothing. Each takes a second capture."""
 
+AMBIENT = ("none", "none", "none", "none", "autocast")
+
 
 @st.composite
 def encoders(draw: st.DrawFn, maps: bool) -> EncoderCase:
     """Encoders small enough to be exported in a second."""
     activation = draw(st.sampled_from(["relu", "gelu", "glu"]))
     heads = draw(st.sampled_from([1, 2, 4]))
-    style = st.sampled_from(list(STYLES))
+    style = st.sampled_from([style for style in STYLES if style not in BELOW_FLOAT32])
     both = draw(st.booleans())
     first = draw(style)
     return EncoderCase(
@@ -243,7 +248,18 @@ def cases(draw: st.DrawFn, target: str = "onnx") -> Case:
     # by the seed and not drawn, so that the draws above stay what they are
     turned = encoder.styles == ("meta", "meta") and not maps and (dac is False or dac_dim == 1) and encoder.seed % 3 != 2
     encoder = replace(encoder, shared=("none", "linear", "none", "attention")[encoder.seed % 4], sequence_first=turned)
-    return Case(encoder=encoder, target=target, spec=options, lowerings=tuple(lowerings), runs=tuple(runs), relation=relation)
+    if draw(st.integers(0, 29)) == 29:
+        encoder = replace(encoder, styles=(encoder.styles[0], draw(st.sampled_from(BELOW_FLOAT32))))
+    ambient = draw(st.sampled_from(AMBIENT))
+    return Case(
+        encoder=encoder,
+        target=target,
+        spec=options,
+        lowerings=tuple(lowerings),
+        runs=tuple(runs),
+        relation=relation,
+        ambient=ambient,
+    )
 
 
 LOWERINGS: dict[str, st.SearchStrategy[dict[str, Any]]] = {

@@ -63,7 +63,9 @@ def run_layers(
     dtype = tgt.dtype
     with torch.no_grad(), wide_floats() if dtype is torch.float64 else contextlib.nullcontext():
         for index, layer in enumerate(layers):
-            layer = copy.deepcopy(layer).to(dtype)
+            layer = copy.deepcopy(layer)
+            if dtype is torch.float64:
+                layer.double()  # where to(float64) would take the imaginary parts from complex tables
             for module in layer.modules():
                 if isinstance(module, nn.MultiheadAttention):
                     module.batch_first = True  # inputs are; the numbers are the same

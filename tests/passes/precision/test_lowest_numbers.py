@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sam3x.passes.base import Pass
+from sam3x.passes.precision.clamp_input_masks import ClampInputMasksPass
 from sam3x.passes.precision.convert_precision import ConvertPrecisionPass, lowered
 from sam3x.passes.precision.convert_to_half import ConvertToHalfPass
 from sam3x.verify.emulate import eager_in
@@ -35,6 +36,31 @@ def test_a_fill_that_overflows_is_the_lowest_of_the_precision(lowering: Pass) ->
     lowering.call(program)
     program.graph_module.recompile()
     torch.testing.assert_close(evaluate(program, ARGS).float(), filled(*ARGS), atol=0.05, rtol=0.05)
+
+
+class Attended(nn.Module):
+    def forward(self, x: Tensor, some_mask: Tensor) -> Tensor:
+        return (x + some_mask).softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lowering"),
+    [
+        (torch.float16, ConvertToHalfPass()),
+        (torch.float16, ConvertPrecisionPass(torch.float16)),
+        (torch.bfloat16, ConvertPrecisionPass(torch.bfloat16)),
+    ],
+    ids=["pte", "fp16", "bf16"],
+)
+def test_a_mask_that_is_given_hides_with_the_lowest_of_the_precision(dtype: torch.dtype, lowering: Pass) -> None:
+    """A row of the lowest float32 is what it is to eager, and −∞ beside it hides."""
+    args = torch.rand(3, 4), torch.tensor([[LOW] * 4, [0.0, LOW, -torch.inf, 1.0], [LOW, -torch.inf, LOW, LOW]])
+    program = capture(Attended(), args)
+    clamp = ClampInputMasksPass(dtype)
+    assert clamp.call(program).rewrites == 1 and not clamp.call(program).modified
+    lowering.call(program)
+    program.graph_module.recompile()
+    torch.testing.assert_close(evaluate(program, args).float(), Attended()(*args), atol=0.01, rtol=0.01)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
