@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,24 @@ import pytest
 if TYPE_CHECKING:
     from torch import nn
 
+    from support.folders import MadeOnce
+
 # torch's threads, here and in what tests start: at these sizes, beside other workers, two threads take 30 times the CPU of one
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SMALL = {"d_model": 32, "num_layers": 1, "num_heads": 4, "dim_feedforward": 64}
 """``FusionConfig`` fields of the encoder that is quick to export."""
+OF_THE_CAPTURE = {"capture", "fusion", "test_fuzz.py", "test_threads.py"}
+"""Where every encoder is traced anew."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Share the traces of Meta's layers, but for tests of the capture itself."""
+    if "torch" in sys.modules:  # else nothing is captured in this process
+        from support.traces import share
+
+        share(item.path.relative_to(Path(__file__).parent).parts[0] not in OF_THE_CAPTURE)
 
 
 @pytest.fixture(scope="session")
@@ -31,13 +45,28 @@ def small_encoder() -> nn.Module:
 
 
 @pytest.fixture(scope="session")
-def default_artifact(small_encoder: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Give a name and what writes an exported folder; the first worker of a run that asks has it written. Read only."""
+    from filelock import FileLock
+
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # a worker's folder is inside the run's
+
+    def folder(name: str, write: Callable[[Path], object]) -> Path:
+        with FileLock(str(root / f"{name}.lock")):
+            if not (root / name / "manifest.json").exists():
+                write(root / name)
+        return root / name
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def default_artifact(small_encoder: nn.Module, made_once: MadeOnce) -> Path:
     """Folder of ``small_encoder`` exported with the default options. Read only: copy it before changing it."""
     import sam3x
 
-    folder = tmp_path_factory.mktemp("artifact") / "out"
-    sam3x.export(small_encoder, target="onnx", output=folder)
-    return folder
+    return made_once("default_artifact", lambda folder: sam3x.export(small_encoder, target="onnx", output=folder))
 
 
 @pytest.fixture(scope="session")
@@ -60,18 +89,14 @@ def tiny_model(tiny_vocabulary: Path) -> Iterator[nn.Module]:
 
 
 @pytest.fixture(scope="session")
-def tiny_pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of ``tiny_model`` exported whole. Made once for all workers of a run. Read only."""
-    from filelock import FileLock
+def tiny_pipeline(request: pytest.FixtureRequest, made_once: MadeOnce) -> Path:
+    """Folder of ``tiny_model`` exported whole. Read only."""
 
-    base = tmp_path_factory.getbasetemp()
-    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # a worker's folder is inside the run's
-    folder = root / "tiny_pipeline"
-    with FileLock(str(folder) + ".lock"):
-        if not (folder / "manifest.json").exists():
-            from sam3x.pipeline import export_pipeline, module_image_source
+    def write(folder: Path) -> None:
+        from sam3x.pipeline import export_pipeline, module_image_source
 
-            # asked for here: a worker that finds the folder builds no model
-            model, vocabulary = request.getfixturevalue("tiny_model"), request.getfixturevalue("tiny_vocabulary")
-            export_pipeline(module_image_source(model), output=folder, tokenizer=vocabulary)
-    return folder
+        # asked for here: a worker that finds the folder builds no model
+        model, vocabulary = request.getfixturevalue("tiny_model"), request.getfixturevalue("tiny_vocabulary")
+        export_pipeline(module_image_source(model), output=folder, tokenizer=vocabulary)
+
+    return made_once("tiny_pipeline", write)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from sam3x.errors import CaptureError, SpecError
 from sam3x.fusion.encoder import FusionEncoder
 from sam3x.passes.base import count_ops
 from sam3x.passes.default_pipeline import default_pipeline
-from sam3x.spec import TOKENS_INPUTS, ExportSpec, make_spec
+from sam3x.spec import TOKENS_INPUTS, make_spec
 from support.strategies import InputsCase
 from support.upstream import assert_equal_to_upstream, encoder_of
 
@@ -35,32 +35,24 @@ def covering_pairs(names: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(itertools.compress(names, (bit ^ flip for bit in row))) for row in rows for flip in (0, 1)]
 
 
-def graph_equals_upstream(encoder: nn.Module, layers: Any = None, sizes: Sizes = SIZES, **options: Any) -> None:
-    """Capture, run the default pipeline, and compare the graph with Meta's layers in every branch, at sizes not traced."""
+def equals_upstream(layers: Any, *sizes: Sizes, traced: bool = True, **options: Any) -> None:
+    """Compare with Meta's layers, in every branch and at sizes not traced, the eager definition and, where ``traced``, the
+    captured graph after the default pipeline."""
     spec = make_spec(**options)
-    captured, _ = default_pipeline().run(capture(encoder, spec))
-    equals_upstream(
-        lambda given: run_program(captured.program, given, captured.output_names)["output"], encoder, spec, layers, sizes
-    )
-
-
-def equals_upstream(
-    call: Callable[[dict[str, Tensor]], Tensor],
-    encoder: nn.Module,
-    spec: ExportSpec,
-    layers: Any = None,
-    sizes: Sizes = SIZES,
-) -> None:
-    """Compare ``call`` with Meta's layers in every branch."""
-    names = FusionEncoder(encoder, spec)
-    inputs = make_inputs(spec.inputs, spec, 32, sizes, 11)
-    for _, flags in branch_values(names.flag_names, spec, len(names.layers)):
-        got = call({**inputs, **flags})
-        pre: Any = spec.pre_norm if isinstance(spec.pre_norm, bool) else None
-        if "pre_norm" in flags:
-            pre = flags["pre_norm"].tolist()
-        dac = bool(flags["dac"]) if "dac" in flags else spec.dac is True
-        assert_equal_to_upstream(got, layers or encoder.layers, inputs, dac=dac, pre_norm=pre, dac_dim=spec.dac_dim)
+    definition = FusionEncoder(layers, spec)
+    captured = default_pipeline().run(capture(layers, spec))[0] if traced else None
+    for size in sizes or (SIZES,):
+        inputs = make_inputs(spec.inputs, spec, 32, size, 11)
+        for _, flags in branch_values(definition.flag_names, spec, len(definition.layers)):
+            pre: Any = spec.pre_norm if isinstance(spec.pre_norm, bool) else None
+            if "pre_norm" in flags:
+                pre = flags["pre_norm"].tolist()
+            branch = {"dac": bool(flags.get("dac", spec.dac is True)), "pre_norm": pre, "dac_dim": spec.dac_dim}
+            results = [definition.eager({**inputs, **flags})]
+            if captured is not None:
+                results.append(run_program(captured.program, {**inputs, **flags}, captured.output_names))
+            for result in results:
+                assert_equal_to_upstream(result["output"], getattr(layers, "layers", layers), inputs, **branch)
 
 
 class PlainAttention(nn.Module):
@@ -97,18 +89,14 @@ def with_plain_attention(num_layers: int) -> nn.Module:
 class TestCustomAttention:
     """Obstacle: 使用标准算子, attention modules people write themselves."""
 
-    def test_twelve_attentions_in_twelve_sdpa_nodes_out(self) -> None:
-        captured, _ = default_pipeline().run(capture(encoder_of(6), make_spec()))
+    @pytest.mark.parametrize("build", [encoder_of, with_plain_attention])
+    def test_twelve_attentions_in_twelve_sdpa_nodes_out(self, build: Any) -> None:
+        captured, records = default_pipeline().run(capture(build(6), make_spec(dac=False, pre_norm="module")))
         counts = count_ops(captured.program)
         assert counts["aten.scaled_dot_product_attention.default"] == 12
         assert "aten._softmax.default" not in counts
-
-    def test_hand_written_attention_becomes_twelve_sdpa_nodes_too(self) -> None:
-        captured, records = default_pipeline().run(capture(with_plain_attention(6), make_spec()))
-        counts = count_ops(captured.program)
-        assert counts["aten.scaled_dot_product_attention.default"] == 12
-        assert "aten._softmax.default" not in counts
-        assert {record.name: record.rewrites for record in records}["canonicalize_attention"] == 12
+        rewrites = {record.name: record.rewrites for record in records}["canonicalize_attention"]
+        assert rewrites == (12 if build is with_plain_attention else 0)
 
     def test_hand_written_attention_exports_and_equals_eager(self, tmp_path: Path) -> None:
         encoder = with_plain_attention(2)
@@ -127,9 +115,9 @@ class TestPreAndPostNorm:
 
     @pytest.mark.parametrize("pre_norm", ["runtime", True, False, "module", "per-layer"])
     def test_every_way_to_choose_it(self, pre_norm: Any) -> None:
-        encoder = encoder_of(3)
+        encoder = encoder_of(2)
         encoder.layers[1].pre_norm = False
-        graph_equals_upstream(encoder, pre_norm=pre_norm, dac=False if pre_norm is False else "runtime")
+        equals_upstream(encoder, pre_norm=pre_norm, dac=False if pre_norm is False else "runtime")
 
     def test_fixed_flags_leave_no_conditional(self) -> None:
         captured = capture(encoder_of(2), make_spec(pre_norm=True, dac=False))
@@ -137,25 +125,29 @@ class TestPreAndPostNorm:
         assert captured.input_names == ("tgt", "memory", "memory_key_padding_mask", "query_pos")
 
 
+TRACED = {"": (0, 7), "pos": (1, 6), "query_pos": (2, 5), "pos,query_pos": (3, 4)}
+"""What is given → the combinations that are captured with it: every two values meet."""
+
+
 class TestPositionEncodingFlags:
     """Obstacle: 无条件分支, position encodings added here or there by flags."""
 
-    @pytest.mark.parametrize("flags", list(itertools.product((False, True), repeat=3)), ids=str)
-    @pytest.mark.parametrize("given", ["", "pos", "query_pos", "pos,query_pos"])
-    def test_all_eight_combinations(self, flags: tuple[bool, ...], given: str) -> None:
+    @pytest.mark.parametrize("given", TRACED)
+    def test_all_eight_combinations(self, given: str) -> None:
         names = ("pos_enc_at_attn", "pos_enc_at_cross_attn_queries", "pos_enc_at_cross_attn_keys")
-        encoder = encoder_of(1, **dict(zip(names, flags, strict=True)))
-        graph_equals_upstream(encoder, inputs=",".join(filter(None, ("tgt,memory", given))))
+        for number, flags in enumerate(itertools.product((False, True), repeat=3)):
+            encoder = encoder_of(1, **dict(zip(names, flags, strict=True)))
+            asked = {"inputs": ",".join(filter(None, ("tgt,memory", given))), "traced": number in TRACED[given]}
+            equals_upstream(encoder, **asked)
 
 
 class TestDac:
     """Obstacle: 条件循环, divide and conquer over half of the queries."""
 
-    @pytest.mark.parametrize("batch", [2, 4, 6, 8])
     @pytest.mark.parametrize("dac_dim", [0, 1])
-    def test_every_even_batch(self, batch: int, dac_dim: int) -> None:
-        sizes = Sizes(batch=batch, tokens=20, prompt_length=3)
-        graph_equals_upstream(encoder_of(2), sizes=sizes, dac_dim=dac_dim, inputs=",".join(TOKENS_INPUTS))
+    def test_every_even_batch(self, dac_dim: int) -> None:
+        sizes = [Sizes(batch=batch, tokens=20, prompt_length=3) for batch in (2, 4, 6, 8)]
+        equals_upstream(encoder_of(2), *sizes, dac_dim=dac_dim, inputs=",".join(TOKENS_INPUTS))
 
     @pytest.mark.parametrize("attention", ["portable", "ort"])
     def test_half_of_a_mask_of_all_pairs_without_a_conditional(self, attention: str, tmp_path: Path) -> None:
@@ -168,20 +160,14 @@ class TestDac:
             got = artifact.run({**inputs, "dac": dac, "pre_norm": pre})["output"]
             assert_equal_to_upstream(got, encoder.layers, inputs, dac=dac, pre_norm=pre, dac_dim=1)
 
-    def test_equals_upstream_itself_where_upstream_runs(self) -> None:
+    def test_the_definition_is_upstream_itself_where_upstream_runs(self) -> None:
         encoder = encoder_of(2, pos_enc_at_attn=False)
-        spec = make_spec(inputs="tgt,memory,memory_key_padding_mask")
-        captured = capture(encoder, spec)
-        inputs = make_inputs(spec.inputs, spec, 32, SIZES, 0)
-        expected = inputs["tgt"]
+        inputs = make_inputs(("tgt", "memory", "memory_key_padding_mask"), make_spec(), 32, SIZES, 0)
+        expected, mask = inputs["tgt"], inputs["memory_key_padding_mask"]
         with torch.no_grad():
             for layer in encoder.layers:
-                expected = layer(
-                    expected, inputs["memory"], dac=True, memory_key_padding_mask=inputs["memory_key_padding_mask"]
-                )
-        flags = {"dac": torch.tensor(True), "pre_norm": torch.tensor(True)}
-        got = run_program(captured.program, {**inputs, **flags}, captured.output_names)["output"]
-        torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+                expected = layer(expected, inputs["memory"], dac=True, memory_key_padding_mask=mask)
+        assert_equal_to_upstream(expected, encoder.layers, inputs, dac=True, pre_norm=True)
 
     def test_an_odd_fixed_batch_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(SpecError, match="odd size 3"):
@@ -195,17 +181,15 @@ class TestOptionalParameters:
     def test_every_subset_in_eager(self) -> None:
         encoder = encoder_of(1, pos_enc_at_cross_attn_queries=True, pos_enc_at_cross_attn_keys=True)
         for given in itertools.product((False, True), repeat=len(OPTIONAL)):
-            spec = make_spec(inputs=("tgt", "memory", *itertools.compress(OPTIONAL, given)))
-            module = FusionEncoder(encoder, spec)
-            equals_upstream(lambda given, module=module: module.eager(given)["output"], encoder, spec)
+            equals_upstream(encoder, inputs=("tgt", "memory", *itertools.compress(OPTIONAL, given)), traced=False)
 
     @pytest.mark.parametrize("chosen", covering_pairs(OPTIONAL), ids=len)
     def test_every_pair_in_the_graph(self, chosen: tuple[str, ...]) -> None:
         encoder = encoder_of(1, pos_enc_at_cross_attn_queries=True, pos_enc_at_cross_attn_keys=True)
-        graph_equals_upstream(encoder, inputs=("tgt", "memory", *chosen))
+        equals_upstream(encoder, inputs=("tgt", "memory", *chosen))
 
     def test_float_masks(self) -> None:
-        graph_equals_upstream(encoder_of(1), inputs=("tgt", "memory", "tgt_mask", "memory_mask"), mask_dtype="float32")
+        equals_upstream(encoder_of(1), inputs=("tgt", "memory", "tgt_mask", "memory_mask"), mask_dtype="float32")
 
     def test_all_at_once_in_onnx(self, tmp_path: Path) -> None:
         encoder = encoder_of(2, pos_enc_at_cross_attn_queries=True, pos_enc_at_cross_attn_keys=True)
@@ -233,10 +217,10 @@ class TestLayersThatDiffer:
     """Obstacle: 顺序执行, layers that behave differently."""
 
     def test_pre_and_post_norm_layers_in_one_encoder(self) -> None:
-        encoder = encoder_of(4)
+        encoder = encoder_of(3)
         for index, layer in enumerate(encoder.layers):
             layer.pre_norm = index % 2 == 0
-        graph_equals_upstream(encoder, pre_norm="module")
+        equals_upstream(encoder, pre_norm="module")
 
     def test_a_subclass_that_reads_layer_idx(self, tmp_path: Path) -> None:
         encoder = encoder_of(3)
@@ -261,24 +245,12 @@ class TestLayersThatDiffer:
         assert any("own forward" in note for note in artifact.manifest.notes)
 
     def test_different_widths_heads_and_activations(self) -> None:
-        encoder = encoder_of(3)
-        other = encoder_of(1, dim_feedforward=48, num_heads=2, activation="gelu", seed=9)
-        layers = [encoder.layers[0], other.layers[0], encoder.layers[2]]
-        spec = make_spec()
-        captured = capture(layers, spec)
-        inputs = make_inputs(spec.inputs, spec, 32, SIZES, 1)
-        for _, flags in branch_values(("dac", "pre_norm"), spec, 3):
-            got = run_program(captured.program, {**inputs, **flags}, captured.output_names)["output"]
-            assert_equal_to_upstream(got, layers, inputs, dac=bool(flags["dac"]), pre_norm=bool(flags["pre_norm"]))
+        first, last = encoder_of(2).layers
+        equals_upstream([first, *encoder_of(1, dim_feedforward=48, num_heads=2, activation="gelu", seed=9).layers, last])
 
     def test_layers_that_share_weights(self) -> None:
         layer = encoder_of(1).layers[0]
-        spec = make_spec()
-        captured = capture([layer, layer], spec)
-        inputs = make_inputs(spec.inputs, spec, 32, SIZES, 1)
-        flags = {"dac": torch.tensor(True), "pre_norm": torch.tensor(True)}
-        got = run_program(captured.program, {**inputs, **flags}, captured.output_names)["output"]
-        assert_equal_to_upstream(got, [layer, layer], inputs, dac=True, pre_norm=True)
+        equals_upstream([layer, layer], pre_norm="module")
 
 
 class TestSizesThatAreBakedIn:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from sam3x import api
 from sam3x.cli.field_options import shown
+from sam3x.pipeline import export as exporter
+from sam3x.pipeline.request import Request
 from sam3x.spec import ExportSpec
 from sam3x.targets.registry import built_in_names, get_target
 from support.command_line import run
@@ -28,11 +28,10 @@ def test_every_field_is_an_option_with_its_help() -> None:
 @pytest.mark.parametrize("name", [name for name, info in ExportSpec.model_fields.items() if info.default not in (None, ())])
 def test_a_default_as_it_is_shown_is_the_default(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What --help calls the default, given as an option, is the field's own value."""
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(api, "export", lambda *_, **options: seen.update(options) or SimpleNamespace(manifest=None))
+    asked: list[Request] = []
+    monkeypatch.setattr(exporter, "export_model", lambda request, *_, **__: asked.append(request) or SimpleNamespace())
     default = ExportSpec.model_fields[name].default
     interface = ["--interface", "feature-maps"] if name == "feature_sizes" else []
     result = run("export", "-q", *interface, f"--{name.replace('_', '-')}", shown(default))
     assert result.exit_code == 0, result.stderr
-    spec = ExportSpec(**{field: value for field, value in seen.items() if field in ExportSpec.model_fields})
-    assert getattr(spec, name) == default
+    assert getattr(asked[0].spec, name) == default

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -20,20 +21,24 @@ from sam3x.pipeline.compatibility import SMALL
 from sam3x.pipeline.export import ComponentJob
 from sam3x.pipeline.fuse import FOUND, _between
 from sam3x.runtime import EncodedImage, Segmenter
-from sam3x.runtime.manifest import SEGMENTER, ComponentSpec, load_manifest
-from sam3x.sources.contract import Component
+from sam3x.runtime.manifest import SEGMENTER, load_manifest
 from sam3x.targets.onnx import detect as onnx_detect
-from support.image_model import between, photograph
+from support.folders import MadeOnce
+from support.image_model import between, photograph, taken_from
 
 BOX, OTHER = [60.0, 80.0, 300.0, 390.0], [350.0, 20.0, 620.0, 200.0]
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_model: nn.Module, tiny_vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tiny_model: nn.Module, tiny_vocabulary: Path, tiny_pipeline: Path, made_once: MadeOnce) -> Path:
     """``tiny_model`` fused, dac left in the file as a conditional."""
-    out = tmp_path_factory.mktemp("fused") / "out"
-    export_pipeline(module_image_source(tiny_model), output=out, tokenizer=tiny_vocabulary, fuse=True, dac="runtime")
-    return out
+
+    def write(folder: Path) -> None:
+        with mock.patch.object(ComponentJob, "export", taken_from(tiny_pipeline, "fusion_encoder")):
+            options: dict[str, Any] = {"tokenizer": tiny_vocabulary, "fuse": True, "dac": "runtime"}
+            export_pipeline(module_image_source(tiny_model), output=folder, **options)
+
+    return made_once("fused_pipeline", write)
 
 
 @pytest.fixture(scope="module")
@@ -122,17 +127,10 @@ def test_a_changed_file_is_refused(folder: Path, tmp_path: Path) -> None:
 def test_a_joined_file_that_is_wrong_leaves_nothing(
     tiny_pipeline: Path, tiny_model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exported = load_manifest(tiny_pipeline)
-
-    def copied(job: ComponentJob, component: Component, _: object) -> ComponentSpec:  # in place of a minute's export
-        spec = exported.component(component.name)
-        shutil.copy(tiny_pipeline / spec.file, job.folder)
-        return spec
-
     def fuse(folder: Path) -> None:
         export_pipeline(module_image_source(tiny_model), output=folder, fuse=True)
 
-    monkeypatch.setattr(ComponentJob, "export", copied)
+    monkeypatch.setattr(ComponentJob, "export", taken_from(tiny_pipeline))
     fuse(tmp_path / "right")
     assert load_manifest(tmp_path / "right").fused
     monkeypatch.setattr(onnx_detect, "_SELECT", onnx_detect._SELECT.replace("Greater (scores", "Less (scores"))

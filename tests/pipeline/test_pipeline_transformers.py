@@ -20,22 +20,25 @@ from sam3x.sources.image import module_image_source, transformers_image_source
 from sam3x.sources.names import COMPONENTS
 from sam3x.sources.transformers.source import transformers_model
 from sam3x.spec import make_spec
+from support.folders import MadeOnce
 from support.image_model import between, iou, photograph
 from support.transformers_model import SIZE, tiny
 
 
 @pytest.fixture(scope="module", params=["Sam3Model", "Sam3LiteTextModel"])
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Segmenter]:
+def source(request: pytest.FixtureRequest, made_once: MadeOnce, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The model, and what runs its export: once from a folder, once live and fused."""
     model = tiny(request.param)
-    folder = tmp_path_factory.mktemp(request.param)
-    fuse = request.param != "Sam3Model"
-    if not fuse:  # once from a folder, once live and fused
-        model.save_pretrained(folder / "saved")
-        source = transformers_image_source(folder / "saved")
-    else:
-        source = module_image_source(model)
-    export_pipeline(source, output=folder / "out", fuse=fuse)
-    return model, Segmenter(folder / "out")
+
+    def write(folder: Path) -> None:
+        if request.param == "Sam3LiteTextModel":
+            export_pipeline(module_image_source(model), output=folder, fuse=True)
+        else:
+            saved = tmp_path_factory.mktemp("saved")
+            model.save_pretrained(saved)
+            export_pipeline(transformers_image_source(saved), output=folder)
+
+    return model, Segmenter(made_once(request.param, write))
 
 
 def reference(

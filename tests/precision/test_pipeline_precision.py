@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -18,21 +17,20 @@ from sam3x.pipeline.job import ComponentJob
 from sam3x.pipeline.quality import TOP, eager_answers, iou, quality_of
 from sam3x.pipeline.request import resolve_pipeline
 from sam3x.runtime import Segmenter
-from sam3x.runtime.manifest import SEGMENTER, ComponentSpec, load_manifest
-from sam3x.sources.contract import Component
+from sam3x.runtime.manifest import SEGMENTER, load_manifest
 from sam3x.sources.names import COMPONENTS
 from sam3x.targets.onnx import weights as onnx_weights
 from sam3x.targets.onnx.target import OnnxTarget
-from support.image_model import photograph
+from support.folders import MadeOnce
+from support.image_model import photograph, taken_from
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_model: nn.Module, tiny_vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("int8") / "out"
-    before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
-    export_pipeline(module_image_source(tiny_model), output=made, tokenizer=tiny_vocabulary, precision="int8")
-    assert all((value == before[name]).all() for name, value in tiny_model.state_dict().items())
-    return made
+def folder(tiny_model: nn.Module, tiny_vocabulary: Path, made_once: MadeOnce) -> Path:
+    def write(folder: Path) -> None:
+        export_pipeline(module_image_source(tiny_model), output=folder, tokenizer=tiny_vocabulary, precision="int8")
+
+    return made_once("int8_pipeline", write)  # at its end tiny_model says whether the export changed it
 
 
 def test_every_component_equals_eager_with_its_weights_rounded(folder: Path) -> None:
@@ -85,13 +83,7 @@ def test_a_joined_file_has_rounded_weights_too(
     folder: Path, tiny_model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = load_manifest(folder)
-
-    def copied(job: ComponentJob, component: Component, _: object) -> ComponentSpec:  # in place of a minute's export
-        spec = parts.component(component.name)
-        shutil.copy(folder / spec.file, job.folder)
-        return spec
-
-    monkeypatch.setattr(ComponentJob, "export", copied)
+    monkeypatch.setattr(ComponentJob, "export", taken_from(folder))
     export_pipeline(module_image_source(tiny_model), output=tmp_path / "out", fuse=True, precision="int8")
     manifest = load_manifest(tmp_path / "out")
     records = manifest.component(SEGMENTER).verification

@@ -10,6 +10,9 @@ from typing import Any
 from sam3x.artifact.files import names_in, sha256_of
 from sam3x.artifact.manifest import MANIFEST, ComponentSpec, Manifest, PipelineManifest, sealed
 
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+"""The fixture ``made_once``."""
+
 
 def contents(folder: Path) -> dict[str, bytes | str]:
     """Relative name → bytes of every file, target of every link; hidden files too."""

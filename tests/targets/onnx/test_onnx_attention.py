@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -60,10 +61,9 @@ def make(batch: int, queries: int, keys: int, mask: Tensor | None) -> dict[str, 
     return given if mask is None else {**given, "mask": mask}
 
 
-def lower(
-    kind: str, path: Path, *, dtype: torch.dtype = torch.float32, tokens: int = 9216, fixed: bool = False, **options: Any
-) -> onnx.ModelProto:
-    """One attention with dynamic batch, queries and keys (``fixed``: 6 and 5 of them), through the ONNX target."""
+@functools.cache
+def captured(kind: str, dtype: torch.dtype, tokens: int, fixed: bool) -> CapturedProgram:
+    """One attention with dynamic batch, queries and keys (``fixed``: 6 and 5 of them)."""
     inputs = make(3, 6, 5, make_mask(kind, 3, 6, 5))
     inputs = {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
     dims = {"query": (0, 2), "key": (0, 2), "value": (0, 2)}
@@ -78,7 +78,7 @@ def lower(
     program = program.run_decompositions(table)
     symbols = [str(size) for size in next(n for n in program.graph.nodes if n.name == "query").meta["val"].shape]
     key = next(n for n in program.graph.nodes if n.name == "key").meta["val"].shape
-    captured = CapturedProgram(
+    return CapturedProgram(
         program=program,
         input_names=tuple(inputs),
         output_names=("output",),
@@ -87,9 +87,15 @@ def lower(
         eager=lambda given: {"output": Attend()(**given)},
         ranges={"batch": (1, 8), "tokens": (1, tokens), "prompt_length": (1, tokens)},
     )
+
+
+def lower(
+    kind: str, path: Path, *, dtype: torch.dtype = torch.float32, tokens: int = 9216, fixed: bool = False, **options: Any
+) -> onnx.ModelProto:
+    """One attention through the ONNX target."""
     target, chosen = OnnxTarget(), checked(OnnxOptions, options)
-    captured, _ = default_pipeline().then(*target.legalization_passes(chosen)).run(captured)
-    target.lower(captured, path, chosen)
+    passes = default_pipeline().then(*target.legalization_passes(chosen))
+    target.lower(passes.run(captured(kind, dtype, tokens, fixed))[0], path, chosen)
     return onnx.load(path)
 
 
@@ -111,7 +117,7 @@ def run(path: Path, inputs: dict[str, Tensor]) -> Tensor:
     return torch.from_numpy(OnnxTarget().load_runner(path).run(given)["output"])
 
 
-# ---- numbers
+# ---- numbers, and what the file holds
 
 SIZES = ((1, 1, 1), (2, 5, 3), (1, 37, 7), (4, 30, 77), (2, 64, 64))
 
@@ -123,7 +129,13 @@ WAYS = [(mode, memory) for mode in ("portable", "ort") for memory in ("1KB", "25
 @pytest.mark.parametrize(("mode", "memory"), WAYS, ids=["-".join(way) for way in WAYS])
 def test_equal_to_torch(mode: str, memory: str, mask: str, tmp_path: Path) -> None:
     path = tmp_path / "a.onnx"
-    lower(mask, path, attention=mode, attention_memory=memory)
+    model = lower(mask, path, attention=mode, attention_memory=memory)
+    found, domains = ops(model), {item.domain: item.version for item in model.opset_import}
+    assert domains == ({"": 18, "com.microsoft": 1} if mode == "ort" else {"": 18})
+    loops = {"portable": 1 if mask in ("both", "per head") else 2, "ort": mask != "none", "decomposed": 0}  # heads, then tiles
+    assert found["Loop"] == loops[mode]
+    assert found["MultiHeadAttention"] == (mode == "ort")
+    assert found["Softmax"] == (mode != "ort")
     for batch, queries, keys in SIZES:
         for hidden in ("some", "rows", "all") if mask != "none" else ("some",):
             inputs = make(batch, queries, keys, make_mask(mask, batch, queries, keys, hidden=hidden))
@@ -156,21 +168,6 @@ def test_a_fixed_size_mask_row_and_half_precision(mode: str, tmp_path: Path) -> 
         inputs = make(2, 9, 4, make_mask("padding", 2, 9, 4, hidden="all"))
         half = {name: value.half() if value.is_floating_point() else value for name, value in inputs.items()}
         assert (run(path, half) == 0).all()
-
-
-# ---- what the file holds
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("mask", MASKS)
-def test_operators_and_domains(mode: str, mask: str, tmp_path: Path) -> None:
-    model = lower(mask, tmp_path / "a.onnx", attention=mode, attention_memory="10MB")
-    found, domains = ops(model), {item.domain: item.version for item in model.opset_import}
-    assert domains == ({"": 18, "com.microsoft": 1} if mode == "ort" else {"": 18})
-    loops = {"portable": 1 if mask in ("both", "per head") else 2, "ort": mask != "none", "decomposed": 0}  # heads, then tiles
-    assert found["Loop"] == loops[mode]
-    assert found["MultiHeadAttention"] == (mode == "ort")
-    assert found["Softmax"] == (mode != "ort")
 
 
 @pytest.mark.parametrize("mode", ("portable", "ort"))
