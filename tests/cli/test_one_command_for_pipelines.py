@@ -85,11 +85,6 @@ def test_a_pipeline_for_two_prompts_finds_for_one_what_the_other_finds(
     picture = whole.encode(photograph())
     export_pipeline(module_image_source(tiny_model), output=tmp_path / "out", batch=2, verify="off")
     fixed = Segmenter(tmp_path / "out")
-    assert [item.name for item in fixed.manifest.components if item.ranges.get("prompts") == (2, 2)] == [
-        "text_encoder",
-        "fusion_encoder",
-        "mask_head",
-    ]
     for prompts in ([(3, 4)], [(3, 4), (5, 6), (7, 8)]):
         want, got = (item.segment(picture, prompts, threshold=0.1) for item in (whole, fixed))
         assert len(want) == len(got) > 0
