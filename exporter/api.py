@@ -15,8 +15,10 @@ from sam3x.pipeline.job import Progress
 from sam3x.pipeline.request import resolve
 from sam3x.pipeline.reverify import verify_model
 from sam3x.sources.encoder import Source, encoder_factory
+from sam3x.warning_filters import warnings_not_raised
 
 
+@warnings_not_raised()
 def export(
     encoder: nn.Module | Sequence[nn.Module] | Source | None = None,
     *,
@@ -49,6 +51,7 @@ def export(
     return load(output)
 
 
+@warnings_not_raised()
 def verify(folder: str | Path, source: nn.Module | Source | None = None, *, full: bool = False) -> list[VerificationRecord]:
     """Run an artifact against the eager encoder again; one that was never verified is from then on.
 

@@ -15,6 +15,7 @@ from sam3x.artifact.journal import recover
 from sam3x.artifact.manifest import MANIFEST, Manifest, PipelineManifest, read_manifest
 from sam3x.errors import ArtifactError, Sam3xError, Step
 from sam3x.targets.registry import get_target
+from sam3x.warning_filters import warnings_not_raised
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,6 +44,7 @@ class Artifact:
         except Exception as error:  # every runtime has exceptions of its own
             raise ArtifactError(f"{self.path} cannot be opened: {_first_line(error)}", remedy="Export again.") from error
 
+    @warnings_not_raised()
     def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Run once.
 
@@ -71,6 +73,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(".")
 
 
+@warnings_not_raised()
 def load(folder: str | Path) -> Artifact:
     """Open an exported folder, checking the manifest and every file's sha256.
 

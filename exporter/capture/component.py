@@ -71,6 +71,7 @@ def capture_component(component: Component, sample: Sample) -> CapturedProgram:
         eager=component.eager,
         exact=component.eager_double,
         ranges=dict(component.ranges),
+        scaled=component.scaled,
     )
 
 

@@ -52,6 +52,7 @@ class CapturedProgram:
         notes: what a user should know, for the manifest.
         ranges: meaning → inclusive sizes, of every dimension that has a meaning.
         halved: the meaning of the dimension that dac halves; None where dac is never on.
+        scaled: whether outputs are judged by their largest value (``sam3x.verify.compare``).
     """
 
     program: ExportedProgram
@@ -64,6 +65,7 @@ class CapturedProgram:
     notes: tuple[str, ...] = field(default=())
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     halved: str | None = None
+    scaled: bool = False
 
     def even_dimension(self, inputs: Mapping[str, Tensor]) -> str | None:
         """The meaning of the dimension whose size must be even with ``inputs``, as dac is on; None where none must."""

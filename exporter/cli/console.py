@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 
 from sam3x.errors import Sam3xError
+from sam3x.warning_filters import warnings_not_raised
 
 if TYPE_CHECKING:
     from sam3x.cli.views import Steps
@@ -48,7 +49,8 @@ def suppressed_output(verbose: bool) -> Iterator[None]:
 def reporting(verbose: bool) -> Iterator[None]:
     """One message on stderr and an exit code: 2 for what the user can mend, 1 for a bug, 130 for Ctrl-C."""
     try:
-        yield
+        with warnings_not_raised():
+            yield
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
     except KeyboardInterrupt:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
+from sam3x.warning_filters import warnings_not_raised
+
 _AUTOCAST = ("cpu", "cuda")
 _ONE_AT_A_TIME = threading.RLock()
 """Exports, verifications and eager runs set what torch keeps for the whole process; a second thread waits for the first."""
@@ -17,11 +19,12 @@ _ONE_AT_A_TIME = threading.RLock()
 def settled() -> Iterator[None]:
     """Run with torch as it starts up, whatever the caller has set, and without gradients.
 
-    Set aside and put back: autocast, inference mode, gradients, the default dtype and device, ``torch.compile``. One thread at
-    a time: part of that belongs to the whole process.
+    Set aside and put back: autocast, inference mode, gradients, the default dtype and device, ``torch.compile``, filters that
+    raise warnings. One thread at a time: part of that belongs to the whole process.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ONE_AT_A_TIME)
+        stack.enter_context(warnings_not_raised())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         for device in _AUTOCAST:

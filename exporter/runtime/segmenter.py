@@ -18,6 +18,7 @@ from sam3x.runtime.pictures import open_picture, sigmoid, to_tensor
 from sam3x.runtime.prompts import Limits, Prompt, boxes_to_fractions, boxes_to_pixels, read_prompts, whole_number
 from sam3x.runtime.result import Result
 from sam3x.runtime.text import Tokenizer, pad
+from sam3x.warning_filters import warnings_not_raised
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -71,6 +72,7 @@ class Segmenter:
         TargetUnavailableError: a package or a provider is missing, with the command that installs it.
     """
 
+    @warnings_not_raised()
     def __init__(
         self,
         folder: str | Path,
@@ -124,6 +126,7 @@ class Segmenter:
             )
         return Tokenizer(self.folder / name, self.manifest.context_length, unescape_html=self.manifest.unescape_html)
 
+    @warnings_not_raised()
     def encode(self, image: Any) -> EncodedImage:
         """Run the vision encoder on a picture.
 
@@ -164,6 +167,7 @@ class Segmenter:
             tokenize=lambda words: self.tokenizer(words),
         )
 
+    @warnings_not_raised()
     def segment(
         self,
         image: Any,

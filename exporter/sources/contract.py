@@ -72,6 +72,11 @@ class Component:
     renamed: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def scaled(self) -> bool:
+        """Whether outputs are judged by their largest value; what a fusion encoder gives is of unit scale."""
+        return not isinstance(self.module, FusionEncoder)
+
     def feed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This component's inputs out of the pipeline's tensors; those of one picture are repeated for every prompt."""
         tensors = {**tensors, **self.constants}

@@ -304,7 +304,11 @@ def check_pass(before: CapturedProgram, after: CapturedProgram, pass_: object, e
         largest = max([largest, *(distance(new[name], old[name]) for name in old)])
     name = getattr(pass_, "name", str(pass_))
     records = compare(
-        after.samples, lambda x: run_program(after.program, x, after.output_names), after.eager, exact=after.exact
+        after.samples,
+        lambda x: run_program(after.program, x, after.output_names),
+        after.eager,
+        exact=after.exact,
+        scaled=after.scaled,
     )
     require(records, Step.PASSES, f"'{name}' after {list(earlier)}", leave_out(name))
     return largest

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sam3x.capture.program import Sample
 from sam3x.errors import Sam3xError, VerificationError
-from sam3x.fusion.encoder import FusionEncoder
 from sam3x.sources.contract import Component
 from sam3x.verify.compare import Eager, compare
 from sam3x.verify.record import Runner, VerificationRecord
@@ -26,8 +25,6 @@ def verify_component(
     remedy: str = "",
 ) -> tuple[VerificationRecord, ...]:
     """Run the artifact on every sample, then measure every output; the artifact's own copy of the weights is gone by then.
-
-    What a fusion encoder gives is of unit scale; what other components give is judged by its largest value.
 
     Args:
         rounded: eager with the rounding of a precision below float32, whose rule is then decision 0010's.
@@ -49,7 +46,7 @@ def verify_component(
         component.eager,
         exact=component.eager_double,
         rounded=rounded,
-        scaled=not isinstance(component.module, FusionEncoder),
+        scaled=component.scaled,
     )
 
 

@@ -34,7 +34,14 @@ def drift(captured: CapturedProgram, precision: str, samples: tuple[Sample, ...]
             _refuse_overflow(sample, got, expected, precision)
         # as a large one: eager float64, which takes longest, runs only where float32 does not decide
         known = replace(sample, large=True, expected=expected)
-        records = compare([known], lambda _, got=got: got, captured.eager, exact=captured.exact, rounded=rounded)  # type: ignore[misc]
+        records = compare(
+            [known],
+            lambda _, got=got: got,  # type: ignore[misc]
+            captured.eager,
+            exact=captured.exact,
+            rounded=rounded,
+            scaled=captured.scaled,
+        )
         require(records, Step.LOWER, "trt: the graph the engine is built from", _remedy(precision))
         found[f"{sample.branch}, {sample.case}"] = {
             "max_abs": max(record.max_abs for record in records),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sam3x.capture.program import Sample
+from sam3x.capture.program import CapturedProgram, Sample
 from sam3x.errors import Step, VerificationError
-from sam3x.verify.compare import compare, require
+from sam3x.targets.tensorrt.check import drift
+from sam3x.verify.compare import check_pass, compare, require
 
 
 @pytest.mark.parametrize(("off", "passed"), [(1e-5, True), (1e-4, True), (1e-3, False)])
@@ -23,6 +26,40 @@ def test_eager_that_is_near_float64_by_chance_is_measured_again(off: float, pass
     sample = Sample(branch="fixed", case="ones", inputs={"tgt": torch.ones(2, 3)})
     (record,) = compare([sample], lambda inputs: {"output": eager(inputs)["output"] + off}, eager)
     assert record.passed is passed
+
+
+class Scaled(nn.Module):
+    """What a component gives: values in the thousands; ``off`` is a millionth of them."""
+
+    def __init__(self, off: float) -> None:
+        super().__init__()
+        self.off = off
+
+    def forward(self, tgt: Tensor) -> Tensor:
+        return tgt * 1024 + self.off
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_graph_is_judged_by_the_rule_of_its_artifact(scaled: bool) -> None:
+    """After each pass, and where an engine is proven by it: of a component by its largest value."""
+    sample = Sample(branch="fixed", case="ones", inputs={"tgt": torch.rand(2, 3) + 1})
+    program = torch.export.export(Scaled(1e-2), (sample.inputs["tgt"],), strict=False)
+    captured = CapturedProgram(
+        program=program,
+        input_names=("tgt",),
+        output_names=("output",),
+        dim_names={},
+        samples=(sample,),
+        eager=lambda inputs: {"output": Scaled(0.0)(inputs["tgt"])},
+        scaled=scaled,
+    )
+    judges: list[Callable[[], Any]] = [
+        lambda: check_pass(captured, captured, "some_pass", ()),
+        lambda: drift(captured, "fp32"),
+    ]
+    for judge in judges:
+        with contextlib.nullcontext() if scaled else pytest.raises(VerificationError):
+            judge()
 
 
 def test_the_inputs_that_are_moved_are_copies() -> None:
