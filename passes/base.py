@@ -23,6 +23,14 @@ class MatchFailure:
     reason: str
 
 
+class NoMatchError(Exception):
+    """Why a place is left alone; becomes a ``MatchFailure``. ``depth`` orders reasons by how close the match came."""
+
+    def __init__(self, reason: str, depth: int = 0) -> None:
+        super().__init__(reason)
+        self.depth = depth
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassResult:
     """What one run of a pass did.
@@ -80,6 +88,11 @@ def graph_modules(program: ExportedProgram) -> Iterator[tuple[str, torch.fx.Grap
                 yield from walk(f"{prefix}.{node.target}" if prefix else node.target, child)
 
     yield from walk("", program.graph_module)
+
+
+def path_of(prefix: str, node: torch.fx.Node) -> str:
+    """The name of a node with the branches that it stands in: ``true_graph_0.linear_2``."""
+    return f"{prefix}.{node.name}" if prefix else node.name
 
 
 def count_ops(program: ExportedProgram) -> dict[str, int]:

@@ -21,7 +21,7 @@ FOLDERS = {"exporter": "sam3x", "passes": "sam3x.passes", "targets": "sam3x.targ
 
 
 def module_name(path: Path) -> str:
-    """``passes/graph/form.py`` → ``sam3x.passes.graph.form``."""
+    """``passes/graph/axes.py`` → ``sam3x.passes.graph.axes``."""
     top, *rest = path.relative_to(ROOT).with_suffix("").parts
     return ".".join([FOLDERS[top], *rest]).removesuffix(".__init__")
 

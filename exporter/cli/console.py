@@ -28,21 +28,15 @@ def shown_steps(quiet: bool) -> Iterator[Steps]:
 @contextlib.contextmanager
 def suppressed_output(verbose: bool) -> Iterator[None]:
     """What others print goes to stderr, away from --json; torch's own warnings are shown with -v only."""
-    import logging
-
-    loggers = {} if verbose else {name: logging.getLogger(name).level for name in ("torch.onnx", "torch.export")}
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), contextlib.ExitStack() as stack:
         if not verbose:
-            import torch  # noqa: F401 - its import sets the levels again
+            import torch  # noqa: F401 - its import sets the levels of its loggers
+
+            from sam3x.targets.quiet import errors_only
 
             warnings.simplefilter("ignore")
-        for name in loggers:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for name, level in loggers.items():
-                logging.getLogger(name).setLevel(level)
+            stack.enter_context(errors_only("torch.onnx", "torch.export"))
+        yield
 
 
 @contextlib.contextmanager

@@ -13,12 +13,11 @@ from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import erase_dead
 from sam3x.errors import SpecError, Step
-from sam3x.passes.attention.pattern import ASSERTIONS, PRODUCTS, SOFTMAXES, match
+from sam3x.passes.attention.pattern import ASSERTIONS, PRODUCTS, match
 from sam3x.passes.attention.rewrite import attend, explicit_causal, release_shapes, repeat_heads, rewrite
-from sam3x.passes.base import MatchFailure, Pass, PassResult, graph_modules
-from sam3x.passes.graph.aten_nodes import SDPA, aten, dtype_of, same_shape, same_size, shape_of
+from sam3x.passes.base import MatchFailure, NoMatchError, Pass, PassResult, graph_modules, path_of
+from sam3x.passes.graph.aten_nodes import SDPA, SOFTMAXES, argument, aten, dtype_of, same_shape, same_size, shape_of
 from sam3x.passes.graph.emitter import Emitter
-from sam3x.passes.graph.form import NotAttentionError
 from sam3x.passes.graph.known_numbers import KnownNumbers
 
 MaskKind = Literal["bool_keep", "bool_hide", "float"]
@@ -158,19 +157,16 @@ class CanonicalizeAttentionPass(Pass):
                         old, new = _registered(module, node, constants)
                     else:
                         continue
-                except NotAttentionError as reason:
+                except NoMatchError as reason:
                     if node.target not in SOFTMAXES or _near_attention(node):
-                        failures.append(MatchFailure(node=f"{prefix}.{node.name}" if prefix else node.name, reason=str(reason)))
+                        failures.append(MatchFailure(node=path_of(prefix, node), reason=str(reason)))
                     continue
-                if not prefix:
-                    program.graph_signature.replace_all_uses(old.name, new.name)
                 old.replace_all_uses_with(new)
                 _drop_assertions(old)
                 module.graph.erase_node(old)  # SDPA may draw random numbers, so dead code elimination keeps it
                 rewrites, changed = rewrites + 1, True
             if changed:
                 erase_dead(module)
-                module.recompile()
         return PassResult(rewrites=rewrites, match_failures=tuple(failures), tidied=tidied)
 
 
@@ -199,32 +195,28 @@ def _near_attention(softmax: Node) -> bool:
     return False
 
 
-def _given(node: Node, index: int, name: str, default: Any = None) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
 def _plain(module: GraphModule, node: Node) -> Node:
     """An SDPA node without flags; ``node`` itself when it has none."""
-    causal, grouped = _given(node, 5, "is_causal", False), node.kwargs.get("enable_gqa", False)
+    causal, grouped = argument(node, 5, "is_causal", False), node.kwargs.get("enable_gqa", False)
     if not causal and not grouped:
         return node
-    if _given(node, 4, "dropout_p", 0.0):
-        raise NotAttentionError("the attention drops weights at random")
+    if argument(node, 4, "dropout_p", 0.0):
+        raise NoMatchError("the attention drops weights at random")
     emit = Emitter(module, node)
     query: Any
     key: Any
     value: Any
     query, key, value = node.args[:3]
-    mask = _given(node, 3, "attn_mask")
+    mask = argument(node, 3, "attn_mask")
     try:
         if grouped:
             heads = shape_of(query)[-3]
             if not all(isinstance(shape_of(n)[-3], int) and isinstance(heads, int) for n in (key, value)):
-                raise NotAttentionError("the numbers of heads are not constants")
+                raise NoMatchError("the numbers of heads are not constants")
             key, value = repeat_heads(emit, key, heads), repeat_heads(emit, value, heads)
         if causal:
             mask = explicit_causal(emit, shape_of(query)[-2], shape_of(key)[-2], query.meta["val"].device)
-    except NotAttentionError:
+    except NoMatchError:
         emit.undo()
         raise
     scale: Any = node.kwargs.get("scale")
@@ -239,7 +231,7 @@ def _registered(module: GraphModule, node: Node, constants: KnownNumbers) -> tup
     bound = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
     bound.update({**dict(zip(names, node.args, strict=False)), **node.kwargs})
 
-    def argument(where: int | str | None) -> Any:
+    def operand(where: int | str | None) -> Any:
         at = None if where is None else _position(schema, where)
         return None if at is None else bound.get(names[at])
 
@@ -247,16 +239,16 @@ def _registered(module: GraphModule, node: Node, constants: KnownNumbers) -> tup
     if not isinstance(node.meta["val"], torch.Tensor):
         taken = {user.args[1]: user for user in node.users}
         if list(taken) != [0] or len(node.users) != 1:
-            raise NotAttentionError("more than the first result of the operator is used")
+            raise NoMatchError("more than the first result of the operator is used")
         old = taken[0]
-    tensors = [argument(where) for where in (spec.query, spec.key, spec.value)]
+    tensors = [operand(where) for where in (spec.query, spec.key, spec.value)]
     if not all(isinstance(tensor, Node) and len(shape_of(tensor)) == len(spec.layout) for tensor in tensors):
-        raise NotAttentionError(f"query, key and value are not of the registered layout {spec.layout}")
+        raise NoMatchError(f"query, key and value are not of the registered layout {spec.layout}")
     if len({dtype_of(tensor) for tensor in tensors}) > 1:
-        raise NotAttentionError("query, key and value have different types")
-    scale: Any = spec.scale if isinstance(spec.scale, float) else argument(spec.scale)
+        raise NoMatchError("query, key and value have different types")
+    scale: Any = spec.scale if isinstance(spec.scale, float) else operand(spec.scale)
     if scale is not None and (scale := constants(scale)) is None:
-        raise NotAttentionError("the scale of the operator is not a constant")
+        raise NoMatchError("the scale of the operator is not a constant")
     emit = Emitter(module, old)
     order = [spec.layout.index(letter) for letter in "BHND" if letter in spec.layout]
     try:
@@ -269,18 +261,18 @@ def _registered(module: GraphModule, node: Node, constants: KnownNumbers) -> tup
                 groups = shape_of(tensor)[-3]
                 whole = isinstance(heads, int) and isinstance(groups, int) and heads % groups == 0
                 if not whole and not same_size(groups, heads):
-                    raise NotAttentionError("the query's heads are no multiple of the key's")
+                    raise NoMatchError("the query's heads are no multiple of the key's")
             k, v = repeat_heads(emit, k, heads), repeat_heads(emit, v, heads)
-        mask = _registered_mask(emit, spec, argument(spec.mask), [*shape_of(q)[:-1], shape_of(k)[-2]], dtype_of(q))
+        mask = _registered_mask(emit, spec, operand(spec.mask), [*shape_of(q)[:-1], shape_of(k)[-2]], dtype_of(q))
         new = attend(emit, q, k, v, mask, 1.0 / math.sqrt(shape_of(q)[-1]) if scale is None else scale)
         for _ in range(4 - len(order)):
             new = emit(aten.squeeze.dims, new, [0])
         new = emit.permute(new, [order.index(dim) for dim in range(len(order))])
         if not same_shape(shape_of(new), shape_of(old)) or dtype_of(new) is not dtype_of(old):
-            raise NotAttentionError(f"the result is not of the registered layout {spec.layout}")
+            raise NoMatchError(f"the result is not of the registered layout {spec.layout}")
         # the operator promised this memory layout, and views may count on it
         return old, emit(aten.clone.default, new, memory_format=torch.contiguous_format)
-    except NotAttentionError:
+    except NoMatchError:
         emit.undo()
         raise
 
@@ -292,9 +284,9 @@ def _registered_mask(emit: Emitter, spec: AttentionOp, mask: Any, scores: list[A
     # sizes that the operator itself relates are unrelated symbols here: only a plain contradiction is refused
     pairs = zip(sizes[::-1], scores[::-1], strict=False)
     if len(sizes) > len(scores) or any(isinstance(a, int) and isinstance(b, int) and a not in (1, b) for a, b in pairs):
-        raise NotAttentionError(f"the mask {sizes} does not broadcast to {scores}")
+        raise NoMatchError(f"the mask {sizes} does not broadcast to {scores}")
     if (spec.mask_kind == "float") != dtype_of(mask).is_floating_point:
-        raise NotAttentionError(f"the mask is {dtype_of(mask)}, registered as {spec.mask_kind}")
+        raise NoMatchError(f"the mask is {dtype_of(mask)}, registered as {spec.mask_kind}")
     if spec.mask_kind == "float":
         return emit.cast(mask, dtype)
     return emit(aten.logical_not.default, mask) if spec.mask_kind == "bool_hide" else mask

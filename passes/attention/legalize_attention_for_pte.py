@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,20 +12,16 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import erase_dead
-from sam3x.passes.attention.finite_mask import hides_no_row
-from sam3x.passes.base import MatchFailure, Pass, PassResult
-from sam3x.passes.graph.cond_graph import Builder, aten, expression, fake_mode_of
+from sam3x.passes.attention.guard import hides_no_row, read_sdpa
+from sam3x.passes.base import MatchFailure, NoMatchError, Pass, PassResult
+from sam3x.passes.graph.aten_nodes import SDPA, argument, aten, expression
 from sam3x.passes.graph.constants import Constants
+from sam3x.passes.graph.emitter import Emitter, fake_mode_of
 from sam3x.passes.graph.view_layout import Digit, Layout, layout_of
 
-_SDPA = aten.scaled_dot_product_attention.default
 _CAT = 4
 LOWEST = torch.finfo(torch.float32).min
 LOWEST_HALF = torch.finfo(torch.float16).min / 2
-
-
-class NoHeadsError(Exception):
-    """An attention that cannot be written head by head; the reason is the message."""
 
 
 class LegalizeAttentionForPtePass(Pass):
@@ -49,13 +44,11 @@ class LegalizeAttentionForPtePass(Pass):
         constants = Constants(program, fake_mode_of(module))
         failures: list[MatchFailure] = []
         rewrites = 0
-        for node in list(module.graph.nodes):
-            if node.op != "call_function" or node.target is not _SDPA:
-                continue
+        for node in module.graph.find_nodes(op="call_function", target=SDPA):
             try:
                 _Attention(module, constants, node, self.lowest).rewrite()
                 rewrites += 1
-            except NoHeadsError as reason:
+            except NoMatchError as reason:
                 failures.append(MatchFailure(node=node.name, reason=str(reason)))
         erase_dead(module)
         constants.drop_unused()
@@ -67,19 +60,14 @@ class _Attention:
 
     def __init__(self, module: GraphModule, constants: Constants, node: Node, lowest: float) -> None:
         self.module, self.constants, self.node, self.lowest = module, constants, node, lowest
-        self.emit = Builder(module.graph, node, fake_mode_of(module))
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"):
-            raise NoHeadsError("dropout, a causal flag or grouped queries")
-        self.query, self.key, self.value, self.mask = (given.get(name) for name in names[:4])
+        found = read_sdpa(node)
+        self.query, self.key, self.value, self.mask, self.scale = found.query, found.key, found.value, found.mask, found.scale
         if node.meta["val"].dim() != 4 or node.meta["val"].dtype is not torch.float32:
-            raise NoHeadsError("not float32 of rank 4")
+            raise NoMatchError("not float32 of rank 4")
         if not isinstance(node.meta["val"].shape[1], int):  # one head, whose batch stands where heads do
-            raise NoHeadsError("the number of heads is no constant")
-        self.heads, self.width = node.meta["val"].shape[1], int(self.query.meta["val"].shape[-1])
-        scale = given.get("scale")
-        self.scale = 1.0 / math.sqrt(self.width) if scale is None else float(scale)
+            raise NoMatchError("the number of heads is no constant")
+        self.heads = node.meta["val"].shape[1]
+        self.emit = Emitter(module, node)
 
     def rewrite(self) -> None:
         sides = [
@@ -134,9 +122,9 @@ class _Attention:
         linear = layout.source
         if linear.target is not aten.linear.default:
             return self._sliced(side, scale)
-        weight = self.constants.value(linear.args[1])
-        bias = self.constants.value(linear.args[2]) if len(linear.args) > 2 and linear.args[2] is not None else None
-        if weight is None or (len(linear.args) > 2 and linear.args[2] is not None and bias is None):
+        given = argument(linear, 2, "bias")
+        weight, bias = self.constants.value(linear.args[1]), self.constants.value(given)
+        if weight is None or (given is not None and bias is None):
             return self._sliced(side, scale)
         rows = self._rows(layout, int(side.meta["val"].shape[-1]))
         if rows is None:
@@ -254,7 +242,7 @@ def _steps(digits: tuple[Digit, ...]) -> np.ndarray | None:
     return result
 
 
-def _sizes(emit: Builder, source: Node, shape: Any) -> list[Any]:
+def _sizes(emit: Emitter, source: Node, shape: Any) -> list[Any]:
     """A shape as arguments of a reshape of ``source``."""
     unknown = [index for index, size in enumerate(shape) if not expression(size).is_Integer]
     if len(unknown) == 1:

@@ -7,6 +7,7 @@ from torch.fx import Node
 
 from sam3x.passes.attention.guard import Sdpa
 from sam3x.passes.attention.tile_attention import TileAttentionPass
+from sam3x.passes.base import NoMatchError
 from sam3x.passes.graph.emitter import Emitter
 
 UNLIMITED = 2**62
@@ -26,10 +27,10 @@ class LegalizeAttentionForTrtPass(TileAttentionPass):
     name = "legalize_attention_for_trt"
     run_after = ("canonicalize_attention", "simplify_attention_masks", "convert_precision")
 
-    def budget_of(self, found: Sdpa) -> int | str:
+    def budget_of(self, found: Sdpa) -> int:
         rank = found.query.meta["val"].dim()
         if rank != 4:
-            return f"{rank} dimensions, not 4"
+            raise NoMatchError(f"{rank} dimensions, not 4")
         return self.budget if found.query.meta["val"].dtype is torch.float32 else UNLIMITED
 
     def mask(self, emit: Emitter, found: Sdpa) -> Node | None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from sam3x.passes.base import NoMatchError
 from sam3x.passes.graph.aten_nodes import (
     CASTS,
     NOOPS,
@@ -27,10 +28,9 @@ from sam3x.passes.graph.aten_nodes import (
     same_size,
     shape_of,
 )
-from sam3x.passes.graph.form import Attention, Axis, Layout, MaskStep, NotAttentionError, Scores, axes_of, leaves
+from sam3x.passes.graph.axes import Axis, Layout, axes_of, leaves
 from sam3x.passes.graph.known_numbers import Constant, number_factor
 
-SOFTMAXES = {aten._softmax.default, aten.softmax.int, aten._safe_softmax.default}
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default}
 ASSERTIONS = {aten._assert_tensor_metadata.default}
 SIZE_READERS = {aten.sym_size.int, aten.full_like.default}
@@ -39,19 +39,70 @@ ABSORBS = -1e30
 """Float32 loses what is added to a number at or below it: a score is never near 10²²."""
 
 
+@dataclass(frozen=True, slots=True)
+class MaskStep:
+    """One mask on the scores: ``tensor · factor`` added, or (``fill`` given) ``tensor`` bool with True, or False where
+    ``inverted``, for positions that get ``fill``. ``at`` is the node that applies it: ``tensor`` broadcasts to its shape.
+
+    ``additive``: ``tensor`` is a float that is added, 0 or a number so low that ``fill`` is all that is left of the sum."""
+
+    tensor: Node
+    at: Node
+    factor: float = 1.0
+    fill: float | None = None
+    inverted: bool = False
+    additive: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What the softmax is taken of: ``scale · first @ second``, then ``masks`` in the order of application.
+
+    ``chain``: the nodes from the product to the softmax's input."""
+
+    first: Node
+    second: Node
+    product: Node
+    scale: float
+    masks: tuple[MaskStep, ...]
+    chain: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """``softmax(scale · q @ kᵀ + masks) @ v``, each operand as (node, layout); ``output`` likewise, to be replaced.
+
+    ``lead``: the groups of axes that become the leading dimensions, two at most.
+    ``dead``: the nodes that nothing needs once ``output`` is replaced.
+    """
+
+    query: tuple[Node, Layout]
+    key: tuple[Node, Layout]
+    value: tuple[Node, Layout]
+    output: tuple[Node, Layout]
+    lead: Layout
+    queries: tuple[Axis, ...]
+    keys: tuple[Axis, ...]
+    channels: tuple[Axis, ...]
+    value_channels: tuple[Axis, ...]
+    scale: float
+    masks: tuple[tuple[MaskStep, Layout], ...]
+    dead: tuple[Node, ...] = ()
+
+
 def match(softmax: Node, constant: Constant) -> Attention:
     """Match the attention whose softmax is ``softmax``.
 
     Raises:
-        NotAttentionError: with the reason, when it is not attention or cannot be proved to be.
+        NoMatchError: with the reason, when it is not attention or cannot be proved to be.
     """
     rank = len(shape_of(softmax))
     if rank < 2:
-        raise NotAttentionError("the softmax has no query dimension")
+        raise NoMatchError("the softmax has no query dimension")
     scores = _walk(softmax.args[0], softmax, constant, 1.0, 0)
     factors = (scores.scale, *(mask.factor for mask in scores.masks))
     if not all(math.isfinite(factor) for factor in factors):
-        raise NotAttentionError("the scale is not finite")
+        raise NoMatchError("the scale is not finite")
     forward, output = _forward(softmax)
     made: Layout = tuple(axes_of(size) for size in shape_of(scores.product))
     layouts = {scores.product: made}
@@ -60,24 +111,24 @@ def match(softmax: Node, constant: Constant) -> Attention:
     over = leaves(layouts[softmax][operator.index(softmax.args[1]) % rank])
     rows, columns = leaves(made[-2]), leaves(made[-1])
     if over not in (rows, columns):
-        raise NotAttentionError(f"the softmax is over dimension {softmax.args[1]}, not the keys' dimension of the product")
+        raise NoMatchError(f"the softmax is over dimension {softmax.args[1]}, not the keys' dimension of the product")
     swapped = over != columns  # k @ qᵀ
     queries, keys = (columns, rows) if swapped else (rows, columns)
     contracted_last = output.args[0] is forward[-1]
     if output.args[0] is output.args[1]:
-        raise NotAttentionError("the probabilities are multiplied by themselves")
+        raise NoMatchError("the probabilities are multiplied by themselves")
     value = output.args[1 if contracted_last else 0]
     if not isinstance(value, Node) or len(shape_of(value)) < 2:
-        raise NotAttentionError("the value is a vector")
+        raise NoMatchError("the value is a vector")
     *outer, second_last, last = (leaves(dim) for dim in layouts[forward[-1]])
     contracted, kept = (last, second_last) if contracted_last else (second_last, last)
     if contracted != keys:
-        raise NotAttentionError("the product with the value contracts a dimension that is not the softmax's")
+        raise NoMatchError("the product with the value contracts a dimension that is not the softmax's")
     lead = tuple(leaves(dim) for dim in made[:-2])
     if kept != queries or set(leaves(sum(outer, ()))) != set(leaves(sum(lead, ()))):
-        raise NotAttentionError("the scores change their query dimension between product and softmax")
+        raise NoMatchError("the scores change their query dimension between product and softmax")
     if not same_shape(shape_of(output)[:-2], shape_of(forward[-1])[:-2]):
-        raise NotAttentionError("the value has more leading dimensions than the scores")
+        raise NoMatchError("the value has more leading dimensions than the scores")
     channels = axes_of(shape_of(scores.first)[-1])
     value_channels = axes_of(shape_of(value)[-1 if contracted_last else -2])
     q, k = (scores.second, scores.first) if swapped else (scores.first, scores.second)
@@ -126,7 +177,7 @@ def _moved(node: Node, before: Layout) -> Layout:
             after[dim] = (part,)
         flat, sizes = flat[1:], sizes[split:]
     if flat or sizes:
-        raise NotAttentionError(f"'{node.name}' mixes dimensions between the two products")
+        raise NoMatchError(f"'{node.name}' mixes dimensions between the two products")
     return tuple(after)
 
 
@@ -150,7 +201,7 @@ def _mask_layout(mask: MaskStep, at: Layout) -> Layout:
         elif same_size(sizes[offset], full[offset]):
             dims.append(leaves(at[offset]))
         else:
-            raise NotAttentionError(f"the mask '{mask.tensor.name}' is not proved to broadcast to the scores")
+            raise NoMatchError(f"the mask '{mask.tensor.name}' is not proved to broadcast to the scores")
     return tuple(dims)
 
 
@@ -162,15 +213,15 @@ def live_users(node: Node) -> list[Node]:
 def _walk(node: Any, user: Node, constant: Constant, after: float, depth: int) -> Scores:
     """Walk from the softmax's input up to the product; ``after`` is the product of the factors applied later."""
     if not isinstance(node, Node) or node.op != "call_function":
-        raise NotAttentionError("no product of queries and keys leads to the softmax", depth)
+        raise NoMatchError("no product of queries and keys leads to the softmax", depth)
     if live_users(node) != [user]:
-        raise NotAttentionError(f"the scores '{node.name}' are used elsewhere too", depth)
+        raise NoMatchError(f"the scores '{node.name}' are used elsewhere too", depth)
     up = depth + 1
     if node.target in PRODUCTS or node.target is aten.baddbmm.default:
         return _product(node, constant, after, up)
     if node.target in CASTS or node.target in NOOPS:
         if not dtype_of(node).is_floating_point:
-            raise NotAttentionError(f"the scores are cast to {dtype_of(node)}", up)
+            raise NoMatchError(f"the scores are cast to {dtype_of(node)}", up)
         inner = _walk(node.args[0], node, constant, after, up)
     elif node.target in RESHAPES or node.target in PERMUTES:
         inner = _walk(node.args[0], node, constant, after, up)
@@ -184,9 +235,9 @@ def _walk(node: Any, user: Node, constant: Constant, after: float, depth: int) -
         tensor, mask, value = node.args[:3]
         inner = _filled(node, tensor, mask, value, False, constant, after, up)
     elif node.target in (aten.mul.Tensor, aten.div.Tensor):
-        raise NotAttentionError(f"the scale '{node.name}' is a tensor, not a constant", up)
+        raise NoMatchError(f"the scale '{node.name}' is a tensor, not a constant", up)
     else:
-        raise NotAttentionError(f"'{node.target}' between the scores and the softmax is no step of attention", up)
+        raise NoMatchError(f"'{node.target}' between the scores and the softmax is no step of attention", up)
     return replace(inner, chain=(*inner.chain, node))
 
 
@@ -197,34 +248,34 @@ def _product(node: Node, constant: Constant, after: float, depth: int) -> Scores
         bias, first, second = node.args[:3]
         beta, alpha = (constant(node.kwargs.get(name, 1)) for name in ("beta", "alpha"))
         if beta is None or alpha is None or not isinstance(bias, Node):
-            raise NotAttentionError("the scale of baddbmm is not a constant", depth)
+            raise NoMatchError("the scale of baddbmm is not a constant", depth)
         if beta != 0:
             masks = (MaskStep(bias, node, beta * after),)
         after *= alpha
     if not isinstance(first, Node) or not isinstance(second, Node):
-        raise NotAttentionError("the product has no two tensors", depth)
+        raise NoMatchError("the product has no two tensors", depth)
     if len(shape_of(first)) < 2 or len(shape_of(second)) < 2:
-        raise NotAttentionError("the product is of vectors", depth)
+        raise NoMatchError("the product is of vectors", depth)
     return Scores(first, second, node, after, masks, (node,))
 
 
 def _added(node: Node, constant: Constant, after: float, depth: int) -> Scores:
     alpha = constant(node.kwargs.get("alpha", 1))
     if alpha is None:
-        raise NotAttentionError("the factor of an added mask is not a constant", depth)
+        raise NoMatchError("the factor of an added mask is not a constant", depth)
     sign = -alpha if node.target is aten.sub.Tensor else alpha
-    reasons: list[NotAttentionError] = []
+    reasons: list[NoMatchError] = []
     # (scores, mask, factor on the scores, factor on the mask); either may stand first
     for tensor, mask, on_tensor, on_mask in (
         (node.args[0], node.args[1], 1.0, sign),
         (node.args[1], node.args[0], sign, 1.0),
     ):
         if not isinstance(tensor, Node) or not isinstance(mask, Node) or mask is tensor:
-            reasons.append(NotAttentionError("a number is added to the scores", depth))
+            reasons.append(NoMatchError("a number is added to the scores", depth))
             continue
         try:
             inner = _walk(tensor, node, constant, after * on_tensor, depth)
-        except NotAttentionError as reason:
+        except NoMatchError as reason:
             reasons.append(reason)
             continue
         _check_broadcast(node, tensor, depth)
@@ -267,7 +318,7 @@ def _where(node: Node, constant: Constant, after: float, depth: int) -> Scores:
         return _filled(node, on_false, condition, on_true, False, constant, after, depth)
     if constant(on_false) is not None:
         return _filled(node, on_true, condition, on_false, True, constant, after, depth)
-    raise NotAttentionError("the value of masked scores is not a constant", depth)
+    raise NoMatchError("the value of masked scores is not a constant", depth)
 
 
 def _filled(
@@ -275,9 +326,9 @@ def _filled(
 ) -> Scores:
     number = constant(value)
     if number is None:
-        raise NotAttentionError("the value of masked scores is not a constant", depth)
+        raise NoMatchError("the value of masked scores is not a constant", depth)
     if not number * after <= MASKED_AT_MOST:
-        raise NotAttentionError(f"masked scores get {number * after:g}, which does not mask (above {MASKED_AT_MOST:g})", depth)
+        raise NoMatchError(f"masked scores get {number * after:g}, which does not mask (above {MASKED_AT_MOST:g})", depth)
     inner = _walk(tensor, node, constant, after, depth)
     _check_broadcast(node, tensor, depth)
     step = MaskStep(mask, node, fill=number * after, inverted=inverted)
@@ -286,7 +337,7 @@ def _filled(
 
 def _check_broadcast(node: Node, tensor: Node, depth: int) -> None:
     if not same_shape(shape_of(node), shape_of(tensor)):
-        raise NotAttentionError("a mask is larger than the scores", depth)
+        raise NoMatchError("a mask is larger than the scores", depth)
 
 
 def _forward(softmax: Node) -> tuple[tuple[Node, ...], Node]:
@@ -296,12 +347,12 @@ def _forward(softmax: Node) -> tuple[tuple[Node, ...], Node]:
         node = path[-1]
         users = live_users(node)
         if len(users) != 1:
-            raise NotAttentionError(f"the probabilities '{node.name}' are used {len(users)} times, not once")
+            raise NoMatchError(f"the probabilities '{node.name}' are used {len(users)} times, not once")
         user = users[0]
         if user.target in PRODUCTS:
             return tuple(path), user
         if user.target not in CASTS | NOOPS | RESHAPES | PERMUTES:
-            raise NotAttentionError(f"the probabilities go to '{user.target}', not to a product with the value")
+            raise NoMatchError(f"the probabilities go to '{user.target}', not to a product with the value")
         if not dtype_of(user).is_floating_point:
-            raise NotAttentionError(f"the probabilities are cast to {dtype_of(user)}")
+            raise NoMatchError(f"the probabilities are cast to {dtype_of(user)}")
         path.append(user)

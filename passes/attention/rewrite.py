@@ -13,8 +13,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from sam3x.passes.attention.layout import arrange
-from sam3x.passes.attention.mask import HALF, combine_masks
+from sam3x.passes.attention.pattern import Attention, MaskStep
+from sam3x.passes.base import NoMatchError
 from sam3x.passes.graph.aten_nodes import (
     CASTS,
     NOOPS,
@@ -28,20 +28,22 @@ from sam3x.passes.graph.aten_nodes import (
     same_size,
     shape_of,
 )
+from sam3x.passes.graph.axes import Axis, Layout, leaves
 from sam3x.passes.graph.emitter import Emitter
-from sam3x.passes.graph.form import Attention, Axis, Layout, NotAttentionError
 from sam3x.passes.graph.known_numbers import Constant, number_factor
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def rewrite(emit: Emitter, found: Attention, constant: Constant) -> Node:
     """Emit ``found`` as canonical attention and return the node that replaces its output.
 
     Raises:
-        NotAttentionError: when a size cannot be named; nothing of it is left in the graph.
+        NoMatchError: when a size cannot be named; nothing of it is left in the graph.
     """
     try:
         return _rewrite(emit, found, constant)
-    except NotAttentionError:
+    except NoMatchError:
         emit.undo()
         raise
 
@@ -51,17 +53,17 @@ def _rewrite(emit: Emitter, found: Attention, constant: Constant) -> Node:
     q, on_q = _unscaled(emit, found.query[0], constant)
     k, on_k = _unscaled(emit, found.key[0], constant)
     scale = found.scale * on_q * on_k
-    q = arrange(emit, q, found.query[1], (*lead, found.queries, found.channels), full=True)
-    k = arrange(emit, k, found.key[1], (*lead, found.keys, found.channels), full=True)
-    v = arrange(emit, found.value[0], found.value[1], (*lead, found.keys, found.value_channels), full=True)
+    q = _arrange(emit, q, found.query[1], (*lead, found.queries, found.channels), full=True)
+    k = _arrange(emit, k, found.key[1], (*lead, found.keys, found.channels), full=True)
+    v = _arrange(emit, found.value[0], found.value[1], (*lead, found.keys, found.value_channels), full=True)
     dtype = torch.promote_types(torch.promote_types(dtype_of(q), dtype_of(k)), dtype_of(v))
     fills = {step.fill for step, _ in found.masks} - {-math.inf}
-    if dtype in HALF and len(fills) > 1:
+    if dtype in _HALF and len(fills) > 1:
         dtype = torch.float32  # a finite fill plus a float mask, and the distance of two fills, may not fit a half type
-    mask, rows = combine_masks(emit, found.masks, (*lead, found.queries, found.keys), dtype)
+    mask, rows = _combine_masks(emit, found.masks, (*lead, found.queries, found.keys), dtype)
     q, k, v = (emit.cast(node, dtype) for node in (q, k, v))
     if rows is not None:  # scores of zero, from the shorter side where a row is one for all queries
-        zero = emit(aten.full.default, [], 0.0, dtype=dtype, device=q.meta["val"].device)
+        zero = emit.number(0.0, q)
         if same_size(shape_of(rows)[-2], 1):
             k = emit(aten.where.self, rows, k, zero)
         else:
@@ -126,7 +128,7 @@ def _finish(emit: Emitter, result: Node, output: Node, have: Layout, wanted: Lay
     """``result`` in the layout of the product it replaces, laid out in memory as that was where a view follows."""
     if _viewed(output):
         result = emit(aten.clone.default, result, memory_format=torch.contiguous_format)
-    final = arrange(emit, result, have, wanted, full=True)
+    final = _arrange(emit, result, have, wanted, full=True)
     if not same_shape(shape_of(final), shape_of(output)):
         final = emit.reshape(final, shape_of(output))
     if final is not result and final.target is aten.view.default:
@@ -137,12 +139,115 @@ def _finish(emit: Emitter, result: Node, output: Node, have: Layout, wanted: Lay
     return final
 
 
+def _combine_masks(
+    emit: Emitter, masks: Sequence[tuple[MaskStep, Layout]], wanted: Layout, dtype: torch.dtype
+) -> tuple[Node | None, Node | None]:
+    """(mask of all steps, rows): bool (True = may attend) when each hides with -inf, otherwise float.
+
+    ``rows``, (…, N, 1) bool or None: where False, finite values fill the whole row and its scores must become zeros.
+    """
+    if not masks:
+        return None, None
+    steps = [step for step, _ in masks]
+    tensors = [_of_two(emit, _arrange(emit, step.tensor, layout, wanted, full=False)) for step, layout in masks]
+    fills = {step.fill for step in steps}
+    if fills == {-math.inf}:
+        return _allowed(emit, steps, tensors), None
+    rows = None
+    if any(fill is not None and math.isfinite(fill) for fill in fills):
+        filling = [(step, tensor) for step, tensor in zip(steps, tensors, strict=True) if step.fill is not None]
+        allowed = _allowed(emit, [step for step, _ in filling], [tensor for _, tensor in filling])
+        rows = emit(aten.any.dim, allowed, -1, True)
+        if len(fills) == 1:
+            return emit(aten.logical_or.default, allowed, emit(aten.logical_not.default, rows)), rows
+    lowest = torch.finfo(dtype).min
+    result: Node | None = None
+    for step, tensor in zip(steps, tensors, strict=True):
+        if step.fill is None:
+            tensor = _narrow(emit, tensor, dtype)
+            tensor = tensor if step.factor == 1.0 else emit(aten.mul.Tensor, tensor, step.factor)
+            result = tensor if result is None else emit(aten.add.Tensor, result, tensor)
+            continue
+        filled = emit.number(step.fill if math.isinf(step.fill) else max(step.fill, lowest), tensor, dtype)
+        other = result if result is not None else emit.number(0.0, tensor, dtype)
+        keep = _kept(emit, step, tensor) if step.additive else tensor
+        inverted = step.inverted or step.additive
+        result = emit(aten.where.self, keep, *((other, filled) if inverted else (filled, other)))
+    return result, rows
+
+
+def _of_two(emit: Emitter, mask: Node) -> Node:
+    """``mask`` with two dimensions at least, as attention asks of it: (S,) is (1, S)."""
+    while len(shape_of(mask)) < 2:
+        mask = emit(aten.unsqueeze.default, mask, 0)
+    return mask
+
+
+def _kept(emit: Emitter, step: MaskStep, tensor: Node) -> Node:
+    """bool, True where a step that fills lets a query attend."""
+    if step.additive:
+        return emit(aten.eq.Scalar, tensor, 0.0)
+    if step.inverted:
+        return tensor
+    if tensor.target is aten.logical_not.default and dtype_of(tensor.args[0]) is torch.bool:
+        return tensor.args[0]  # type: ignore[return-value]
+    return emit(aten.logical_not.default, tensor)
+
+
+def _allowed(emit: Emitter, steps: Sequence[MaskStep], tensors: Sequence[Node]) -> Node:
+    result: Node | None = None
+    for step, tensor in zip(steps, tensors, strict=True):
+        keep = _kept(emit, step, tensor)
+        result = keep if result is None else emit(aten.logical_and.default, result, keep)
+    assert result is not None
+    return result
+
+
+def _narrow(emit: Emitter, mask: Node, dtype: torch.dtype) -> Node:
+    """A float mask in ``dtype``: below its range becomes its lowest number, so no finite mask turns into -inf."""
+    have = dtype_of(mask)
+    if have.is_floating_point and torch.finfo(have).min < torch.finfo(dtype).min:
+        mask = emit(aten.clamp.default, mask, torch.finfo(dtype).min)
+    return emit.cast(mask, dtype)
+
+
+def _arrange(emit: Emitter, node: Node, layout: Layout, wanted: Layout, *, full: bool) -> Node:
+    """``node``, dimensions ``layout``, as dimensions ``wanted``; ``full`` expands those it broadcasts over."""
+    sizes = shape_of(node)
+    layout = tuple(leaves(dim) for dim in layout[len(layout) - len(sizes) :])
+    wanted = tuple(leaves(dim) for dim in wanted)
+    place = {axis: at for at, axis in enumerate(itertools.chain(*wanted))}
+    # whole dimensions first: a permute on top of a permute often cancels, and most layouts need no more
+    keys = [-1]
+    for dim in layout:
+        keys.append(2 * place[dim[0]] if dim else keys[-1] | 1)
+    order = sorted(range(len(layout)), key=keys[1:].__getitem__)
+    node = emit.permute(node, order)
+    layout = tuple(layout[dim] for dim in order)
+    groups = [math.prod(axis.size for axis in group) for group in wanted]
+    if layout == wanted[len(wanted) - len(layout) :]:
+        if not full or same_shape(shape_of(node), groups):
+            return node
+        same = [-1 if same_size(a, b) else b for a, b in zip(shape_of(node), groups[-len(layout) :], strict=True)]
+        return emit(aten.expand.default, node, emit.sizes([*groups[: len(groups) - len(layout)], *same]))
+    have = [axis for size, dim in zip(shape_of(node), layout, strict=True) if not same_size(size, 1) for axis in dim]
+    target = [axis for axis in place if axis in have]
+    grown = [axis for group in wanted if full or set(group) & set(have) for axis in group]
+    if have != target or grown != target:
+        node = emit.reshape(node, [axis.size for axis in have])
+        node = emit.permute(node, [have.index(axis) for axis in target])
+    if grown != target:
+        node = emit.reshape(node, [axis.size if axis in have else 1 for axis in grown])
+        node = emit(aten.expand.default, node, emit.sizes([axis.size for axis in grown]))
+    return emit.reshape(node, [size if set(group) & set(grown) else 1 for size, group in zip(groups, wanted, strict=True)])
+
+
 def release_shapes(module: GraphModule, dying: Sequence[Node]) -> None:
     """Give what only reads the sizes of ``dying`` nodes another source, so that they can go."""
     for node in dying:
         for user in list(node.users):
             emit = Emitter(module, user, dying)
-            with contextlib.suppress(NotAttentionError):
+            with contextlib.suppress(NoMatchError):
                 if user.target is aten.sym_size.int:
                     user.replace_all_uses_with(emit.size(user.meta["val"]))
                 elif user.target is aten.full_like.default and not set(user.users) <= set(dying):

@@ -6,73 +6,50 @@ import itertools
 import math
 from typing import Any
 
-import torch
-from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from sam3x.capture.program import erase_dead
-from sam3x.passes.attention.guard import attentions, read_sdpa
-from sam3x.passes.base import MatchFailure, Pass, PassResult
-from sam3x.passes.graph.aten_nodes import permutation, same_size, shape_of
+from sam3x.passes.attention.guard import read_sdpa
+from sam3x.passes.graph.aten_nodes import FILLS, SDPA, SHAPING, aten, permutation, same_size, shape_of
+from sam3x.passes.graph.axes import Axis, Layout, axes_of, leaves, regrouped
 from sam3x.passes.graph.emitter import Emitter
-from sam3x.passes.graph.form import Axis, Layout, NotAttentionError, axes_of, leaves
-from sam3x.passes.linear.sink_permutes import SHAPING, regrouped
-
-_aten = torch.ops.aten
-_FILLS = {_aten.full.default, _aten.full_like.default}
+from sam3x.passes.graph.node_pass import NodePass
 
 
-class SimplifyAttentionMasksPass(Pass):
+class SimplifyAttentionMasksPass(NodePass):
     """Expanded dimensions of a mask back to size 1, and ``where(padding, -inf, 0)`` back to the bool it was made of.
 
     ``torch.nn.MultiheadAttention`` turns a (B, S) padding mask into numbers and copies it for every head.
     """
 
     name = "simplify_attention_masks"
+    operators = (SDPA,)
     run_after = ("canonicalize_attention",)
 
-    def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, failures = 0, []
-        for module, node in attentions(program):
-            found = read_sdpa(node)
-            if isinstance(found, str) or found.mask is None or len(shape_of(found.mask)) != 4:
-                continue
-            try:
-                rewrites += _rewrite(module, node, found.mask)
-            except NotAttentionError as error:
-                failures.append(MatchFailure(node=node.name, reason=str(error)))
-        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
-
-
-def _rewrite(module: GraphModule, node: Node, mask: Node) -> int:
-    source, own, layout = _followed(mask)
-    kept = {axis for dim in own for axis in leaves(dim)}
-    slim = tuple(tuple(axis for axis in leaves(dim) if axis in kept) for dim in layout)
-    if list(itertools.chain(*slim)) != [axis for dim in own for axis in leaves(dim)]:
-        return 0
-    if any(dim and dim != tuple(leaves(whole)) for dim, whole in zip(slim, layout, strict=True)):
-        return 0  # one dimension holds the batch and its copies: without them it would not broadcast
-    padding = _padding(source)
-    if padding is None and source is mask:
-        return 0
-    if padding is not None and len(shape_of(padding[0])) != len(shape_of(source)):
-        return 0
-    emit = Emitter(module, node)
-    new = source
-    if padding is not None:
-        new = padding[0] if padding[1] else emit(_aten.logical_not.default, padding[0])
-    shape = [math.prod(axis.size for axis in dim) for dim in slim]
-    if not all(same_size(a, b) for a, b in itertools.zip_longest(shape_of(new), shape, fillvalue=-1)):
-        try:
-            new = emit(_aten.reshape.default, new, emit.sizes(shape))
-        except NotAttentionError:
-            emit.undo()
-            raise
-    if new is mask:
-        return 0
-    node.replace_input_with(mask, new)
-    erase_dead(module)
-    return 1
+    def rewrite(self, emit: Emitter, node: Node) -> Node | None:
+        mask = read_sdpa(node).mask
+        if mask is None or len(shape_of(mask)) != 4:
+            return None
+        source, own, layout = _followed(mask)
+        kept = {axis for dim in own for axis in leaves(dim)}
+        slim = tuple(tuple(axis for axis in leaves(dim) if axis in kept) for dim in layout)
+        if list(itertools.chain(*slim)) != [axis for dim in own for axis in leaves(dim)]:
+            return None
+        if any(dim and dim != tuple(leaves(whole)) for dim, whole in zip(slim, layout, strict=True)):
+            return None  # one dimension holds the batch and its copies: without them it would not broadcast
+        new, padding = source, _padding(source)
+        if padding is not None:
+            if len(shape_of(padding[0])) != len(shape_of(source)):
+                return None
+            new = padding[0] if padding[1] else emit(aten.logical_not.default, padding[0])
+        elif source is mask:
+            return None
+        shape = [math.prod(axis.size for axis in dim) for dim in slim]
+        if not all(same_size(a, b) for a, b in itertools.zip_longest(shape_of(new), shape, fillvalue=-1)):
+            new = emit(aten.reshape.default, new, emit.sizes(shape))
+        if new is mask:
+            return None
+        node.replace_input_with(mask, new)
+        return node
 
 
 def _followed(mask: Node) -> tuple[Node, Layout, Layout]:
@@ -80,7 +57,7 @@ def _followed(mask: Node) -> tuple[Node, Layout, Layout]:
     chain: list[Node] = []
     source = mask
     while source.op == "call_function" and (
-        source.target in SHAPING | {_aten.expand.default, _aten.clone.default} or permutation(source) is not None
+        source.target in SHAPING | {aten.expand.default, aten.clone.default} or permutation(source) is not None
     ):
         chain.append(source)
         source = source.args[0]  # type: ignore[assignment]
@@ -100,9 +77,9 @@ def _moved(node: Node, layout: Layout) -> Layout | None:
     if order is not None:
         return tuple(layout[dim] for dim in order)
     shape = shape_of(node)
-    if node.target is _aten.clone.default:
+    if node.target is aten.clone.default:
         return layout
-    if node.target is _aten.expand.default:
+    if node.target is aten.expand.default:
         layout = (*((),) * (len(shape) - len(layout)), *layout)
         return tuple(dim or (() if same_size(size, 1) else (Axis(size),)) for dim, size in zip(layout, shape, strict=True))
     return regrouped(layout, shape)
@@ -110,7 +87,7 @@ def _moved(node: Node, layout: Layout) -> Layout | None:
 
 def _padding(node: Node) -> tuple[Node, bool] | None:
     """(m, visible) for ``where(m, -inf, 0)``, visible False, or ``where(m, 0, -inf)``, visible True."""
-    if node.target is not _aten.where.self:
+    if node.target is not aten.where.self:
         return None
     values = tuple(_filling(value) for value in node.args[1:])
     if values not in ((-math.inf, 0.0), (0.0, -math.inf)):
@@ -122,5 +99,5 @@ def _filling(node: Any) -> float | None:
     """The number that fills a tensor."""
     if not isinstance(node, Node):
         return None
-    value = node.args[1] if node.target in _FILLS else node.args[0] if node.target is _aten.scalar_tensor.default else None
+    value = node.args[node.target is not aten.scalar_tensor.default] if node.target in FILLS else None
     return float(value) if isinstance(value, (int, float)) else None

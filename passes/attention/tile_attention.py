@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 
-from torch.export import ExportedProgram
 from torch.fx import Node
 
-from sam3x.passes.attention.guard import Sdpa, attentions, guarded, read_sdpa, replace, zeroed
+from sam3x.passes.attention.guard import Sdpa, guarded, read_sdpa, zeroed
 from sam3x.passes.attention.operators import TILED_ATTENTION
-from sam3x.passes.base import MatchFailure, Pass, PassResult
+from sam3x.passes.base import NoMatchError
+from sam3x.passes.graph.aten_nodes import SDPA
 from sam3x.passes.graph.emitter import Emitter
+from sam3x.passes.graph.node_pass import NodePass
 
 
-class TileAttentionPass(Pass):
+class TileAttentionPass(NodePass):
     """``aten.scaled_dot_product_attention`` → ``sam3x::tiled_attention`` wherever its scores are not known to fit the budget.
 
     Args:
@@ -21,30 +22,28 @@ class TileAttentionPass(Pass):
     """
 
     name = "tile_attention"
+    operators = (SDPA,)
     run_after = ("canonicalize_attention", "simplify_attention_masks", "fuse_multi_head_attention")
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
 
-    def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, failures = 0, []
-        for module, node in attentions(program):
-            found = read_sdpa(node)
-            budget = found if isinstance(found, str) else self.budget_of(found)
-            if isinstance(found, str) or isinstance(budget, str):
-                failures.append(MatchFailure(node=node.name, reason=str(budget)))
-                continue
-            emit = Emitter(module, node)
-            mask, hidden = guarded(emit, self.mask(emit, found))
-            tiled = emit(TILED_ATTENTION, found.query, found.key, found.value, mask, found.scale, budget)
-            replace(module, node, zeroed(emit, tiled, hidden))
-            rewrites += 1
-        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
+    def rewrite(self, emit: Emitter, node: Node) -> Node:
+        found = read_sdpa(node)
+        budget = self.budget_of(found)
+        mask, hidden = guarded(emit, self.mask(emit, found))
+        return zeroed(emit, emit(TILED_ATTENTION, found.query, found.key, found.value, mask, found.scale, budget), hidden)
 
-    def budget_of(self, found: Sdpa) -> int | str:
-        """What the scores of one attention may take, or why it stays as it is."""
+    def budget_of(self, found: Sdpa) -> int:
+        """What the scores of one attention may take.
+
+        Raises:
+            NoMatchError: it stays as it is.
+        """
         size = score_bytes(found.query, found.key)
-        return f"its scores take at most {size:,.0f} bytes" if size <= self.budget else self.budget
+        if size <= self.budget:
+            raise NoMatchError(f"its scores take at most {size:,.0f} bytes")
+        return self.budget
 
     def mask(self, emit: Emitter, found: Sdpa) -> Node | None:
         """The mask in the form that the target's attention takes."""

@@ -4,53 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.export import ExportedProgram
 from torch.fx import Node
 
-from sam3x.capture.program import erase_dead
-from sam3x.passes.base import MatchFailure, Pass, PassResult, graph_modules
+from sam3x.passes.base import NoMatchError
 from sam3x.passes.graph.aten_nodes import SDPA, VIEWS, aten, same_shape, shape_of
 from sam3x.passes.graph.emitter import Emitter
+from sam3x.passes.graph.node_pass import NodePass
 
 
-class UnweaveChannelsPass(Pass):
+class UnweaveChannelsPass(NodePass):
     """``stack([a, b], -1).flatten(-2)`` as query and as key of one attention → ``cat([a, b], -1)`` as both.
 
     Scores are sums over the channels, so both may be put in the same other order; woven, a runtime copies number by number.
     """
 
     name = "unweave_channels"
+    operators = (SDPA,)
     run_after = ("canonicalize_attention", "decompose_complex")
 
-    def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, failures = 0, []
-        for prefix, module in graph_modules(program):
-            done = 0
-            for node in module.graph.find_nodes(op="call_function", target=SDPA):
-                query, key = (_woven(item) for item in node.args[:2])
-                if query is None and key is None:
-                    continue
-                reason = _refused(node, query, key)
-                if reason is not None:
-                    failures.append(MatchFailure(node=f"{prefix}.{node.name}" if prefix else node.name, reason=reason))
-                    continue
-                emit = Emitter(module, node)
-                node.args = (*(emit(aten.cat.default, parts, -1) for parts in (query, key)), *node.args[2:])
-                done += 1
-            if done:
-                erase_dead(module)
-            rewrites += done
-        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
-
-
-def _refused(node: Node, query: list[Node] | None, key: list[Node] | None) -> str | None:
-    if query is None or key is None:
-        return f"only the {'query' if key is None else 'key'} is woven"
-    if len(query) != len(key):
-        return "query and key are woven from different numbers of tensors"
-    if any(len(item.users) > 1 for item in node.args[:2]):
-        return "query or key is read elsewhere too"
-    return None
+    def rewrite(self, emit: Emitter, node: Node) -> Node | None:
+        query, key = (_woven(item) for item in node.args[:2])
+        if query is None and key is None:
+            return None
+        if query is None or key is None:
+            raise NoMatchError(f"only the {'query' if key is None else 'key'} is woven")
+        if len(query) != len(key):
+            raise NoMatchError("query and key are woven from different numbers of tensors")
+        if any(len(item.users) > 1 for item in node.args[:2]):
+            raise NoMatchError("query or key is read elsewhere too")
+        node.args = (*(emit(aten.cat.default, parts, -1) for parts in (query, key)), *node.args[2:])
+        return node
 
 
 def _woven(node: Any) -> list[Node] | None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from sam3x.passes.graph.cond_graph import HEAVY, aten, is_heavy
+from sam3x.passes.graph.aten_nodes import HEAVY, aten
+from sam3x.passes.graph.cond_graph import is_heavy
 
 _WEIGHTS = {
     aten.linear.default: (1, 2),

@@ -7,17 +7,9 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from sam3x.passes.graph.cond_graph import (
-    Builder,
-    aten,
-    attach,
-    behind_copies,
-    fake_mode_of,
-    is_cond,
-    outputs,
-    placeholders,
-    read_cond,
-)
+from sam3x.passes.graph.aten_nodes import aten
+from sam3x.passes.graph.cond_graph import attach, behind_copies, is_cond, outputs, placeholders, read_cond
+from sam3x.passes.graph.emitter import Emitter
 
 
 def collapse(module: GraphModule, node: Node) -> bool:
@@ -38,14 +30,13 @@ def collapse(module: GraphModule, node: Node) -> bool:
         same = [_returned(part, operands) == other for part in nested.branches]
         if not any(same):
             continue
-        emit = Builder(module.graph, node, fake_mode_of(module))
+        emit = Emitter(module, node)
         outer, within = cond.predicate, given[nested.predicate]
         taken = outer if side == 0 else emit(aten.logical_not.default, outer)  # the nested conditional is reached
         if same[1]:
             predicate = emit(aten.logical_and.default, taken, within)
         else:
-            reached = emit(aten.logical_not.default, taken) if side else emit(aten.logical_not.default, outer)
-            predicate = emit(aten.logical_or.default, within, reached)
+            predicate = emit(aten.logical_or.default, within, emit(aten.logical_not.default, taken))
         names = [attach(module, part, name) for part, name in zip(nested.branches, ("true_graph", "false_graph"), strict=True)]
         with module.graph.inserting_before(node):
             node.args = (predicate, *(module.graph.get_attr(name) for name in names), tuple(operands))

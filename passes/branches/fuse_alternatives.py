@@ -9,20 +9,21 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from sam3x.passes.base import MatchFailure, Pass, PassResult, graph_modules
-from sam3x.passes.graph.cond_build import copied, inputs_of, new_cond
+from sam3x.passes.base import MatchFailure, Pass, PassResult, graph_modules, path_of
+from sam3x.passes.graph.aten_nodes import aten
 from sam3x.passes.graph.cond_graph import (
-    Builder,
-    aten,
     behind_copies,
-    fake_mode_of,
+    copied,
+    inputs_of,
     is_cond,
+    new_cond,
     outputs,
     placeholders,
     read_cond,
     results_of,
     sweep,
 )
+from sam3x.passes.graph.emitter import Emitter
 
 _NORMS = {aten.layer_norm.default}
 
@@ -63,7 +64,7 @@ class FuseAlternativesPass(Pass):
                     continue
                 reason = _differ(first, second)
                 if reason is not None:
-                    failures.append(MatchFailure(node=f"{prefix}.{node.name}" if prefix else node.name, reason=reason))
+                    failures.append(MatchFailure(node=path_of(prefix, node), reason=reason))
                     continue
                 _fuse(module, first, second)
                 rewrites += 1
@@ -137,7 +138,7 @@ def _differ(first: _Optional, second: _Optional) -> str | None:
 
 
 def _fuse(module: GraphModule, first: _Optional, second: _Optional) -> None:
-    emit = Builder(module.graph, first.value, fake_mode_of(module))
+    emit = Emitter(module, first.value)
     arguments = [
         emit(aten.where.self, first.predicate, *((a, b) if first.when else (b, a))) if isinstance(a, Node) and a is not b else a
         for a, b in zip(first.arguments, second.arguments, strict=True)
@@ -146,13 +147,12 @@ def _fuse(module: GraphModule, first: _Optional, second: _Optional) -> None:
     z.meta = {**first.value.meta, "val": z.meta["val"]}
     second.value.replace_all_uses_with(z)
     sides = (z, first.x) if first.when else (first.x, z)
+    _erase(module, second.value)
     if first.value.target is aten.where.self:
-        _erase(module, second.value)
         for position, value in enumerate(sides, start=1):
             first.value.update_arg(position, value)
         first.value.update_arg(0, first.predicate)
         return
-    _erase(module, second.value)
     region = _readers(first.value)
     if region is None:
         passed_on = [lambda _, given, side=side: given[side] for side in sides]

@@ -12,22 +12,16 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-from sam3x.passes.base import MatchFailure, Pass, PassResult
+from sam3x.passes.base import MatchFailure, NoMatchError, Pass, PassResult
 from sam3x.passes.branches.row_mask import mask_rows
-from sam3x.passes.branches.row_places import NotRowsError
+from sam3x.passes.graph.aten_nodes import HEAVY, aten, expression, same_shape
 from sam3x.passes.graph.cond_graph import (
     ASSERTIONS,
-    HEAVY,
-    Builder,
     Cond,
-    aten,
     behind_copies,
     cond_places,
-    expression,
-    fake_mode_of,
     inline,
     is_cond,
     outputs,
@@ -37,6 +31,7 @@ from sam3x.passes.graph.cond_graph import (
     replace_results,
     sweep,
 )
+from sam3x.passes.graph.emitter import Emitter
 
 _CHEAP_NAMES = (
     "alias amax amin arange argmax argmin as_strided cat clone constant_pad_nd contiguous cumsum detach diagonal embedding_bag "
@@ -77,8 +72,7 @@ class IfConvertPass(Pass):
             for name, module, node in list(cond_places(program)):
                 if self.rows_only and not node.meta.get("unbacked_bindings"):
                     continue
-                root = program if module is program.graph_module else None
-                reason = _convert(root, module, node)
+                reason = _convert(module, node)
                 if reason is None:
                     rewrites, moved = rewrites + 1, True
                     failures.pop(name, None)
@@ -90,7 +84,7 @@ class IfConvertPass(Pass):
         return PassResult(rewrites=rewrites, match_failures=reasons)
 
 
-def _convert(program: ExportedProgram | None, module: GraphModule, node: Node) -> str | None:
+def _convert(module: GraphModule, node: Node) -> str | None:
     """Convert one conditional; the reason where it stays."""
     cond = read_cond(module, node)
     for branch in cond.branches:
@@ -107,11 +101,11 @@ def _convert(program: ExportedProgram | None, module: GraphModule, node: Node) -
                 return f"operand '{inner.name}' has a size that depends on a branch, and this branch counts on it"
     if node.meta.get("unbacked_bindings"):
         try:
-            mask_rows(program, module, cond)
-        except NotRowsError as reason:
+            mask_rows(module, cond)
+        except NoMatchError as reason:
             return str(reason)
         return None
-    return _select(program, module, cond)
+    return _select(module, cond)
 
 
 def _counts_on_size(inner: Any, operand: Any) -> bool:
@@ -124,31 +118,27 @@ def _counts_on_size(inner: Any, operand: Any) -> bool:
     return unbacked and sizes != [expression(size) for size in inner.shape]
 
 
-def _select(program: ExportedProgram | None, module: GraphModule, cond: Cond) -> str | None:
+def _select(module: GraphModule, cond: Cond) -> str | None:
     pairs = list(zip(*(outputs(branch) for branch in cond.branches), strict=True))
     for true, false in pairs:
         a, b = true.meta["val"], false.meta["val"]
         if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
             return "a branch returns a number that is no tensor"
-        if a.dtype is not b.dtype or not _same_shape(a, b):
+        if a.dtype is not b.dtype or not same_shape(a.shape, b.shape):
             return f"the branches return {tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}"
     own_branches(module)
-    emit = Builder(module.graph, cond.node, fake_mode_of(module))
+    emit = Emitter(module, cond.node)
     predicate = cond.predicate
     if predicate.meta["val"].dim():
         predicate = emit(aten.reshape.default, predicate, [])
     results = [inline(module, branch, cond.operands, cond.node) for branch in cond.branches]
     chosen: list[Node] = []
-    readers = {index for user in cond.node.users for index in [user.args[1]]}
+    readers = {user.args[1] for user in cond.node.users}
     for index, values in enumerate(zip(*results, strict=True)):
         true, false = (behind_copies(value) for value in values)
         chosen.append(emit(aten.where.self, predicate, true, false) if index in readers else true)
-    replace_results(program, cond.node, chosen)
+    replace_results(cond.node, chosen)
     return None
-
-
-def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dim() == b.dim() and all(statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
 def costly(branch: GraphModule) -> str | None:

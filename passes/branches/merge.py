@@ -14,10 +14,10 @@ from torch.utils._pytree import SequenceKey
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from sam3x.passes.base import NoMatchError
 from sam3x.passes.branches.align import COMMUTATIVE
 from sam3x.passes.branches.region import (
     MISSING,
-    CannotMergeError,
     Region,
     Side,
     is_size,
@@ -28,21 +28,9 @@ from sam3x.passes.branches.region import (
     val_of,
     views_of,
 )
-from sam3x.passes.graph.cond_graph import (
-    COND,
-    Builder,
-    Cond,
-    aten,
-    attach,
-    expression,
-    fake_mode_of,
-    is_cond,
-    is_heavy,
-    quietly,
-    size_of,
-    slice_args,
-    substitute,
-)
+from sam3x.passes.graph.aten_nodes import SDPA, argument, aten, expression, slice_args
+from sam3x.passes.graph.cond_graph import COND, Cond, attach, is_cond, is_heavy, substitute
+from sam3x.passes.graph.emitter import Emitter, fake_mode_of, quietly, size_of
 
 
 class Merger:
@@ -52,7 +40,7 @@ class Merger:
         self.module, self.cond = module, cond
         self.fake_mode: Any = fake_mode_of(module)
         self.views: dict[Node, Any] = views_of(cond)
-        self.emit = Builder(module.graph, cond.node, self.fake_mode, self.val)
+        self.emit = Emitter(module, cond.node, val=self.val)
         self.sides = tuple(Side(branch, cond.operands) for branch in cond.branches)
         self.pairs: dict[tuple[Any, Any], Any] = {}
         self.failed: set[tuple[Any, Any]] = set()
@@ -115,7 +103,7 @@ class Merger:
                 return found
         both = self._inside(0, true) and self._inside(1, false)
         if both and true.target is false.target and true.op == "call_function" and not is_cond(true):
-            pure = not true.is_impure() or true.target is aten.scaled_dot_product_attention.default
+            pure = not true.is_impure() or true.target is SDPA
             found = self._congruent(true, false) if pure else MISSING
             if found is not MISSING:
                 return found
@@ -225,7 +213,7 @@ class Merger:
         key = self._order(side, expression(val_of(end)), full)
         if key not in self.sizes:
             vector = self._vector(side, end, full) or self._picked(whole, dim)
-            region = Region(self.sides, self.fake_mode, self.val)
+            region = Region(self.sides, self.val)
             made: list[Any] = [None, None]
             rows = region.row_vector(side, end, vector)
             made[side], made[1 - side] = rows, region.operand(1 - side, vector, vector)
@@ -274,7 +262,7 @@ class Merger:
             ):
                 continue
             source, dim, start, end, step = slice_args(parts[1])
-            along = user.args[1] if len(user.args) > 1 else 0
+            along = argument(user, 1, "dim", 0)
             rank = user.meta["val"].dim()
             base = self.sides[side].known.get(source)
             if dim % rank != along % rank or not is_size(start) or step != 1 or not isinstance(base, Node):
@@ -302,7 +290,7 @@ class Merger:
 
     def choose(self, pairs: Sequence[tuple[Any, Any]]) -> None:
         """One conditional for all ``pairs``, holding what lies between them and the values known outside."""
-        region = Region(self.sides, self.fake_mode, self.val)
+        region = Region(self.sides, self.val)
         returned = []
         for true, false in pairs:
             true, false = self._of_one_size(true, false)
@@ -363,7 +351,7 @@ class Merger:
     def _joined(self, true: torch.Tensor, false: torch.Tensor) -> tuple[torch.Tensor, list]:
         """A value for either of two: sizes that differ are a symbol, one symbol for each pair of sizes."""
         if true.dtype is not false.dtype or true.dim() != false.dim() or true.device != false.device:
-            raise CannotMergeError(f"an operand is {tuple(true.shape)} {true.dtype} or {tuple(false.shape)} {false.dtype}")
+            raise NoMatchError(f"an operand is {tuple(true.shape)} {true.dtype} or {tuple(false.shape)} {false.dtype}")
         shape, fresh = [], []
         env = self.fake_mode.shape_env
         for dim, (left, right) in enumerate(zip(true.shape, false.shape, strict=True)):
@@ -371,7 +359,7 @@ class Merger:
             known = self._known_size(key)
             if known is None:
                 if env is None:
-                    raise CannotMergeError("the branches' sizes differ and the graph has no symbols")
+                    raise NoMatchError("the branches' sizes differ and the graph has no symbols")
                 with quietly(self.fake_mode):
                     known = env.create_unbacked_symint().node.expr
                 env.var_to_range[known] = ValueRanges(2, int_oo)  # as torch assumes of every dynamic size while tracing

@@ -1,7 +1,7 @@
 """What both branches do alike moves out of the conditional: function merging by sequence alignment, and tail merging.
 
-The branches are aligned on the nodes that matter (``branch_align``). A pair that corresponds becomes one node outside
-(``branch_merge``); where its operands differ, a small conditional in front of it chooses them, and holds no more than what
+The branches are aligned on the nodes that matter (``align``). A pair that corresponds becomes one node outside
+(``merge``); where its operands differ, a small conditional in front of it chooses them, and holds no more than what
 differs. What follows from values outside follows outside. A size that depends on the branch becomes a symbol, the same one
 wherever it is the same size.
 """
@@ -16,11 +16,11 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from sam3x.passes.base import MatchFailure, Pass, PassResult
+from sam3x.passes.base import MatchFailure, NoMatchError, Pass, PassResult
 from sam3x.passes.branches.align import align, alike
 from sam3x.passes.branches.collapse import collapse
 from sam3x.passes.branches.merge import Merger
-from sam3x.passes.branches.region import MISSING, CannotMergeError
+from sam3x.passes.branches.region import MISSING
 from sam3x.passes.graph.cond_graph import (
     ASSERTIONS,
     cond_places,
@@ -46,7 +46,7 @@ class NarrowCondPass(Pass):
 
     def call(self, program: ExportedProgram) -> PassResult:
         failures: list[MatchFailure] = []
-        rewrites = _narrow_all(program, program.graph_module, "", failures)
+        rewrites = _narrow_all(program.graph_module, "", failures)
         if rewrites:
             sweep(program.graph_module)
             for module, node in [(module, node) for _, module, node in cond_places(program)]:
@@ -55,7 +55,7 @@ class NarrowCondPass(Pass):
         return PassResult(rewrites=rewrites, match_failures=tuple(failures))
 
 
-def _narrow_all(program: ExportedProgram | None, module: GraphModule, prefix: str, failures: list[MatchFailure]) -> int:
+def _narrow_all(module: GraphModule, prefix: str, failures: list[MatchFailure]) -> int:
     rewrites = 0
     for node in conds_of(module):
         name = f"{prefix}{node.name}"
@@ -63,9 +63,9 @@ def _narrow_all(program: ExportedProgram | None, module: GraphModule, prefix: st
         if any(conds_of(getattr(module, branch)) for branch in branches):
             own_branches(module)
         for branch in branches:
-            rewrites += _narrow_all(None, getattr(module, branch), f"{prefix}{branch}.", failures)
+            rewrites += _narrow_all(getattr(module, branch), f"{prefix}{branch}.", failures)
             sweep(getattr(module, branch))
-        reason = narrow(program, module, node)
+        reason = narrow(module, node)
         if reason is None:
             rewrites += 1
         elif reason:
@@ -73,7 +73,7 @@ def _narrow_all(program: ExportedProgram | None, module: GraphModule, prefix: st
     return rewrites
 
 
-def narrow(program: ExportedProgram | None, module: GraphModule, node: Node) -> str | None:
+def narrow(module: GraphModule, node: Node) -> str | None:
     """Narrow one conditional of ``module``; the reason where it stays as it is, empty where nothing heavy is inside."""
     cond = read_cond(module, node)
     for branch in cond.branches:
@@ -92,11 +92,11 @@ def narrow(program: ExportedProgram | None, module: GraphModule, node: Node) -> 
     try:
         results = _Stages(merger).run()
         if not merger.moved:
-            raise CannotMergeError("no product, attention or convolution works on the same weights in both branches")
-    except (CannotMergeError, GuardOnDataDependentSymNode) as reason:
+            raise NoMatchError("no product, attention or convolution works on the same weights in both branches")
+    except (NoMatchError, GuardOnDataDependentSymNode) as reason:
         merger.undo()
         return str(reason).partition("\n")[0]
-    replace_results(program, node, results)
+    replace_results(node, results)
     return None
 
 
@@ -136,7 +136,7 @@ class _Stages:
         values = [item for item in true.all_input_nodes if isinstance(item.meta.get("val"), torch.Tensor)]
         others = [item for item in false.all_input_nodes if isinstance(item.meta.get("val"), torch.Tensor)]
         if len(values) != len(others):
-            raise CannotMergeError(f"{true.target} takes {len(values)} tensors in one branch and {len(others)} in the other")
+            raise NoMatchError(f"{true.target} takes {len(values)} tensors in one branch and {len(others)} in the other")
         return [pair for pair in zip(values, others, strict=True) if self.merger.free(*pair) is MISSING]
 
     def _ready(self, operands: list[tuple[Any, Any]]) -> bool:
@@ -154,12 +154,12 @@ class _Stages:
 
     def _flush(self) -> None:
         if not self.pending:
-            raise CannotMergeError("an operand of a pair needs the pair itself")
+            raise NoMatchError("an operand of a pair needs the pair itself")
         self._look_ahead()
         self._choose()
         for pair in self.pending:
             if self.merger.free(*pair) is MISSING:
-                raise CannotMergeError(f"{pair[0].target} ('{pair[0].name}') needs to know a size that only a run can tell")
+                raise NoMatchError(f"{pair[0].target} ('{pair[0].name}') needs to know a size that only a run can tell")
         self.pending = []
 
     def _want(self, pairs: Iterable[tuple[Any, Any]]) -> None:

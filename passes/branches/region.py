@@ -10,14 +10,13 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-from sam3x.passes.graph.cond_graph import Builder, Cond, aten, copy_node, expression, is_heavy, placeholders, views_an_input
+from sam3x.passes.base import NoMatchError
+from sam3x.passes.graph.aten_nodes import aten, expression
+from sam3x.passes.graph.cond_graph import Cond, copy_node, is_heavy, placeholders, views_an_input
+from sam3x.passes.graph.emitter import Emitter
 
 MISSING: Any = object()
 """No value outside stands for the pair."""
-
-
-class CannotMergeError(Exception):
-    """The conditional stays as it is; the message is the reason."""
 
 
 class Side:
@@ -61,8 +60,8 @@ class Side:
 class Region:
     """The two graphs of a conditional in the making, over common operands."""
 
-    def __init__(self, sides: Sequence[Side], fake_mode: Any, val: Callable[[Any], Any]) -> None:
-        self.sides, self.fake_mode, self.val = sides, fake_mode, val
+    def __init__(self, sides: Sequence[Side], val: Callable[[Any], Any]) -> None:
+        self.sides, self.val = sides, val
         self.operands: list[Node] = []
         self.modules = tuple(GraphModule({}, Graph()) for _ in range(2))
         self.inputs: tuple[dict[Node, Node], ...] = ({}, {})
@@ -91,7 +90,7 @@ class Region:
                 continue
             if is_heavy(node):
                 if node in home.run:
-                    raise CannotMergeError(f"{node.target} ('{node.name}'), which one branch alone runs, would run twice")
+                    raise NoMatchError(f"{node.target} ('{node.name}'), which one branch alone runs, would run twice")
                 home.run.add(node)
             mapping = {item: self._given(side, item) for item in node.all_input_nodes}
             nodes[node] = copy_node(module, home.branch, node, mapping)
@@ -115,8 +114,7 @@ class Region:
             return self.need(side, source)
         (end,) = self._all(side, [count])
         given = self.operand(side, vector, vector)
-        emit = Builder(self.modules[side].graph, None, self.fake_mode)
-        return emit(aten.slice.Tensor, given, 0, 0, end)
+        return Emitter(self.modules[side], None)(aten.slice.Tensor, given, 0, 0, end)
 
     def close(self, returned: Sequence[tuple[Node, Node]]) -> tuple[GraphModule, ...]:
         for side, module in enumerate(self.modules):
@@ -125,11 +123,9 @@ class Region:
             for pair in returned:
                 value = pair[side]
                 if memory_order(pair[0].meta["val"]) != memory_order(pair[1].meta["val"]):
-                    emit = Builder(module.graph, None, self.fake_mode)
-                    value = emit(aten.clone.default, value, memory_format=torch.contiguous_format)
+                    value = Emitter(module, None)(aten.clone.default, value, memory_format=torch.contiguous_format)
                 elif value in taken or views_an_input(value):  # a branch may return neither an operand nor one value twice
-                    emit = Builder(module.graph, None, self.fake_mode)
-                    value = emit(aten.clone.default, value)
+                    value = Emitter(module, None)(aten.clone.default, value)
                 taken.add(value)
                 results.append(value)
             inputs = [self.operand(side, value, value) for value in self.operands]

@@ -6,20 +6,18 @@ attention among the chosen rows a mask hides the others; what those become is dr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
-from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from sam3x.passes.branches.row_mask_emit import chosen_rows, hide_keys, join, swap
+from sam3x.passes.base import NoMatchError
 from sam3x.passes.branches.row_places import (
-    COPIES,
     SOFTMAX,
-    NotRowsError,
     Place,
     Places,
     fits,
@@ -27,24 +25,19 @@ from sam3x.passes.branches.row_places import (
     places_after,
     shape_of,
 )
+from sam3x.passes.graph.aten_nodes import NOOPS, SDPA, argument, aten, expression, slice_args
 from sam3x.passes.graph.cond_graph import (
     ASSERTIONS,
-    Builder,
     Cond,
-    aten,
-    expression,
-    fake_mode_of,
     inline,
     outputs,
     own_branches,
     placeholders,
     replace_results,
     results_of,
-    slice_args,
     substitute,
 )
-
-_SDPA = aten.scaled_dot_product_attention.default
+from sam3x.passes.graph.emitter import Emitter, put
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +48,15 @@ class _Rest:
     dim: int
 
 
-def mask_rows(program: ExportedProgram | None, module: GraphModule, cond: Cond) -> None:
+def mask_rows(module: GraphModule, cond: Cond) -> None:
     """Replace ``cond`` by a mask of rows.
 
     Raises:
-        NotRowsError: nothing was changed.
+        NoMatchError: nothing was changed.
     """
     choice = _Choice(module, cond)
     choice.prove()
-    choice.apply(program)
+    choice.apply()
 
 
 class _Choice:
@@ -71,7 +64,7 @@ class _Choice:
         self.module, self.cond, self.node = module, cond, cond.node
         bindings = self.node.meta["unbacked_bindings"]
         if len(bindings) != 1:
-            raise NotRowsError("the branches' results differ in more than one size")
+            raise NoMatchError("the branches' results differ in more than one size")
         (self.symbol,) = bindings
         self.all_rows = False  # whether one of the branches takes every row
         self.prefixes = self._prefixes()
@@ -92,19 +85,19 @@ class _Choice:
             for returned, inputs in branches:
                 dims = [d for d, size in enumerate(shape_of(self.node.meta["val"][index])) if self.symbol in size.free_symbols]
                 if len(dims) != 1:
-                    raise NotRowsError("a result of the conditional is no choice of rows")
+                    raise NoMatchError("a result of the conditional is no choice of rows")
                 source, length = _prefix(returned[index], dims[0], inputs)
                 self.all_rows |= length is None
                 sources.append((inputs.index(source), dims[0], length))
             if sources[0][:2] != sources[1][:2]:
-                raise NotRowsError("the branches take rows of different tensors")
+                raise NoMatchError("the branches take rows of different tensors")
             found[index] = sources[0][:2]
         return found
 
     def _full_size(self) -> sympy.Expr:
         sizes = {shape_of(self.cond.operands[operand].meta["val"])[dim] for operand, dim in self.prefixes.values()}
         if len(sizes) != 1:
-            raise NotRowsError("the tensors whose rows are chosen differ in size")
+            raise NoMatchError("the tensors whose rows are chosen differ in size")
         return sizes.pop()
 
     # --- the proof
@@ -133,7 +126,7 @@ class _Choice:
         if isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool):
             return  # a size: judged where a tensor is made with it
         if node.op == "output":
-            raise NotRowsError("the chosen rows leave the graph")
+            raise NoMatchError("the chosen rows leave the graph")
         if node.target is aten.slice.Tensor and self._slice(node):
             return
         if node.target is aten.cat.default and self._closes(node):
@@ -147,14 +140,14 @@ class _Choice:
         for item in node.all_input_nodes:
             rows = self.rows.get(item)
             if isinstance(rows, _Rest):
-                raise NotRowsError(f"the rest of the rows is used by {node.target}")
+                raise NoMatchError(f"the rest of the rows is used by {node.target}")
             if rows is not None:
                 inside[item] = rows
         if node.target in SOFTMAX or not self.doubtful.isdisjoint(inside):
             self.doubtful.add(node)  # a row may be -inf throughout
-        places = self._attention(node, inside) if node.target is _SDPA else places_after(node, inside, self.symbol)
+        places = self._attention(node, inside) if node.target is SDPA else places_after(node, inside, self.symbol)
         if not is_placed(node.meta["val"], places, self.symbol):
-            raise NotRowsError(f"'{node.name}' has a size that is no number of rows")
+            raise NoMatchError(f"'{node.name}' has a size that is no number of rows")
         self.rows[node] = places
 
     def _slice(self, node: Node) -> bool:
@@ -166,7 +159,7 @@ class _Choice:
             return False
         own = self.rows.get(source, ())
         if isinstance(own, _Rest) or step != 1 or any(place.dim == dim for place in own):
-            raise NotRowsError(f"'{node.name}' takes rows of rows")
+            raise NoMatchError(f"'{node.name}' takes rows of rows")
         whole = expression(source.meta["val"].shape[dim]) == self.size
         # where a branch takes every row, a tensor of which that many rows are taken has them
         enough = whole or (self.all_rows and shape_of(node.meta["val"])[dim] == self.symbol)
@@ -178,25 +171,25 @@ class _Choice:
         if whole and not own and bounds[0] and not bounds[1] and to_the_end and _value(start) == self.symbol:
             self.rows[node] = _Rest(source, dim)
             return True
-        raise NotRowsError(f"'{node.name}' slices by the number of rows, and is neither its head nor its rest")
+        raise NoMatchError(f"'{node.name}' slices by the number of rows, and is neither its head nor its rest")
 
     def _closes(self, node: Node) -> bool:
         """``cat([rows, rest])``: the chosen rows, changed, and the others as they were."""
         parts: Any = node.args[0]
-        dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        dim: Any = argument(node, 1, "dim", 0)
         if len(parts) != 2 or not isinstance(self.rows.get(parts[1]), _Rest):
             return False
         dim %= node.meta["val"].dim()
         head, rest = self.rows.get(parts[0]), self.rows[parts[1]]
         if head != (Place(dim),) or rest.dim != dim:
-            raise NotRowsError("rows and rest are joined along another dimension")
+            raise NoMatchError("rows and rest are joined along another dimension")
         return True
 
     def _attention(self, node: Node, inside: dict[Node, Places]) -> Places:
         """Images stay apart, and so do queries; among the chosen rows, at full size, the others' keys are hidden."""
-        refused = NotRowsError(f"{node.target} ('{node.name}') may mix the chosen rows with the others")
+        refused = NoMatchError(f"{node.target} ('{node.name}') may mix the chosen rows with the others")
         query, key, value = node.args[:3]
-        mask: Any = node.args[3] if len(node.args) > 3 else None
+        mask: Any = argument(node, 3, "attn_mask")
         rank = query.meta["val"].dim()
         given = [*node.args[4:], *(node.kwargs.get(name) for name in ("attn_mask", "dropout_p", "is_causal"))]
         if any(given) or any(item.meta["val"].dim() != rank for item in (key, value)):
@@ -206,7 +199,7 @@ class _Choice:
         among = (*batch, Place(rank - 2))
         if own == keys == values == among:
             if key in self.doubtful or value in self.doubtful:
-                raise NotRowsError(f"keys or values of '{node.name}' may be no finite numbers where rows are not chosen")
+                raise NoMatchError(f"keys or values of '{node.name}' may be no finite numbers where rows are not chosen")
             places = (*among, Place(rank - 1))
             self.over_keys.append(node)
         elif keys == values == batch and all(place.dim != rank - 1 for place in own):
@@ -223,16 +216,16 @@ class _Choice:
 
     # --- the rewrite
 
-    def apply(self, program: ExportedProgram | None) -> None:
+    def apply(self) -> None:
         module, node = self.module, self.node
         own_branches(module)
         results = [inline(module, branch, self.cond.operands, node) for branch in self.cond.branches]
-        emit = Builder(module.graph, node, fake_mode_of(module))
+        emit = Emitter(module, node)
         operand, dim = self.prefixes[0]
         source = self.cond.operands[operand]
         size: Any = int(self.size) if self.size.is_Integer else emit(aten.sym_size.int, source, dim)
         lengths = [_prefix(result[0], dim, self.cond.operands)[1] for result in results]
-        mask = chosen_rows(emit, self.cond.predicate, source, size, lengths)
+        mask = _chosen_rows(emit, self.cond.predicate, source, size, lengths)
         for check in reversed(self.checks):
             if not check.users:
                 module.graph.erase_node(check)
@@ -240,20 +233,20 @@ class _Choice:
             for reader in readers:
                 for user in list(reader.users):
                     if user.target is aten.sym_size.int and self._has(user.meta["val"]):
-                        swap(user, size)
-        replace_results(None, node, [self.cond.operands[self.prefixes[i][0]] for i in range(len(self.prefixes))])
+                        put(user, size)
+        replace_results(node, [self.cond.operands[self.prefixes[i][0]] for i in range(len(self.prefixes))])
         for head in self.heads:
             head_source, head_dim, *_ = slice_args(head)
             if expression(head_source.meta["val"].shape[head_dim]) == self.size:
-                swap(head, head_source)
+                put(head, head_source)
             elif size not in head.all_input_nodes and not isinstance(size, Node):
                 head.args = (head_source, head_dim, 0, size)
         substitute(module, {self.symbol: self.size})
         for attention in self.over_keys:
-            hide_keys(module, attention, mask, size)
+            _hide_keys(module, attention, mask, size)
         for closing in self.closings:
             rest: Any = self.rows[closing.args[0][1]]
-            join(program, module, closing, rest.whole, rest.dim, mask, size)
+            _join(module, closing, rest.whole, rest.dim, mask, size)
 
 
 def _value(bound: Any) -> Any:
@@ -266,14 +259,55 @@ def _prefix(node: Any, dim: int, ends: Sequence[Any]) -> tuple[Any, Any]:
     length = None
     while node not in ends:
         if not isinstance(node, Node) or node.op != "call_function":
-            raise NotRowsError("the branches do more than take the first rows of an operand")
-        if node.target in COPIES:
+            raise NoMatchError("the branches do more than take the first rows of an operand")
+        if node.target in NOOPS:
             node = node.args[0]
             continue
         if node.target is not aten.slice.Tensor or length is not None:
-            raise NotRowsError("the branches do more than take the first rows of an operand")
+            raise NoMatchError("the branches do more than take the first rows of an operand")
         source, at, start, end, step = slice_args(node)
         if at % source.meta["val"].dim() != dim or _value(start) not in (0, None) or step != 1 or end is None:
-            raise NotRowsError("a branch takes other rows than the first")
+            raise NoMatchError("a branch takes other rows than the first")
         node, length = source, end
     return node, length
+
+
+def _chosen_rows(emit: Emitter, predicate: Any, source: Node, size: Any, lengths: Sequence[Any]) -> Node:
+    """(rows,) bool: whether a row is one of the chosen; ``lengths``: how many each branch takes, None for all."""
+    if predicate.meta["val"].dim():
+        predicate = emit(aten.reshape.default, predicate, [])
+    device = source.meta["val"].device
+    index = emit(aten.arange.start_step, 0, size, 1, dtype=torch.int64, device=device, pin_memory=False)
+    true, false = (None if length is None else emit(aten.lt.Scalar, index, length) for length in lengths)
+    if true is not None and false is not None:
+        return emit(aten.where.self, predicate, true, false)
+    if true is not None:
+        return emit(aten.logical_or.default, true, emit(aten.logical_not.default, predicate))
+    if false is not None:
+        return emit(aten.logical_or.default, false, predicate)
+    return emit(aten.ge.Scalar, index, 0)
+
+
+def _hide_keys(module: GraphModule, attention: Node, chosen: Node, size: Any) -> None:
+    """Only chosen rows may be attended; ``size`` is how many there are in all."""
+    emit = Emitter(module, attention)
+    rank = attention.meta["val"].dim()
+    mask: Any = emit(aten.reshape.default, chosen, [1] * (rank - 1) + [size])
+    given: Any = argument(attention, 3, "attn_mask")
+    if given is not None and given.meta["val"].dtype is torch.bool:
+        mask = emit(aten.logical_and.default, given, mask)
+    elif given is not None:
+        mask = emit(aten.where.self, mask, given, emit.number(-math.inf, given))
+    attention.args = (*attention.args[:3], mask, *attention.args[4:])
+
+
+def _join(module: GraphModule, closing: Node, whole: Node, dim: int, chosen: Node, size: Any) -> None:
+    """``cat([rows, rest])`` picks each row: the chosen from ``rows``, the others from ``whole``, of which they are the rest."""
+    head, rest = cast(list[Node], closing.args[0])
+    emit = Emitter(module, closing)
+    rank = closing.meta["val"].dim()
+    view = emit(aten.reshape.default, chosen, [size if d == dim else 1 for d in range(rank)])
+    picked = emit(aten.where.self, view, head, whole)
+    put(closing, picked)
+    if not rest.users:
+        rest.graph.erase_node(rest)

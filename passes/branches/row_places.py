@@ -18,28 +18,16 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from sam3x.passes.graph.cond_graph import aten, divided, expression
+from sam3x.passes.base import NoMatchError
+from sam3x.passes.graph.aten_nodes import CASTS, NOOPS, SHAPING, SOFTMAXES, argument, aten, divided, expression, permutation
 
-COPIES = {aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default}
-SOFTMAX = {aten._softmax.default, aten.softmax.int, aten._log_softmax.default}
-_RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default}
-_RESHAPES |= {aten.squeeze.dims, aten.squeeze.dim}
+SOFTMAX = SOFTMAXES | {aten._log_softmax.default}
 _SPLITS = {aten.split_with_sizes.default, aten.split.Tensor}
 _ALONG = {aten.slice.Tensor, aten.select.int, aten.cumsum.default, aten.unbind.int} | _SPLITS | SOFTMAX
 _REDUCTIONS = {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default}
 _PRODUCTS = {aten.matmul.default, aten.bmm.default}
 _MADE = {aten.full.default, aten.zeros.default, aten.ones.default}
-_LIKE = {
-    aten.where.self,
-    aten.full_like.default,
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten._to_copy.default,
-} | COPIES
-
-
-class NotRowsError(Exception):
-    """The conditional is no choice of rows, or rows mix; the message is the reason."""
+_LIKE = NOOPS | CASTS | {aten.where.self, aten.full_like.default, aten.zeros_like.default, aten.ones_like.default}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +56,13 @@ def places_after(node: Node, inside: Mapping[Node, Places], symbol: sympy.Symbol
     """The places of the result; ``inside``: those of the operands that have any. ``symbol`` is the number of rows.
 
     Raises:
-        NotRowsError: rows may mix, or the operator is not known.
+        NoMatchError: rows may mix, or the operator is not known.
     """
     if _reads_count(node, symbol):
-        raise NotRowsError(f"{node.target} ('{node.name}') works with the number of rows itself")
+        raise NoMatchError(f"{node.target} ('{node.name}') works with the number of rows itself")
     found = _places_after(node, inside, symbol)
     if found is None:
-        raise NotRowsError(f"{node.target} ('{node.name}') may mix the chosen rows with the others")
+        raise NoMatchError(f"{node.target} ('{node.name}') may mix the chosen rows with the others")
     return found
 
 
@@ -105,7 +93,7 @@ def _broadcast(value: torch.Tensor, own: Places, rank: int) -> Places:
 
 def _reads_count(node: Node, symbol: sympy.Symbol) -> bool:
     """Whether a number of rows goes in that is no size of the result."""
-    if node.target in _RESHAPES or node.target is aten.expand.default:
+    if node.target in SHAPING or node.target is aten.expand.default:
         return False
     values: list[Any] = []
     given = (node.args[1:] if node.target in _MADE else node.args, node.kwargs)
@@ -142,34 +130,26 @@ def _places_in(node: Node, value: Any, own: Places, symbol: sympy.Symbol) -> Pla
         return None
     rank = value.dim()
     dims = [place.dim for place in own]
-    if target in _RESHAPES:
+    if target in SHAPING:
         return _reshaped(node, shape_of(value), own, symbol)
-    if target is aten.permute.default:
-        order = [dim % rank for dim in _ints(node.args[1])]
+    if (order := permutation(node)) is not None:
         return _sorted(place.at(order.index(place.dim)) for place in own)
-    if target is aten.transpose.int:
-        a, b = (dim % rank for dim in _ints(node.args[1:3]))
-        return _sorted(place.at({a: b, b: a}.get(place.dim, place.dim)) for place in own)
     if target is aten.linear.default:
         return own if rank - 1 not in dims else None
     if target is aten.layer_norm.default:
-        return own if max(dims) < rank - len(_ints(node.args[1])) else None
+        return own if max(dims) < rank - len(node.args[1]) else None
     if target in _ALONG:
-        at: Any = node.args[2 if target in _SPLITS else 1] if len(node.args) > (2 if target in _SPLITS else 1) else 0
-        if at % rank in dims:
-            return None
-        return tuple(place.at(place.dim - (target is aten.select.int and at % rank < place.dim)) for place in own)
+        at = argument(node, 2 if target in _SPLITS else 1, "dim", 0) % rank
+        return (
+            None if at in dims else tuple(place.at(place.dim - (target is aten.select.int and at < place.dim)) for place in own)
+        )
     if target in _REDUCTIONS and len(node.args) > 1 and isinstance(node.args[1], (list, tuple)) and node.args[1]:
-        gone = {dim % rank for dim in _ints(node.args[1])}
+        gone = {dim % rank for dim in node.args[1]}
         kept = len(node.args) > 2 and node.args[2]
         if gone & set(dims):
             return None
         return tuple(place.at(place.dim - (0 if kept else sum(dim < place.dim for dim in gone))) for place in own)
     return None
-
-
-def _ints(values: Any) -> list[int]:
-    return list(values)
 
 
 def _sorted(places: Any) -> Places:
@@ -187,7 +167,7 @@ def _reshaped(node: Node, shape: list[sympy.Expr], own: Places, symbol: sympy.Sy
         if left is not None and right is not None and sympy.expand(left * symbol * right - new[dim]) == 0:
             places.append(Place(dim, left, right))
     if len(own) != len(dims) or len(places) != len(own):
-        raise NotRowsError(f"'{node.name}' reshapes {shape} to {new}, which cuts across rows")
+        raise NoMatchError(f"'{node.name}' reshapes {shape} to {new}, which cuts across rows")
     return tuple(places)
 
 
@@ -219,15 +199,15 @@ def _aligned(node: Node, inside: Mapping[Node, Places]) -> Places:
     for item in node.all_input_nodes:
         if isinstance(item.meta["val"], torch.Tensor) and not fits(item, inside.get(item, ()), places, rank):
             if item in inside:
-                raise NotRowsError(f"{node.target} ('{node.name}') combines rows at different places")
-            raise NotRowsError(f"{node.target} ('{node.name}') meets '{item.name}', whose rows are not known")
+                raise NoMatchError(f"{node.target} ('{node.name}') combines rows at different places")
+            raise NoMatchError(f"{node.target} ('{node.name}') meets '{item.name}', whose rows are not known")
     return places
 
 
 def _joined(node: Node, inside: Mapping[Node, Places]) -> Places | None:
     """Parts whose rows are at the same places, side by side in another dimension."""
     parts: Any = node.args[0]
-    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    dim: Any = argument(node, 1, "dim", 0)
     own = inside.get(parts[0], ())
     aside = all(place.dim != dim % node.meta["val"].dim() for place in own)
     return own if aside and all(inside.get(part, ()) == own for part in parts) else None

@@ -11,22 +11,22 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from sam3x.passes.base import Pass, PassResult, graph_modules
-from sam3x.passes.graph.cond_build import copied, inputs_of, new_cond, with_sizes
+from sam3x.passes.graph.aten_nodes import argument, aten, expression, slice_args
 from sam3x.passes.graph.cond_graph import (
-    aten,
     behind_copies,
     conds_of,
-    expression,
-    fake_mode_of,
+    copied,
+    inputs_of,
+    new_cond,
     outputs,
     placeholders,
-    quietly,
     read_cond,
     results_of,
-    slice_args,
     substitute,
     sweep,
+    with_sizes,
 )
+from sam3x.passes.graph.emitter import fake_mode_of, quietly
 
 _N = sympy.Symbol("n")
 
@@ -179,7 +179,7 @@ def _joined(node: Node, rows: _Rows) -> tuple[Node, Node, Node] | None:
     source, dim, start, end, step = slice_args(tail)
     heads: list[Any] = [item for item in total.args if _is_head(item, rows) and slice_args(item)[0] is source]
     whole = (isinstance(end, Node) and expression(end.meta["val"]) == rows.total) or (isinstance(end, int) and end >= 2**62)
-    joined_at = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    joined_at = argument(node, 1, "dim", 0)
     if len(heads) != 1 or start is not rows.count or step != 1 or not whole or joined_at != dim:
         return None
     return source, total, tail

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
@@ -11,21 +9,14 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sam3x.capture.program import erase_dead
 from sam3x.passes.base import Pass, PassResult, graph_modules
+from sam3x.passes.graph.aten_nodes import CASTS, NOOPS, RESHAPES, argument, aten, slice_args
+from sam3x.passes.graph.cond_graph import views_an_input
 
-_aten = torch.ops.aten
-_ALWAYS = {_aten.alias.default, _aten.detach.default, _aten.lift_fresh_copy.default}
-_COPIES = {_aten.clone.default, _aten.contiguous.default, _aten._to_copy.default, _aten.to.dtype, _aten.to.dtype_layout}
-_MOVES = {
-    _aten.expand.default,
-    _aten.view.default,
-    _aten._unsafe_view.default,
-    _aten.reshape.default,
-    _aten.slice.Tensor,
-    _aten.narrow.default,
-}
-_FACTORS = {_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar}
-_DROPOUTS = {_aten.dropout.default: 2, _aten.native_dropout.default: 2}
-_TRACING_CHECKS = {_aten._assert_tensor_metadata.default}
+_KEEPING = NOOPS | CASTS | RESHAPES
+_KEEPING |= {aten.lift_fresh_copy.default, aten.to.dtype_layout, aten.slice.Tensor, aten.narrow.default}
+"""What may leave its operand as it is."""
+_FACTORS = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
+_TRACING_CHECKS = {aten._assert_tensor_metadata.default}
 
 
 class EliminateNoopsPass(Pass):
@@ -40,15 +31,13 @@ class EliminateNoopsPass(Pass):
 
     def call(self, program: ExportedProgram) -> PassResult:
         rewrites, tidied = 0, False
-        for prefix, module in graph_modules(program):
-            done = _eliminate(program if not prefix else None, module)
-            dead = erase_dead(module)
-            rewrites += done
-            tidied |= dead
+        for _, module in graph_modules(program):
+            rewrites += _eliminate(module)
+            tidied |= erase_dead(module)
         return PassResult(rewrites=rewrites, tidied=tidied)
 
 
-def _eliminate(root: ExportedProgram | None, module: GraphModule) -> int:
+def _eliminate(module: GraphModule) -> int:
     done = 0
     for node in list(module.graph.nodes):
         if node.op != "call_function":
@@ -60,8 +49,6 @@ def _eliminate(root: ExportedProgram | None, module: GraphModule) -> int:
         kept = _same_value(node)
         if kept is None or _would_alias(node, kept):
             continue
-        if root is not None:
-            root.graph_signature.replace_all_uses(node.name, kept.name)
         node.replace_all_uses_with(kept)
         module.graph.erase_node(node)
         done += 1
@@ -70,37 +57,20 @@ def _eliminate(root: ExportedProgram | None, module: GraphModule) -> int:
 
 def _same_value(node: Node) -> Node | None:
     """The tensor that ``node`` equals bit for bit, memory layout included; None where it is no such thing."""
-    target: Any = node.target
-    if target in _DROPOUTS:
-        return _dropout_source(node)
     source = node.args[0] if node.args else None
     if not isinstance(source, Node):
         return None
-    if target in _ALWAYS:
-        return source if _alike(node, source) else None
-    if target in _COPIES | _MOVES or target is _aten.permute.default:
-        if target is _aten.permute.default and list(node.args[1]) != list(range(len(node.args[1]))):
-            return None
-        return source if _alike(node, source) and not _steps(node) else None
-    if target in _FACTORS:
+    if node.target is aten.dropout.default:
+        off = argument(node, 2, "train", True) is False or node.args[1] == 0
+    elif node.target in _FACTORS:
         factor = node.args[1]
-        one = isinstance(factor, (int, float)) and not isinstance(factor, bool) and factor == 1
-        return source if one and not node.kwargs and _alike(node, source) else None
-    return None
-
-
-def _dropout_source(node: Node) -> Node | None:
-    train = node.args[2] if len(node.args) > 2 else node.kwargs.get("train", True)
-    off = train is False or node.args[1] == 0
-    source = node.args[0]
-    if node.target is _aten.native_dropout.default:
-        return None  # its second result is a mask; capture leaves none of these in an evaluated module
-    return source if off and isinstance(source, Node) and _alike(node, source) else None
-
-
-def _steps(node: Node) -> bool:
-    """Whether a slice of the same size could still skip elements: never, except with a step that is not 1."""
-    return node.target is _aten.slice.Tensor and len(node.args) > 4 and bool(node.args[4] != 1)
+        off = not node.kwargs and isinstance(factor, (int, float)) and not isinstance(factor, bool) and factor == 1
+    elif node.target is aten.permute.default:
+        off = list(node.args[1]) == list(range(len(node.args[1])))
+    else:
+        stepped = node.target is aten.slice.Tensor and slice_args(node)[4] != 1  # elements left out though the size is the same
+        off = node.target in _KEEPING and not stepped
+    return source if off and _alike(node, source) else None
 
 
 def _alike(node: Node, source: Node) -> bool:
@@ -121,17 +91,4 @@ def _would_alias(node: Node, kept: Node) -> bool:
     outputs = [user for user in node.users if user.op == "output"]
     if not outputs:
         return False
-    return kept.op != "call_function" or _views_an_input(kept) or any(user.op == "output" for user in kept.users)
-
-
-def _views_an_input(node: Node) -> bool:
-    """Whether ``node`` may share memory with a placeholder: a chain of views leads there."""
-    while node.op == "call_function":
-        target: Any = node.target
-        schema = getattr(target, "_schema", None)
-        if schema is None or not any(result.alias_info is not None for result in schema.returns):
-            return False
-        if not isinstance(node.args[0], Node):
-            return True
-        node = node.args[0]
-    return True
+    return kept.op != "call_function" or views_an_input(kept) or any(user.op == "output" for user in kept.users)

@@ -11,8 +11,8 @@ from torch.fx import Node
 
 from sam3x.capture.program import erase_dead
 from sam3x.passes.base import Pass, PassResult
-from sam3x.passes.graph.cond_graph import fake_mode_of
 from sam3x.passes.graph.constants import Constants
+from sam3x.passes.graph.emitter import fake_mode_of
 
 
 class FoldConstantsPass(Pass):

@@ -9,9 +9,10 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from sam3x.passes.base import Pass, PassResult, graph_modules
-from sam3x.passes.graph.cond_graph import expression, sweep
+from sam3x.passes.graph.aten_nodes import aten, expression
+from sam3x.passes.graph.cond_graph import sweep
+from sam3x.passes.graph.emitter import put
 
-aten = torch.ops.aten
 _VIEWS = (aten.reshape.default, aten.view.default)
 
 
@@ -34,9 +35,7 @@ class FoldStaticSizesPass(Pass):
                 rewrites += node.target in _VIEWS and _inferred(node)
                 if node.op != "call_function" or value is None:
                     continue
-                for user in list(node.users):
-                    _put(user, node, value)
-                module.graph.erase_node(node)
+                put(node, value)
                 rewrites += 1
         if rewrites:
             sweep(program.graph_module)
@@ -53,12 +52,6 @@ def _inferred(node: Node) -> bool:
         return False
     node.args = (source, [size if asked == -1 else asked for asked in shape])
     return True
-
-
-def _put(user: Node, node: Node, value: int) -> None:
-    """Let ``user`` read the number in place of ``node``."""
-    known = {node: value}
-    user.args, user.kwargs = torch.fx.node.map_arg((user.args, user.kwargs), lambda item: known.get(item, item))
 
 
 def _number(value: object) -> int | None:

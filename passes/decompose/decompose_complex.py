@@ -9,11 +9,11 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import erase_dead
-from sam3x.passes.base import MatchFailure, Pass, PassResult, graph_modules
+from sam3x.passes.base import MatchFailure, Pass, PassResult, graph_modules, path_of
+from sam3x.passes.graph.aten_nodes import NOOPS, VIEWS, aten
 from sam3x.passes.graph.cond_graph import (
     Cond,
     conds_of,
-    fake_mode_of,
     outputs,
     own_branches,
     placeholders,
@@ -21,12 +21,10 @@ from sam3x.passes.graph.cond_graph import (
     results_of,
 )
 from sam3x.passes.graph.constants import Constants
-from sam3x.passes.graph.emitter import Emitter
+from sam3x.passes.graph.emitter import Emitter, fake_mode_of
 
-_aten = torch.ops.aten
-_SHAPED = {_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.expand.default}
-_SAME = {_aten.clone.default, _aten.alias.default, _aten.detach.default}
-_ONE_DIM = {_aten.select.int, _aten.slice.Tensor, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.index_select.default}
+_SHAPED = {*VIEWS, aten.reshape.default, aten.expand.default}
+_ONE_DIM = {aten.select.int, aten.slice.Tensor, aten.unsqueeze.default, aten.squeeze.dim, aten.index_select.default}
 
 
 class DecomposeComplexPass(Pass):
@@ -45,17 +43,15 @@ class DecomposeComplexPass(Pass):
             unknown = [node for node in module.graph.nodes if _is_complex(node) and not _known(node)]
             unknown += [n for n in module.graph.nodes if not _is_complex(n) and _reads_complex(n) and n.target not in _EXITS]
             if unknown:
-                failures += [
-                    MatchFailure(node=f"{prefix}.{n.name}" if prefix else n.name, reason=f"{n.target}") for n in unknown
-                ]
+                failures += [MatchFailure(node=path_of(prefix, n), reason=f"{n.target}") for n in unknown]
                 continue
             rewrites += _rewrite(program, module)
         return PassResult(rewrites=rewrites, match_failures=tuple(failures), tidied=bool(crossed))
 
 
-_MADE = {_aten.complex.default, _aten.polar.default}
-_SUMS = {_aten.add.Tensor, _aten.sub.Tensor}
-_EXITS = {_aten.view_as_real.default, _aten.real.default, _aten.imag.default}
+_MADE = {aten.complex.default, aten.polar.default}
+_SUMS = {aten.add.Tensor, aten.sub.Tensor}
+_EXITS = {aten.view_as_real.default, aten.real.default, aten.imag.default}
 
 
 def _is_complex(node: Any) -> bool:
@@ -70,17 +66,17 @@ def _reads_complex(node: Node) -> bool:
 def _known(node: Node) -> bool:
     if node.op == "placeholder":
         return True
-    if node.target is _aten.mul.Tensor:
+    if node.target is aten.mul.Tensor:
         return any(isinstance(arg, Node) and _is_complex(arg) for arg in node.args) and not any(
             isinstance(arg, complex) for arg in node.args
         )
     if node.target in _SUMS:
         return not node.kwargs and all(isinstance(arg, Node) and _is_complex(arg) for arg in node.args)
     return node.target in _MADE or node.target in {
-        _aten.view_as_complex.default,
-        _aten.permute.default,
+        aten.view_as_complex.default,
+        aten.permute.default,
         *_SHAPED,
-        *_SAME,
+        *NOOPS,
         *_ONE_DIM,
     }
 
@@ -100,9 +96,7 @@ def _cross_in_pairs(module: GraphModule) -> int:
 def _take_pairs(module: GraphModule, cond: Cond) -> None:
     emit = Emitter(module, cond.node)
     taken = [isinstance(item, Node) and _is_complex(item) for item in cond.operands]
-    pairs = [
-        emit(_aten.view_as_real.default, item) if is_in else item for item, is_in in zip(cond.operands, taken, strict=True)
-    ]
+    pairs = [emit(aten.view_as_real.default, item) if is_in else item for item, is_in in zip(cond.operands, taken, strict=True)]
     cond.node.update_arg(3, tuple(pairs))
     for branch in cond.branches:
         first = next(node for node in branch.graph.nodes if node.op != "placeholder")
@@ -117,7 +111,7 @@ def _give_pairs(module: GraphModule, cond: Cond) -> None:
         emit = Emitter(branch, end)
         # a copy: a branch may not return what it was given
         given = [
-            emit(_aten.clone.default, emit(_aten.view_as_real.default, item)) if _is_complex(item) else item
+            emit(aten.clone.default, emit(aten.view_as_real.default, item)) if _is_complex(item) else item
             for item in outputs(branch)
         ]
         end.update_arg(0, tuple(given))
@@ -132,11 +126,11 @@ def _give_pairs(module: GraphModule, cond: Cond) -> None:
 def _as_pair(module: GraphModule, node: Node, before: Node) -> None:
     """``node``, complex so far, is a real pair, and its readers read the complex number made of it in front of ``before``."""
     emit = Emitter(module, before)
-    pair = emit(_aten.view_as_real.default, node)
+    pair = emit(aten.view_as_real.default, node)
     value = pair.meta["val"]
     emit.undo()
     node.meta["val"] = value
-    number = emit(_aten.view_as_complex.default, node)
+    number = emit(aten.view_as_complex.default, node)
     node.replace_all_uses_with(number, delete_user_cb=lambda user: user is not number)
 
 
@@ -160,9 +154,7 @@ def _rewrite(program: ExportedProgram, module: GraphModule) -> int:
             if user.target in _EXITS:
                 emit = Emitter(module, user)
                 pair = real[node]
-                new = (
-                    pair if user.target is _aten.view_as_real.default else _part(emit, pair, user.target is _aten.imag.default)
-                )
+                new = pair if user.target is aten.view_as_real.default else _part(emit, pair, user.target is aten.imag.default)
                 user.replace_all_uses_with(new)
     erase_dead(module)
     constants.drop_unused()
@@ -170,19 +162,19 @@ def _rewrite(program: ExportedProgram, module: GraphModule) -> int:
 
 
 def _part(emit: Emitter, pair: Node, index: int) -> Node:
-    return emit(_aten.select.int, pair, -1, int(index))
+    return emit(aten.select.int, pair, -1, int(index))
 
 
 def _made(emit: Emitter, node: Node) -> Node:
     """A complex number of its parts, or of its length and angle."""
     left, right = node.args
-    if node.target is _aten.polar.default:
+    if node.target is aten.polar.default:
         length, angle = left, right
-        left = emit(_aten.mul.Tensor, length, emit(_aten.cos.default, angle))
-        right = emit(_aten.mul.Tensor, length, emit(_aten.sin.default, angle))
+        left = emit(aten.mul.Tensor, length, emit(aten.cos.default, angle))
+        right = emit(aten.mul.Tensor, length, emit(aten.sin.default, angle))
     shape = [*node.meta["val"].shape, 1]
-    parts = (emit(_aten.expand.default, emit(_aten.unsqueeze.default, part, -1), emit.sizes(shape)) for part in (left, right))
-    return emit(_aten.cat.default, list(parts), -1)
+    parts = (emit(aten.expand.default, emit(aten.unsqueeze.default, part, -1), emit.sizes(shape)) for part in (left, right))
+    return emit(aten.cat.default, list(parts), -1)
 
 
 def _scaled(emit: Emitter, node: Node, real: dict[Node, Node]) -> Node:
@@ -190,36 +182,36 @@ def _scaled(emit: Emitter, node: Node, real: dict[Node, Node]) -> Node:
     left, right = node.args
     number, factor = (left, right) if isinstance(left, Node) and _is_complex(left) else (right, left)
     if isinstance(factor, Node):
-        factor = emit(_aten.unsqueeze.default, factor, -1)
-    return emit(_aten.mul.Tensor, real[number], factor)
+        factor = emit(aten.unsqueeze.default, factor, -1)
+    return emit(aten.mul.Tensor, real[number], factor)
 
 
 def _pair(emit: Emitter, node: Node, real: dict[Node, Node]) -> Node:
     first: Any = node.args[0]
-    if node.target is _aten.view_as_complex.default:
+    if node.target is aten.view_as_complex.default:
         return first
     if node.target in _MADE:
         return _made(emit, node)
     if node.target in _SUMS:
         return emit(node.target, *(real[arg] for arg in node.args))
-    if node.target is _aten.mul.Tensor and not all(isinstance(arg, Node) and _is_complex(arg) for arg in node.args):
+    if node.target is aten.mul.Tensor and not all(isinstance(arg, Node) and _is_complex(arg) for arg in node.args):
         return _scaled(emit, node, real)
     rank = first.meta["val"].dim()
     pair = real[first]
-    if node.target is _aten.mul.Tensor:
+    if node.target is aten.mul.Tensor:
         left, right = (tuple(_part(emit, real[arg], i) for i in (0, 1)) for arg in node.args)
         parts = [
-            emit(_aten.sub.Tensor, emit(_aten.mul.Tensor, left[0], right[0]), emit(_aten.mul.Tensor, left[1], right[1])),
-            emit(_aten.add.Tensor, emit(_aten.mul.Tensor, left[0], right[1]), emit(_aten.mul.Tensor, left[1], right[0])),
+            emit(aten.sub.Tensor, emit(aten.mul.Tensor, left[0], right[0]), emit(aten.mul.Tensor, left[1], right[1])),
+            emit(aten.add.Tensor, emit(aten.mul.Tensor, left[0], right[1]), emit(aten.mul.Tensor, left[1], right[0])),
         ]
-        return emit(_aten.cat.default, [emit(_aten.unsqueeze.default, part, -1) for part in parts], -1)
-    if node.target in _SAME:
+        return emit(aten.cat.default, [emit(aten.unsqueeze.default, part, -1) for part in parts], -1)
+    if node.target in NOOPS:
         return pair
     if node.target in _SHAPED:
-        target = _aten.expand.default if node.target is _aten.expand.default else _aten.reshape.default
+        target = aten.expand.default if node.target is aten.expand.default else aten.reshape.default
         return emit(target, pair, [*node.args[1], 2])  # type: ignore[misc]
-    if node.target is _aten.permute.default:
-        return emit(_aten.permute.default, pair, [*(dim % rank for dim in node.args[1]), rank])
+    if node.target is aten.permute.default:
+        return emit(aten.permute.default, pair, [*(dim % rank for dim in node.args[1]), rank])
     dim = node.args[1] if len(node.args) > 1 else 0
-    size = rank + 1 if node.target is _aten.unsqueeze.default else rank
+    size = rank + 1 if node.target is aten.unsqueeze.default else rank
     return emit(node.target, pair, int(dim) % size, *node.args[2:])

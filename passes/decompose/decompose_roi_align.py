@@ -6,12 +6,12 @@ import operator
 from typing import Any
 
 import torch
-from torch.export import ExportedProgram
 from torch.fx import Node
 
-from sam3x.passes.base import MatchFailure, Pass, PassResult, graph_modules
+from sam3x.passes.base import NoMatchError
 from sam3x.passes.graph.aten_nodes import aten, dtype_of, same_size, shape_of
 from sam3x.passes.graph.emitter import Emitter
+from sam3x.passes.graph.node_pass import NodePass
 
 _ROI_ALIGN = "torchvision.roi_align.default"  # by name: torchvision need not be installed
 _NAMES = ("input", "rois", "spatial_scale", "pooled_height", "pooled_width", "sampling_ratio", "aligned")
@@ -19,7 +19,7 @@ _NEAR = 6
 """The most samples of one bin that can reach one row when their number follows the box: they lie more than half a row apart."""
 
 
-class DecomposeRoiAlignPass(Pass):
+class DecomposeRoiAlignPass(NodePass):
     """``torchvision.roi_align`` → ``Wy @ picture @ Wxᵀ`` for each box, after torchvision's CPU kernel.
 
     input (N, C, H, W) and rois (K, 5: index of the picture, x1, y1, x2, y2) give (K, C, P, Q). The samples of a bin are a grid,
@@ -38,28 +38,16 @@ class DecomposeRoiAlignPass(Pass):
 
     name = "decompose_roi_align"
 
-    def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, failures = 0, []
-        for prefix, module in graph_modules(program):
-            for node in [node for node in module.graph.nodes if str(node.target) == _ROI_ALIGN]:
-                given = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
-                reason = _refusal(given)
-                if reason:
-                    failures.append(MatchFailure(node=f"{prefix}.{node.name}" if prefix else node.name, reason=reason))
-                    continue
-                new = _decompose(Emitter(module, node), **given)
-                if not prefix:
-                    program.graph_signature.replace_all_uses(node.name, new.name)
-                node.replace_all_uses_with(new)
-                module.graph.erase_node(node)
-                rewrites += 1
-        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
+    def matches(self, node: Node) -> bool:
+        return str(node.target) == _ROI_ALIGN
 
-
-def _refusal(given: dict[str, Any]) -> str:
-    if not all(isinstance(given[name], (int, float)) for name in _NAMES[2:]):
-        return "its bins, its scale or its samples are not fixed"
-    return "" if min(given["pooled_height"], given["pooled_width"]) > 0 else "it has no bins"
+    def rewrite(self, emit: Emitter, node: Node) -> Node:
+        given: dict[str, Any] = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
+        if not all(isinstance(given[name], (int, float)) for name in _NAMES[2:]):
+            raise NoMatchError("its bins, its scale or its samples are not fixed")
+        if min(given["pooled_height"], given["pooled_width"]) <= 0:
+            raise NoMatchError("it has no bins")
+        return _decompose(emit, **given)
 
 
 def _decompose(
@@ -74,7 +62,7 @@ def _decompose(
 ) -> Node:
     """The node that gives (K, C, P, Q)."""
     axis = _Axis(emit, rois, spatial_scale, sampling_ratio, aligned)
-    channels, height, width = (_size(emit, input, dim) for dim in (1, 2, 3))
+    channels, height, width = (emit.dim(input, dim) for dim in (1, 2, 3))
     rows = emit.cast(axis.weights(2, pooled_height, height), dtype_of(input))
     columns = emit.cast(axis.weights(1, pooled_width, width), dtype_of(input))
     picture, pictures = emit.permute(input, [0, 2, 3, 1]), -1
@@ -90,11 +78,6 @@ def _decompose(
     pooled = emit(aten.bmm.default, columns, pooled)
     pooled = emit(aten.reshape.default, pooled, [-1, pooled_height, pooled_width, channels])
     return emit(aten.permute.default, pooled, [0, 3, 1, 2])
-
-
-def _size(emit: Emitter, node: Node, dim: int) -> Any:
-    size = shape_of(node)[dim]
-    return size if isinstance(size, int) else emit(aten.sym_size.int, node, dim)
 
 
 def _product(emit: Emitter, left: Any, right: Any) -> Any:
@@ -130,7 +113,7 @@ class _Axis:
             inside = self._inside(place, size)
         else:
             asked = emit(aten.ceil.default, height)
-            one = emit(aten.full.default, [], 1.0, dtype=self.dtype, device=self.device)
+            one = emit.number(1.0, self.rois)
             count = emit(aten.where.self, emit(aten.gt.Scalar, asked, 1.0), asked, one)  # where it is NaN too
             sample = self._near(rows, begin, height, count)
             place = self._place(begin, height, sample, count)
@@ -138,7 +121,7 @@ class _Axis:
         last = size - 1 if isinstance(size, int) else emit(operator.sub, size, 1)
         distance = emit(aten.abs.default, emit(aten.sub.Tensor, emit(aten.clamp.default, place, 0, last), rows))
         weight = emit(aten.clamp.default, emit(aten.add.Tensor, emit(aten.neg.default, distance), 1.0), 0.0)
-        nothing = emit(aten.full.default, [], 0.0, dtype=self.dtype, device=self.device)
+        nothing = emit.number(0.0, self.rois)
         total = emit(aten.sum.dim_IntList, emit(aten.where.self, inside, weight, nothing), [-1], True)
         mean = emit(aten.div.Tensor, total, count)
         return emit(aten.squeeze.dims, mean, [-1])

@@ -5,19 +5,17 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch.export import ExportedProgram
 from torch.fx import Node
 
-from sam3x.capture.program import erase_dead
-from sam3x.passes.base import MatchFailure, Pass, PassResult, graph_modules
-from sam3x.passes.graph.aten_nodes import aten, dtype_of, same_shape, shape_of
-from sam3x.passes.graph.cond_graph import expression
+from sam3x.passes.base import NoMatchError
+from sam3x.passes.graph.aten_nodes import aten, dtype_of, expression, same_shape, shape_of
 from sam3x.passes.graph.emitter import Emitter
+from sam3x.passes.graph.node_pass import NodePass
 
 _END = torch.iinfo(torch.int64).max
 
 
-class DecomposeSliceScatterPass(Pass):
+class DecomposeSliceScatterPass(NodePass):
     """``aten.slice_scatter`` with step 1 → ``aten.cat``, and ``aten.copy`` over a whole tensor → what is copied.
 
     So upstream's geometry encoder fills one sequence with two (sam3/model/geometry_encoders.py, ``concat_padded_sequences``).
@@ -25,54 +23,33 @@ class DecomposeSliceScatterPass(Pass):
     """
 
     name = "decompose_slice_scatter"
+    operators = (aten.copy.default, aten.slice_scatter.default)
 
-    def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, failures = 0, []
-        for prefix, module in graph_modules(program):
-            done = 0
-            for node in list(module.graph.nodes):
-                if node.target is aten.copy.default:
-                    new: Node | str = _copied(node)
-                elif node.target is aten.slice_scatter.default:
-                    new = _joined(Emitter(module, node), node)
-                else:
-                    continue
-                if isinstance(new, str):
-                    failures.append(MatchFailure(node=f"{prefix}.{node.name}" if prefix else node.name, reason=new))
-                    continue
-                if not prefix:
-                    program.graph_signature.replace_all_uses(node.name, new.name)
-                node.replace_all_uses_with(new)
-                done += 1
-            if done:
-                erase_dead(module)
-            rewrites += done
-        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
+    def rewrite(self, emit: Emitter, node: Node) -> Node:
+        if node.target is aten.slice_scatter.default:
+            return _joined(emit, node)
+        over, source = cast("tuple[Node, Node]", node.args[:2])
+        if not same_shape(shape_of(over), shape_of(source)) or dtype_of(over) is not dtype_of(source):
+            raise NoMatchError("it converts or repeats what it copies")
+        return source
 
 
-def _copied(node: Node) -> Node | str:
-    over, source = cast("tuple[Node, Node]", node.args[:2])
-    if not same_shape(shape_of(over), shape_of(source)) or dtype_of(over) is not dtype_of(source):
-        return "it converts or repeats what it copies"
-    return source
-
-
-def _joined(emit: Emitter, node: Node) -> Node | str:
+def _joined(emit: Emitter, node: Node) -> Node:
     given = dict(zip(("input", "src", "dim", "start", "end", "step"), node.args, strict=False)) | dict(node.kwargs)
     base, source = cast(Node, given["input"]), cast(Node, given["src"])
     rank = len(shape_of(base))
     dim, start, end = given.get("dim", 0) % rank, given.get("start") or 0, given.get("end")
     end = _END if end is None else end
     if given.get("step", 1) != 1:
-        return "it leaves rows out"
+        raise NoMatchError("it leaves rows out")
     if any(isinstance(at, int) and at < 0 for at in (start, end)):
-        return "it counts rows from the end"
+        raise NoMatchError("it counts rows from the end")
     size = expression(shape_of(base)[dim])
     low, high = (expression(at.meta["val"] if isinstance(at, Node) else at) for at in (start, end))
     rows = expression(shape_of(source)[dim])
     after = size - low - rows
     if (high != _END or after != 0) and high - low != rows:
-        return "its rows are not as many as it writes"
+        raise NoMatchError("its rows are not as many as it writes")
     parts = [source]
     if low != 0:
         parts.insert(0, _part(emit, base, dim, 0, start, low))

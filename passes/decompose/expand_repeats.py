@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-from torch.export import ExportedProgram
+from typing import cast
+
 from torch.fx import Node
 
-from sam3x.passes.base import MatchFailure, Pass, PassResult, graph_modules
-from sam3x.passes.graph.cond_graph import expression
+from sam3x.passes.base import NoMatchError
+from sam3x.passes.graph.aten_nodes import aten, expression, shape_of
+from sam3x.passes.graph.emitter import Emitter
+from sam3x.passes.graph.node_pass import NodePass
 
-aten = torch.ops.aten
 
-
-class ExpandRepeatsPass(Pass):
+class ExpandRepeatsPass(NodePass):
     """``aten.repeat`` along dimensions of size one → ``aten.expand``.
 
     Upstream's decoder repeats its queries for each picture (sam3/model/decoder.py). Torch-TensorRT's converter of ``repeat``
@@ -20,29 +20,19 @@ class ExpandRepeatsPass(Pass):
     """
 
     name = "expand_repeats"
+    operators = (aten.repeat.default,)
 
-    def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, failures = 0, []
-        for _, module in graph_modules(program):
-            for node in module.graph.find_nodes(op="call_function", target=aten.repeat.default):
-                source, repeats = node.args
-                shape = _expanded(source, repeats)
-                if shape is None:
-                    failures.append(MatchFailure(node=node.name, reason="repeats more than one row"))
-                    continue
-                node.target, node.args = aten.expand.default, (source, shape)
-                rewrites += 1
-        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
-
-
-def _expanded(source: Node, repeats: list[int | Node]) -> list[int | Node] | None:
-    """The sizes to expand to; None where a dimension of more than one row is repeated."""
-    sizes = source.meta["val"].shape
-    new = len(repeats) - len(sizes)
-    kept = [-1 if _is(1, times) else times if _is(1, size) else None for size, times in zip(sizes, repeats[new:], strict=True)]
-    return None if None in kept else [*repeats[:new], *kept]  # type: ignore[list-item]
+    def rewrite(self, emit: Emitter, node: Node) -> Node:
+        source, repeats = cast("tuple[Node, list[int | Node]]", node.args)
+        sizes = shape_of(source)
+        new = len(repeats) - len(sizes)
+        pairs = list(zip(sizes, repeats[new:], strict=True))
+        if not all(_is_one(size) or _is_one(times) for size, times in pairs):
+            raise NoMatchError("repeats more than one row")
+        kept = [-1 if _is_one(times) else times for _, times in pairs]
+        node.target, node.args = aten.expand.default, (source, [*repeats[:new], *kept])
+        return node
 
 
-def _is(number: int, size: object) -> bool:
-    value = size.meta["val"] if isinstance(size, Node) else size
-    return expression(value) == number
+def _is_one(size: object) -> bool:
+    return expression(size.meta["val"] if isinstance(size, Node) else size) == 1

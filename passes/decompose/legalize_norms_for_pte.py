@@ -12,8 +12,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sam3x.capture.program import erase_dead
 from sam3x.passes.base import MatchFailure, Pass, PassResult
-from sam3x.passes.graph.cond_graph import Builder, aten, fake_mode_of
+from sam3x.passes.graph.aten_nodes import aten, same_shape
 from sam3x.passes.graph.constants import Constants
+from sam3x.passes.graph.emitter import Emitter, fake_mode_of, following
 
 
 class LegalizeNormsForPtePass(Pass):
@@ -62,13 +63,9 @@ def _is_flag(node: Node) -> bool:
     if a is None or b is None or condition is None or a.dtype is not torch.float32 or b.dtype is not torch.float32:
         return False
     shape = node.meta["val"].shape
-    if not shape or not all(_same(value.shape, shape) for value in (a, b)):
+    if not shape or not all(same_shape(value.shape, shape) for value in (a, b)):
         return False
     return condition.dim() == 0 or statically_known_true(condition.shape[-1] == 1)
-
-
-def _same(left: torch.Size, right: torch.Size) -> bool:
-    return len(left) == len(right) and all(statically_known_true(p == q) for p, q in zip(left, right, strict=True))
 
 
 class _Rewrite:
@@ -76,12 +73,12 @@ class _Rewrite:
         self.module, self.constants = module, constants
         self._flags: dict[tuple[Node, bool], Node] = {}
 
-    def flag(self, emit: Builder, condition: Node, negated: bool) -> Node:
+    def flag(self, condition: Node, negated: bool) -> Node:
         """The condition as 0.0 or 1.0, of rank 1 or more."""
         while condition.target is aten.logical_not.default:
             condition, negated = condition.args[0], not negated  # type: ignore[assignment]
         if (condition, negated) not in self._flags:
-            early = Builder(self.module.graph, _after(condition), emit.fake_mode)
+            early = Emitter(self.module, following(condition))
             value = early(aten.logical_not.default, condition) if negated else condition
             if value.meta["val"].dim() == 0:
                 value = early(aten.reshape.default, value, [1])
@@ -93,11 +90,11 @@ class _Rewrite:
         choice = next(iter(node.users)) if len(node.users) == 1 else None
         on: Node | None = None
         off: Node | None = None
-        emit = Builder(self.module.graph, node, fake_mode_of(self.module))
+        emit = Emitter(self.module, node)
         if choice is not None and choice.target is aten.where.self and _is_flag(choice) and set(choice.args[1:]) == {node, x}:
             kept = choice.args[2] is node
-            on, off = (self.flag(emit, choice.args[0], kept ^ value) for value in (False, True))
-            emit = Builder(self.module.graph, choice, emit.fake_mode)
+            on, off = (self.flag(choice.args[0], kept ^ value) for value in (False, True))
+            emit = Emitter(self.module, choice)
         width = int(node.meta["val"].shape[-1])
         row = self.constants.add(torch.full((1, width), 1.0 / width), "mean_row")
         mean = emit(aten.linear.default, x, row)
@@ -127,7 +124,7 @@ class _Rewrite:
             return "not float32, or of a size that only a run tells"
         if any(user.target is not operator.getitem or (user.args[1] != 0 and user.users) for user in node.users):
             return "its mean or its deviation is read"
-        emit = Builder(self.module.graph, node, fake_mode_of(self.module))
+        emit = Emitter(self.module, node)
         batch = int(value.shape[0]) if isinstance(value.shape[0], int) else -1
         inner = [int(channels) // int(groups), *map(int, value.shape[2:])]
         parts = emit(aten.reshape.default, x, [batch, groups, *inner])
@@ -155,23 +152,16 @@ class _Rewrite:
 
     def select(self, node: Node) -> None:
         condition, a, b = node.args
-        emit = Builder(self.module.graph, node, fake_mode_of(self.module))
+        emit = Emitter(self.module, node)
         for sum_, other, negated in ((a, b, False), (b, a, True)):
             if isinstance(sum_, Node) and sum_.target is aten.add.Tensor and other in sum_.args and not sum_.kwargs:
                 step = sum_.args[1] if sum_.args[0] is other else sum_.args[0]  # where(f, x + step, x) = x + f·step
-                part = emit(aten.mul.Tensor, step, self.flag(emit, condition, negated))
+                part = emit(aten.mul.Tensor, step, self.flag(condition, negated))
                 result = emit(aten.add.Tensor, other, part)
                 break
         else:
             parts: list[Any] = [
-                emit(aten.mul.Tensor, value, self.flag(emit, condition, negated)) for value, negated in ((a, False), (b, True))
+                emit(aten.mul.Tensor, value, self.flag(condition, negated)) for value, negated in ((a, False), (b, True))
             ]
             result = emit(aten.add.Tensor, *parts)
         node.replace_all_uses_with(result)
-
-
-def _after(node: Node) -> Node:
-    following = node.next
-    while following.op == "placeholder":
-        following = following.next
-    return following

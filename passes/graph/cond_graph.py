@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,27 +13,15 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.functions import FloorDiv
 
 from sam3x.capture.program import erase_dead
-from sam3x.passes.base import graph_modules
+from sam3x.passes.base import graph_modules, path_of
+from sam3x.passes.graph.aten_nodes import HEAVY, NOOPS, SDPA, argument, aten, divided, expression
+from sam3x.passes.graph.emitter import Emitter, fake_mode_of, quietly, reserve_names, size_of
 
 COND = torch.ops.higher_order.cond
-aten = torch.ops.aten
 ASSERTIONS = {aten._assert_scalar.default, aten._assert_async.msg, aten._assert_async.default}
 ASSERTIONS |= {aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default}
-
-HEAVY = {
-    aten.linear.default,
-    aten.matmul.default,
-    aten.mm.default,
-    aten.bmm.default,
-    aten.addmm.default,
-    aten.baddbmm.default,
-    aten.convolution.default,
-    aten.scaled_dot_product_attention.default,
-}
-"""What costs more than a conditional saves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +70,9 @@ def outputs(module: GraphModule) -> list[Any]:
     return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
-_COPIES = {aten.clone.default, aten.alias.default, aten.detach.default}
-
-
 def behind_copies(value: Any) -> Any:
     """The value that a branch copied only because it may not return its operand."""
-    while isinstance(value, Node) and value.target in _COPIES and isinstance(value.args[0], Node):
+    while isinstance(value, Node) and value.target in NOOPS and isinstance(value.args[0], Node):
         value = value.args[0]
     return value
 
@@ -110,11 +94,6 @@ def attach(module: GraphModule, value: Any, hint: str = "branch") -> str:
         index += 1
     setattr(module, f"{hint}_{index}", value)
     return f"{hint}_{index}"
-
-
-def reserve_names(graph: Graph) -> None:
-    """Let the graph know the names its nodes were given from outside, or a new node may get one of them again."""
-    graph._graph_namespace._used_names.update(node.name for node in graph.nodes)
 
 
 def own_branches(module: GraphModule) -> None:
@@ -160,14 +139,11 @@ def inline(module: GraphModule, branch: GraphModule, operands: Sequence[Any], be
     return [mapping[value] if isinstance(value, Node) else value for value in outputs(branch)]
 
 
-def replace_results(program: ExportedProgram | None, node: Node, values: Sequence[Any]) -> None:
-    """Let every reader of a conditional read ``values`` instead, and erase it. ``program`` only for the root graph."""
+def replace_results(node: Node, values: Sequence[Any]) -> None:
+    """Let every reader of a conditional read ``values`` instead, and erase it."""
     for position, readers in results_of(node).items():
         for reader in readers:
-            value = values[position]
-            if program is not None and isinstance(value, Node):
-                program.graph_signature.replace_all_uses(reader.name, value.name)
-            reader.replace_all_uses_with(value)
+            reader.replace_all_uses_with(values[position])
             node.graph.erase_node(reader)
     gets = [item for item in node.args[1:3] if isinstance(item, Node)]
     node.graph.erase_node(node)
@@ -178,9 +154,8 @@ def replace_results(program: ExportedProgram | None, node: Node, values: Sequenc
 
 def _impure(node: Node) -> bool:
     """As torch says, but attention without dropout draws no random numbers."""
-    if node.target is aten.scaled_dot_product_attention.default:
-        dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return bool(dropout != 0.0)
+    if node.target is SDPA:
+        return bool(argument(node, 4, "dropout_p", 0.0) != 0.0)
     return node.op in ("placeholder", "output") or bool(node.is_impure())
 
 
@@ -215,44 +190,6 @@ def _drop_operands(cond: Cond) -> bool:
         for branch in cond.branches:
             branch.recompile()
     return bool(dead)
-
-
-def fake_mode_of(module: GraphModule) -> Any:
-    """The fake mode of the graph's values."""
-    return torch._guards.detect_fake_mode([node.meta.get("val") for node in module.graph.nodes])
-
-
-@contextlib.contextmanager
-def quietly(fake_mode: Any) -> Iterator[None]:
-    """Compute on fake tensors without adding guards or pending symbols."""
-    env = getattr(fake_mode, "shape_env", None)
-    with contextlib.ExitStack() as stack:
-        if fake_mode is not None:
-            stack.enter_context(fake_mode)
-        if env is not None:
-            stack.enter_context(env.suppress_guards())
-            stack.enter_context(env.ignore_fresh_unbacked_symbols())
-        yield
-
-
-def expression(size: Any) -> sympy.Expr:
-    """A size as an expression in the graph's symbols."""
-    return size.node.expr if isinstance(size, (torch.SymInt, torch.SymBool, torch.SymFloat)) else sympy.sympify(size)
-
-
-def divided(size: sympy.Expr) -> sympy.Expr:
-    """A size whose divisions without a rest are done: torch leaves ``n**2 // n``."""
-
-    def quotient(base: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
-        found = sympy.cancel(base / divisor)
-        return found if sympy.denom(sympy.together(found)) == 1 else FloorDiv(base, divisor)
-
-    return size.replace(FloorDiv, quotient) if size.has(FloorDiv) else size
-
-
-def size_of(fake_mode: Any, value: sympy.Expr) -> Any:
-    """An expression as a size."""
-    return int(value) if value.is_Integer else fake_mode.shape_env.create_symintnode(value, hint=None)
 
 
 def substitute(module: GraphModule, symbols: Mapping[sympy.Symbol, sympy.Expr]) -> None:
@@ -301,32 +238,6 @@ def substitute(module: GraphModule, symbols: Mapping[sympy.Symbol, sympy.Expr]) 
         walk(module)
 
 
-class Builder:
-    """Adds nodes to a graph before one node, each with its value."""
-
-    def __init__(
-        self, graph: Graph, before: Node | None, fake_mode: Any, val: Callable[[Node], Any] = lambda node: node.meta["val"]
-    ) -> None:
-        self.graph, self.before, self.fake_mode, self.val = graph, before, fake_mode, val
-        reserve_names(graph)
-
-    def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-        values = torch.fx.node.map_arg((args, kwargs), self.val)
-        with quietly(self.fake_mode):
-            result: Any = target(*values[0], **values[1])
-        with contextlib.nullcontext() if self.before is None else self.graph.inserting_before(self.before):
-            node = self.graph.call_function(target, args, kwargs)
-        node.meta["val"] = result
-        return node
-
-
-def slice_args(node: Node) -> tuple[Any, int, Any, Any, Any]:
-    """(tensor, dimension, start, end, step) of an ``aten.slice``."""
-    defaults = {"self": None, "dim": 0, "start": None, "end": None, "step": 1}
-    given = dict(zip(defaults, node.args, strict=False))
-    return tuple({**defaults, **given, **node.kwargs}.values())  # type: ignore[return-value]
-
-
 def views_an_input(node: Node) -> bool:
     """Whether ``node`` may share memory with an input of its graph: a chain of views leads there."""
     while node.op == "call_function":
@@ -343,4 +254,78 @@ def cond_places(program: ExportedProgram) -> Iterator[tuple[str, GraphModule, No
     """Every conditional of a program with the graph it stands in, innermost first."""
     for prefix, module in reversed(list(graph_modules(program))):
         for node in conds_of(module):
-            yield f"{prefix}.{node.name}" if prefix else node.name, module, node
+            yield path_of(prefix, node), module, node
+
+
+Body = Callable[[GraphModule, dict[Node, Any]], Node]
+"""Adds a branch's nodes to its graph, given what each operand is there; returns the result."""
+
+
+def new_cond(
+    module: GraphModule, before: Node, predicate: Node, operands: Sequence[Node], bodies: Sequence[Body], like: Any
+) -> Node:
+    """A conditional in front of ``before``; returns the node that reads its one result.
+
+    Args:
+        operands: tensors of ``module`` that the branches read.
+        bodies: of the true and of the false branch.
+        like: the result's value (a fake tensor).
+    """
+    names = []
+    for body, hint in zip(bodies, ("true_graph", "false_graph"), strict=True):
+        branch = GraphModule({}, Graph())
+        given: dict[Node, Any] = {}
+        for index, operand in enumerate(operands):
+            given[operand] = branch.graph.placeholder(f"arg{index}_1")
+            given[operand].meta["val"] = operand.meta["val"]
+        result = body(branch, given)
+        if views_an_input(result):  # a branch may not return its operand
+            result = Emitter(branch, None)(aten.clone.default, result)
+        branch.graph.output((result,))
+        branch.recompile()
+        names.append(attach(module, branch, hint))
+    with module.graph.inserting_before(before):
+        branches = [module.graph.get_attr(name) for name in names]
+        node = module.graph.call_function(COND, (predicate, *branches, tuple(operands)))
+        node.meta["val"] = (like,)
+        got = module.graph.call_function(operator.getitem, (node, 0))
+        got.meta["val"] = like
+    return got
+
+
+def copied(source: GraphModule, nodes: Sequence[Node], result: Node, renamed: Mapping[Node, Node] | None = None) -> Body:
+    """A body that is a copy of ``nodes`` of ``source``; ``renamed``: a node that they read → the operand to read instead."""
+
+    def body(branch: GraphModule, given: dict[Node, Any]) -> Node:
+        mapping: dict[Node, Any] = {**given, **{old: given[new] for old, new in (renamed or {}).items()}}
+        for node in nodes:
+            mapping[node] = copy_node(branch, source, node, mapping)
+        return mapping[result]
+
+    return body
+
+
+def inputs_of(nodes: Sequence[Node]) -> list[Node]:
+    """What ``nodes`` read from outside, in order: tensors alone where ``with_sizes`` put the sizes among them."""
+    inside = set(nodes)
+    found: dict[Node, None] = {}
+    for node in nodes:
+        for item in node.all_input_nodes:
+            if item not in inside:
+                found[item] = None
+    return list(found)
+
+
+def with_sizes(nodes: Sequence[Node]) -> list[Node]:
+    """``nodes`` and the sizes they need, each computed from tensors, in graph order."""
+    wanted: dict[Node, None] = dict.fromkeys(nodes)
+    stack = [item for node in nodes for item in node.all_input_nodes]
+    while stack:
+        item = stack.pop()
+        if item in wanted or isinstance(item.meta.get("val"), torch.Tensor) or item.op != "call_function":
+            continue
+        if isinstance(item.meta.get("val"), (torch.SymInt, int)):
+            wanted[item] = None
+            stack.extend(item.all_input_nodes)
+    order = {node: index for index, node in enumerate(nodes[0].graph.nodes)}
+    return sorted(wanted, key=order.__getitem__)

@@ -10,7 +10,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from sam3x.passes.graph.aten_nodes import CASTS, NOOPS, RESHAPES, aten, dtype_of, same_shape, shape_of
+from sam3x.passes.graph.aten_nodes import CASTS, FILLS, NOOPS, RESHAPES, aten, dtype_of, same_shape, shape_of
+from sam3x.passes.graph.cond_graph import conds_of, placeholders, read_cond
 
 Constant = Callable[[Any], float | None]
 """The Python number an operand stands for, None when it is not a constant."""
@@ -44,19 +45,16 @@ class KnownNumbers:
         self._bind(program.graph_module)
 
     def _bind(self, module: GraphModule) -> None:
-        for node in module.graph.nodes:
-            if node.target is not torch.ops.higher_order.cond:
-                continue
-            for branch in node.args[1:3]:
-                child = getattr(module, branch.target)
-                inner = [item for item in child.graph.nodes if item.op == "placeholder"]
-                for placeholder, operand in zip(inner, node.args[3], strict=True):
+        for node in conds_of(module):
+            cond = read_cond(module, node)
+            for branch in cond.branches:
+                for placeholder, operand in zip(placeholders(branch), cond.operands, strict=True):
                     value = self._tensor(operand)
                     # a graph that two conds share is a constant only where both agree
                     if placeholder in self._known and not _equal(self._known[placeholder], value):
                         value = None
                     self._known[placeholder] = value
-                self._bind(child)
+                self._bind(branch)
 
     def __call__(self, operand: Any) -> float | None:
         """The number ``operand`` stands for (every element of a constant tensor), or None."""
@@ -77,7 +75,7 @@ class KnownNumbers:
     def _fold(self, node: Node) -> torch.Tensor | None:
         if node.op != "call_function" or node.target not in _FOLDABLE:
             return None
-        if node.target in (aten.full.default, aten.full_like.default, aten.scalar_tensor.default):
+        if node.target in FILLS:
             value = node.args[0] if node.target is aten.scalar_tensor.default else node.args[1]
             return None if isinstance(value, Node) else torch.tensor(value, dtype=dtype_of(node))
         first = self._tensor(node.args[0])

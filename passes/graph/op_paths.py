@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from sam3x.passes.graph.aten_nodes import SDPA
-from sam3x.passes.graph.cond_graph import is_cond, read_cond
+from sam3x.passes.graph.cond_graph import is_cond, placeholders, read_cond
 
 ALIASES = {"softmax": "attention", "scaled_dot_product_attention": "attention"}
 """Other words for an operation; the softmax of canonical attention is inside it."""
@@ -52,7 +52,7 @@ def _walk(module: GraphModule, owners: dict[Node, str], paths: dict[Node, str], 
             cond = read_cond(module, node)
             for branch in cond.branches:
                 inner = {}
-                for placeholder, operand in zip(_placeholders(branch), cond.operands, strict=True):
+                for placeholder, operand in zip(placeholders(branch), cond.operands, strict=True):
                     if operand in owners:
                         inner[placeholder] = owners[operand]
                 scope = _walk(branch, inner, paths, scope)
@@ -66,10 +66,6 @@ def _walk(module: GraphModule, owners: dict[Node, str], paths: dict[Node, str], 
         else:
             paths[node] = f"{_layer(scope)}.{op_name(node)}".lstrip(".")
     return scope
-
-
-def _placeholders(module: GraphModule) -> list[Node]:
-    return [node for node in module.graph.nodes if node.op == "placeholder"]
 
 
 def _layer(scope: str) -> str:

@@ -13,12 +13,23 @@ from typing import Any
 import sympy
 from torch.fx import Node
 
-from sam3x.passes.graph.cond_graph import aten, expression, slice_args
+from sam3x.passes.graph.aten_nodes import (
+    NOOPS,
+    PERMUTES,
+    SHAPING,
+    argument,
+    aten,
+    expression,
+    permutation,
+    shape_of,
+    slice_args,
+)
 
-_SAME = {aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default, aten.lift_fresh_copy.default}
-_RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints}
-_RESHAPES |= {aten.unflatten.int}
+_SAME = NOOPS | {aten.lift_fresh_copy.default}
+_RESHAPES = SHAPING | {aten.flatten.using_ints, aten.unflatten.int}
 _SPLITS = {aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int, aten.chunk.default}
+_PARTS = {operator.getitem, aten.select.int, aten.slice.Tensor}
+_VIEWS = _SAME | _RESHAPES | PERMUTES | {aten.expand.default, aten.select.int, aten.slice.Tensor}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,59 +85,32 @@ def layout_of(node: Node, *, whole: bool = False) -> Layout:
             return layout
 
 
-_PARTS = {operator.getitem, aten.select.int, aten.slice.Tensor}
-
-
 def _plain(source: Node) -> Layout:
     blank = Layout(source, ())
     return Layout(source, tuple(blank.whole(dim) for dim in range(source.meta["val"].dim())))
 
 
 def _viewed(node: Node) -> Node | None:
-    if node.op != "call_function":
-        return None
-    target: Any = node.target
-    if target is operator.getitem and isinstance(node.args[0], Node) and node.args[0].target in _SPLITS:
-        return node.args[0].args[0]  # type: ignore[return-value]
-    views = {aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.dims}
-    views |= {aten.squeeze.dim, aten.expand.default, aten.select.int, aten.slice.Tensor}
-    known = target in _SAME or target in _RESHAPES or target in views
-    return node.args[0] if known and isinstance(node.args[0], Node) else None
+    source: Any = node.args[0] if node.op == "call_function" and node.args else None
+    if node.target is operator.getitem:
+        return source.args[0] if getattr(source, "target", None) in _SPLITS else None
+    return source if node.target in _VIEWS and isinstance(source, Node) else None
 
 
 def _step(layout: Layout, node: Node) -> Layout | None:
-    target: Any = node.target
-    dims, rank = layout.dims, len(layout.dims)
-    if target in _SAME:
+    dims = layout.dims
+    if node.target in _SAME:
         return layout
-    if target in _RESHAPES:
-        regrouped = _regroup(dims, [expression(size) for size in node.meta["val"].shape])
+    if node.target in _RESHAPES:
+        regrouped = _regroup(dims, [expression(size) for size in shape_of(node)])
         return None if regrouped is None else replace(layout, dims=regrouped)
-    if target is aten.permute.default:
-        return replace(layout, dims=tuple(dims[d % rank] for d in node.args[1]))
-    if target in (aten.transpose.int, aten.t.default):
-        a, b = (d % rank for d in (node.args[1:3] if target is aten.transpose.int else (0, 1)))
-        order = list(range(rank))
-        order[a], order[b] = b, a  # type: ignore[assignment]
+    if (order := permutation(node)) is not None:
         return replace(layout, dims=tuple(dims[d] for d in order))
-    if target is aten.unsqueeze.default:
-        at = node.args[1] % (rank + 1)
-        return replace(layout, dims=(*dims[:at], (), *dims[at:]))
-    if target in (aten.squeeze.dim, aten.squeeze.dims):
-        given = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
-        gone = {d % rank for d in given}
-        if any(dims[d] for d in gone):
-            return None
-        return replace(layout, dims=tuple(digits for d, digits in enumerate(dims) if d not in gone))
-    if target is aten.expand.default:
-        shape = [expression(size) for size in node.meta["val"].shape]
-        given = ((),) * (len(shape) - rank) + dims
-        source = [sympy.S.One] * (len(shape) - rank) + [_size(digits) for digits in dims]
-        new = [
-            digits if before == size else (Digit(-1, size, sympy.S.Zero),)
-            for digits, before, size in zip(given, source, shape, strict=True)
-        ]
-        return replace(layout, dims=tuple(new))
+    if node.target is aten.expand.default:
+        shape = [expression(size) for size in shape_of(node)]
+        pairs = zip((*((),) * (len(shape) - len(dims)), *dims), shape, strict=True)
+        repeated = [digits if _size(digits) == size else (Digit(-1, size, sympy.S.Zero),) for digits, size in pairs]
+        return replace(layout, dims=tuple(repeated))
     return _narrow(layout, node)
 
 
@@ -136,12 +120,10 @@ def _narrow(layout: Layout, node: Node) -> Layout | None:
     if node.target is operator.getitem:
         split, index = node.args
         parts = split.meta["val"]
-        given = split.args[2] if split.target is not aten.unbind.int and len(split.args) > 2 else 0
-        given = split.args[1] if split.target is aten.unbind.int and len(split.args) > 1 else given
-        at = given % rank
         if split.target is aten.unbind.int:
-            start, length = sympy.sympify(index), None
+            at, start, length = argument(split, 1, "dim", 0) % rank, sympy.sympify(index), None
         else:
+            at = argument(split, 2, "dim", 0) % rank
             start = sum((expression(part.shape[at]) for part in parts[:index]), sympy.S.Zero)
             length = expression(parts[index].shape[at])
     elif node.target is aten.select.int:

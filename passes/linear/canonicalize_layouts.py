@@ -12,7 +12,9 @@ from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import erase_dead
 from sam3x.passes.base import Pass, PassResult, graph_modules
-from sam3x.passes.graph.cond_graph import Builder, aten, expression, fake_mode_of, quietly, substitute
+from sam3x.passes.graph.aten_nodes import aten, expression
+from sam3x.passes.graph.cond_graph import substitute
+from sam3x.passes.graph.emitter import Emitter, fake_mode_of, quietly
 from sam3x.passes.graph.view_layout import Layout, layout_of
 
 _PERMUTES_ROWS = {aten.permute.default, aten.transpose.int, aten.reshape.default, aten.linear.default, aten.add.Tensor}
@@ -59,7 +61,7 @@ def _hoist(module: GraphModule, node: Node) -> int:
     order = _rows(layout)
     if source is node.args[0] or order is None or width < 1:
         return 0
-    emit = Builder(module.graph, node, fake_mode_of(module))
+    emit = Emitter(module, node)
     product = emit(aten.linear.default, source, *node.args[1:])
     view = product
     if order != list(range(width)):
@@ -84,7 +86,7 @@ def _rows(layout: Layout) -> list[int] | None:
     return [*ones, *found] if sorted([*ones, *found]) == list(range(rank - 1)) else None
 
 
-def _sizes(module: GraphModule, before: Node, emit: Builder, shape: Any) -> list[Any]:
+def _sizes(module: GraphModule, before: Node, emit: Emitter, shape: Any) -> list[Any]:
     """A shape as arguments: numbers, one −1, or nodes that compute a size."""
     unknown = [i for i, size in enumerate(shape) if not expression(size).is_Integer]
     if len(unknown) == 1:
@@ -94,7 +96,7 @@ def _sizes(module: GraphModule, before: Node, emit: Builder, shape: Any) -> list
     ]
 
 
-def size_node(module: GraphModule, before: Node, emit: Builder, size: sympy.Expr) -> Node:
+def size_node(module: GraphModule, before: Node, emit: Emitter, size: sympy.Expr) -> Node:
     """A node before ``before`` that computes ``size``: one that is there, or products of dimensions of the inputs."""
     known: dict[sympy.Expr, Any] = {}
     for node in module.graph.nodes:

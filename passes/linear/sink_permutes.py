@@ -8,19 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import erase_dead
 from sam3x.passes.base import Pass, PassResult, graph_modules
-from sam3x.passes.graph.aten_nodes import RESHAPES, permutation, shape_of
-from sam3x.passes.graph.form import Axis, Layout, axes_of, leaves
-
-_aten = torch.ops.aten
-SHAPING = RESHAPES - {_aten.expand.default}
-"""Operators that only regroup dimensions."""
+from sam3x.passes.graph.aten_nodes import SHAPING, aten, permutation, shape_of
+from sam3x.passes.graph.axes import Axis, Layout, axes_of, leaves, regrouped
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +87,12 @@ class _Worker:
             if layout is not None:
                 self.moved[node] = _Moved(before.source, layout)
             return layout is not None
-        if node.target is _aten.clone.default and not any(user.op == "output" for user in node.users):
+        if node.target is aten.clone.default and not any(user.op == "output" for user in node.users):
             before = self._of(source)
             if before.source is not source:
                 self.moved[node] = before
             return before.source is not source
-        return node.target is _aten.linear.default and self._linear(node, source)
+        return node.target is aten.linear.default and self._linear(node, source)
 
     def _linear(self, node: Node, source: Node) -> bool:
         before = self._of(source)
@@ -138,7 +133,7 @@ class _Worker:
             moved = self.moved.get(operand)
             if moved is None or moved.source is operand:
                 continue
-            if node.target is _aten.sym_size.int:
+            if node.target is aten.sym_size.int:
                 group = leaves(moved.layout[node.args[1]])
                 where = [dim for dim, own in enumerate(self.own[moved.source]) if leaves(own) == group and group]
                 if where:
@@ -174,7 +169,7 @@ class _Worker:
                     node = self._reshape(source, node, blocks, like)
                 order = [blocks.index(block) for block in target]
                 shape = [shape_of(node)[dim] for dim in order]
-                node = self._insert(source, _aten.permute.default, (node, order), _empty(shape, like))
+                node = self._insert(source, aten.permute.default, (node, order), _empty(shape, like))
             if tuple(target) != wanted or target == blocks:
                 node = self._reshape(source, node, wanted, like)
             self.made[key] = node
@@ -191,13 +186,13 @@ class _Worker:
                 arg = part if arg is None else self._times(source, arg, part)
             shape.append(size)
             args.append(1 if arg is None else arg)
-        return self._insert(source, _aten.reshape.default, (node, args), _empty(shape, like))
+        return self._insert(source, aten.reshape.default, (node, args), _empty(shape, like))
 
     def _size(self, source: Node, axis: Axis) -> Node:
         key = (source, id(axis))
         if key not in self.made:
             dim = next(dim for dim, own in enumerate(self.own[source]) if leaves(own) == (axis,))
-            self.made[key] = self._insert(source, _aten.sym_size.int, (source, dim), shape_of(source)[dim])
+            self.made[key] = self._insert(source, aten.sym_size.int, (source, dim), shape_of(source)[dim])
         return self.made[key]
 
     def _times(self, source: Node, left: Any, right: Any) -> Any:
@@ -223,41 +218,6 @@ def _blocks(own: Layout, wanted: Layout) -> list[tuple[Axis, ...]]:
             else:
                 blocks.append((axis,))
     return blocks
-
-
-def regrouped(layout: Layout, shape: Sequence[Any]) -> Layout | None:
-    """The axes of ``layout`` cut into dimensions of the given sizes, split where they must be; None where unknown."""
-    rest = list(leaves(itertools.chain(*layout)))
-    result: list[tuple[Axis, ...]] = []
-    for size in shape:
-        group: list[Axis] = []
-        missing = _expression(size)
-        while missing != 1:
-            if not rest:
-                return None
-            ratio = sympy.cancel(missing / _expression(rest[0].size))
-            if isinstance(ratio, sympy.Integer) or (ratio.is_integer and not isinstance(rest[0].size, int)) or _whole(ratio):
-                group.append(rest.pop(0))
-                missing = ratio
-                continue
-            if not (isinstance(missing, sympy.Integer) and isinstance(rest[0].size, int) and rest[0].size % int(missing) == 0):
-                return None
-            axis = rest.pop(0)
-            axis.parts = (Axis(int(missing)), Axis(axis.size // int(missing)))
-            group.append(axis.parts[0])
-            rest.insert(0, axis.parts[1])
-            missing = sympy.Integer(1)
-        result.append(tuple(group))
-    return None if rest else tuple(result)
-
-
-def _whole(ratio: sympy.Expr) -> bool:
-    """Whether a quotient of sizes has no denominator left."""
-    return sympy.fraction(ratio)[1] == 1
-
-
-def _expression(size: Any) -> sympy.Expr:
-    return sympy.Integer(size) if isinstance(size, int) else size.node.expr
 
 
 def _empty(shape: Sequence[Any], like: Node) -> torch.Tensor:

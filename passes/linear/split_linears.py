@@ -12,19 +12,14 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from sam3x.capture.program import erase_dead
-from sam3x.passes.base import MatchFailure, Pass, PassResult
-from sam3x.passes.graph.cond_graph import fake_mode_of
+from sam3x.passes.base import MatchFailure, NoMatchError, Pass, PassResult
+from sam3x.passes.graph.aten_nodes import aten
 from sam3x.passes.graph.constants import Constants
-from sam3x.passes.graph.emitter import Emitter
+from sam3x.passes.graph.emitter import Emitter, fake_mode_of
 from sam3x.passes.graph.view_layout import Digit, layout_of
 
-_aten = torch.ops.aten
 SMALLEST = 256
 """Rows of a weight worth a product of their own; below, a small product costs more than the copy it saves."""
-
-
-class _Left(Exception):
-    """Why a linear stays whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +53,7 @@ class SplitLinearsPass(Pass):
     def call(self, program: ExportedProgram) -> PassResult:
         module, rewrites, failures = program.graph_module, 0, []
         constants = Constants(program, fake_mode_of(module))
-        for linear in module.graph.find_nodes(op="call_function", target=_aten.linear.default):
+        for linear in module.graph.find_nodes(op="call_function", target=aten.linear.default):
             x, *operands = linear.args
             values = [constants.value(item) for item in operands if item is not None]
             views = _read_views(linear)
@@ -66,10 +61,10 @@ class SplitLinearsPass(Pass):
                 continue
             try:
                 if any(value is None for value in values):
-                    raise _Left("its weight is no constant")
+                    raise NoMatchError("its weight is no constant")
                 parts = [_part(linear, view) for view in views]
                 self._check(parts)
-            except _Left as reason:
+            except NoMatchError as reason:
                 failures.append(MatchFailure(node=linear.name, reason=str(reason)))
                 continue
             made: dict[tuple[int, ...], Node] = {}
@@ -77,9 +72,8 @@ class SplitLinearsPass(Pass):
                 emit = Emitter(module, linear)
                 if part.rows not in made:
                     weights = [_rows(constants, item, part.rows) for item in operands if item is not None]
-                    made[part.rows] = emit(_aten.linear.default, x, *weights)
+                    made[part.rows] = emit(aten.linear.default, x, *weights)
                 seen = _seen(emit, linear, made[part.rows], part)
-                program.graph_signature.replace_all_uses(part.view.name, seen.name)
                 part.view.replace_all_uses_with(seen)
             rewrites += 1
         if rewrites:
@@ -90,11 +84,11 @@ class SplitLinearsPass(Pass):
     def _check(self, parts: Sequence[_Part]) -> None:
         kinds = {part.rows for part in parts}
         if len(kinds) < 2:
-            raise _Left("all readers take the same features")
+            raise NoMatchError("all readers take the same features")
         if len({row for rows in kinds for row in rows}) < sum(len(rows) for rows in kinds):
-            raise _Left("readers share features")
+            raise NoMatchError("readers share features")
         if min(len(rows) for rows in kinds) < self.smallest:
-            raise _Left(f"a part has fewer than {self.smallest} features")
+            raise NoMatchError(f"a part has fewer than {self.smallest} features")
 
 
 def _read_views(linear: Node) -> list[Node]:
@@ -118,13 +112,13 @@ def _part(linear: Node, view: Node) -> _Part:
     last = value.dim() - 1
     digits = [digit for dim in layout.dims for digit in dim]
     if any(digit.dim < 0 for digit in digits):
-        raise _Left("a reader repeats it")
+        raise NoMatchError("a reader repeats it")
     for dim in range(last):
         if tuple(digit for digit in digits if digit.dim == dim) != layout.whole(dim) or layout.offsets.get(dim, 0) != 0:
-            raise _Left("a reader cuts another dimension than the last")
+            raise NoMatchError("a reader cuts another dimension than the last")
     unknown = [dim for dim in layout.dims if not all(digit.size.is_Integer for digit in dim)]
     if len(unknown) > 1 and any(len(dim) > 1 for dim in unknown):
-        raise _Left("a reader joins dimensions of which several are dynamic")
+        raise NoMatchError("a reader joins dimensions of which several are dynamic")
     features = sorted((digit for digit in digits if digit.dim == last), key=lambda digit: -int(digit.stride))
     rows = np.array([int(layout.offsets.get(last, 0))])
     for digit in features:
@@ -153,11 +147,11 @@ def _seen(emit: Emitter, linear: Node, made: Node, part: _Part) -> Node:
             return size
         if sum(isinstance(other, torch.SymInt) for other in shape) == 1:
             return -1
-        return emit(_aten.sym_size.int, x, digits[0].dim)
+        return emit(aten.sym_size.int, x, digits[0].dim)
 
     apart = [argument(size, sizes, [own[at]]) for size, at in zip(sizes, order, strict=True)]
-    split = emit.shaped(made, sizes, _aten.reshape.default, made, apart)
+    split = emit.shaped(made, sizes, aten.reshape.default, made, apart)
     moved = emit.permute(split, [order.index(at) for at in range(len(own))])
     shape = list(part.view.meta["val"].shape)
     joined = [argument(size, shape, digits) for size, digits in zip(shape, part.dims, strict=True)]
-    return emit.shaped(made, shape, _aten.reshape.default, moved, joined)
+    return emit.shaped(made, shape, aten.reshape.default, moved, joined)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.nn import functional
 
-from sam3x.passes.base import MatchFailure, Pass, PassResult, graph_modules
+from sam3x.passes.base import NoMatchError
+from sam3x.passes.graph.aten_nodes import argument, aten
 from sam3x.passes.graph.emitter import Emitter
+from sam3x.passes.graph.node_pass import NodePass
 
-_aten = torch.ops.aten
-_LINEAR = _aten.linear.default
+_LINEAR = aten.linear.default
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
@@ -45,7 +46,7 @@ def _shape(x: Tensor, weight1: Tensor, bias1: Tensor | None, activation: str, we
     return x.new_empty((*x.shape[:-1], weight2.shape[0]))
 
 
-class TileFeedForwardPass(Pass):
+class TileFeedForwardPass(NodePass):
     """``linear``, activation, ``linear`` → ``sam3x::tiled_feed_forward`` wherever the hidden layer is not known to be small.
 
     Args:
@@ -53,41 +54,26 @@ class TileFeedForwardPass(Pass):
     """
 
     name = "tile_feed_forward"
+    operators = (_LINEAR,)
 
     def __init__(self, small: int) -> None:
         self.small = small
 
-    def call(self, program: ExportedProgram) -> PassResult:
-        rewrites, failures = 0, []
-        for _, module in graph_modules(program):
-            for second in module.graph.find_nodes(op="call_function", target=_LINEAR):
-                middle = second.args[0]
-                activation = _activation(middle)
-                first = middle.args[0] if activation else None
-                if activation is None or first.target is not _LINEAR:
-                    continue
-                reason = self._refused(first, middle)
-                if reason:
-                    failures.append(MatchFailure(node=second.name, reason=reason))
-                    continue
-                emit = Emitter(module, second)
-                made = emit(TILED_FEED_FORWARD, *_operands(first), activation, *_operands(second)[1:])
-                second.replace_all_uses_with(made)
-                for node in (second, middle, first):
-                    module.graph.erase_node(node)
-                rewrites += 1
-        return PassResult(rewrites=rewrites, match_failures=tuple(failures))
-
-    def _refused(self, first: Node, middle: Node) -> str | None:
+    def rewrite(self, emit: Emitter, node: Node) -> Node | None:
+        middle: Any = node.args[0]
+        activation = _activation(middle)
+        if activation is None or middle.args[0].target is not _LINEAR:
+            return None
+        (first,) = middle.all_input_nodes
         if len(first.users) > 1 or len(middle.users) > 1:
-            return "the hidden layer is used elsewhere too"
+            raise NoMatchError("the hidden layer is used elsewhere too")
         hidden = middle.meta["val"]
         if hidden.dim() < 2:
-            return "there is one row"
-        sizes = tuple(hidden.shape)
-        if all(isinstance(size, int) for size in sizes) and math.prod(sizes) * hidden.element_size() <= self.small:
-            return f"its hidden layer takes {math.prod(sizes) * hidden.element_size():,} bytes"
-        return None
+            raise NoMatchError("there is one row")
+        size = math.prod(hidden.shape) * hidden.element_size() if all(isinstance(n, int) for n in hidden.shape) else math.inf
+        if size <= self.small:
+            raise NoMatchError(f"its hidden layer takes {size:,} bytes")
+        return emit(TILED_FEED_FORWARD, *_operands(first), activation, *_operands(node)[1:])
 
 
 def _operands(linear: Node) -> tuple[Node, Node, Node | None]:
@@ -98,7 +84,7 @@ def _operands(linear: Node) -> tuple[Node, Node, Node | None]:
 def _activation(node: object) -> str | None:
     if not isinstance(node, Node):
         return None
-    if node.target is _aten.gelu.default:
-        approximate = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
+    if node.target is aten.gelu.default:
+        approximate = argument(node, 1, "approximate", "none")
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(approximate))
-    return {_aten.relu.default: "relu", _aten.silu.default: "silu"}.get(node.target)  # type: ignore[call-overload]
+    return {aten.relu.default: "relu", aten.silu.default: "silu"}.get(node.target)  # type: ignore[call-overload]

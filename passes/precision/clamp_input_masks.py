@@ -7,7 +7,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from sam3x.passes.base import Pass, PassResult
-from sam3x.passes.graph.cond_graph import Builder, aten, fake_mode_of
+from sam3x.passes.graph.aten_nodes import aten
+from sam3x.passes.graph.emitter import Emitter
 
 
 class ClampInputMasksPass(Pass):
@@ -24,7 +25,7 @@ class ClampInputMasksPass(Pass):
         self.dtype = dtype
 
     def call(self, program: ExportedProgram) -> PassResult:
-        graph, fake_mode = program.graph_module.graph, fake_mode_of(program.graph_module)
+        graph = program.graph_module.graph
         inputs = {item.arg.name for item in program.graph_signature.input_specs if item.kind is InputKind.USER_INPUT}
         rewrites = 0
         first = next(node for node in graph.nodes if node.op != "placeholder")
@@ -33,7 +34,7 @@ class ClampInputMasksPass(Pass):
             known = any(reader.target is aten.isinf.default for reader in readers)
             if not node.name.endswith("mask") or node.meta["val"].dtype is not torch.float32 or not readers or known:
                 continue
-            emit = Builder(graph, first, fake_mode)
+            emit = Emitter(program.graph_module, first)
             clamped = emit(aten.clamp.default, node, torch.finfo(self.dtype).min)
             held = emit(aten.where.self, emit(aten.isinf.default, node), node, clamped)
             for reader in readers:

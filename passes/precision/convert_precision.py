@@ -9,29 +9,28 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 
 from sam3x.errors import PreconditionError
 from sam3x.passes.base import Pass, PassResult, graph_modules
-from sam3x.passes.graph.cond_graph import aten, is_cond, outputs, placeholders, read_cond
+from sam3x.passes.graph.aten_nodes import FILLS, NOOPS, PERMUTES, RESHAPES, aten
+from sam3x.passes.graph.cond_graph import is_cond, outputs, placeholders, read_cond
+from sam3x.passes.graph.constants import Constants
+from sam3x.passes.graph.emitter import Emitter, fake_mode_of, following, quietly
 from sam3x.passes.graph.op_paths import matching, op_paths
 
-MOVES = {
-    *(aten.permute.default, aten.reshape.default, aten.view.default, aten.select.int, aten.slice.Tensor, aten.expand.default),
-    *(aten.clone.default, aten.alias.default, aten.detach.default, aten.unsqueeze.default, aten.squeeze.dims),
-    *(aten.transpose.int, aten.split_with_sizes.default, aten.cat.default, aten.where.self, aten.relu.default),
-    *(aten.constant_pad_nd.default, aten.squeeze.dim, aten._unsafe_view.default, aten.unbind.int, aten.flatten.using_ints),
-    operator.getitem,
-}
+MOVES = RESHAPES | PERMUTES | NOOPS | {aten.select.int, aten.slice.Tensor, aten.split_with_sizes.default, aten.unbind.int}
+MOVES |= {aten.cat.default, aten.where.self, aten.relu.default, aten.constant_pad_nd.default, aten.flatten.using_ints}
+MOVES |= {operator.getitem}
 """What only moves or picks numbers: done in the widest dtype of what it is given, so that it rounds nothing."""
 
-_FILLS = {aten.full.default, aten.full_like.default, aten.scalar_tensor.default}
 _RANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 """What counts: in float32, as float16 counts to 2,048."""
 
 
 _ARITHMETIC = {aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.mul.Scalar, aten.add.Scalar, aten.sub.Scalar}
-_FILLING = {*_FILLS, aten.clamp.default, aten.constant_pad_nd.default, aten.masked_fill.Scalar, *_ARITHMETIC}
+_FILLING = {*FILLS, aten.clamp.default, aten.constant_pad_nd.default, aten.masked_fill.Scalar, *_ARITHMETIC}
 
 
 def clamp_numbers(node: Node, dtype: torch.dtype) -> None:
@@ -103,16 +102,14 @@ def _float_values(program: ExportedProgram) -> list[torch.Tensor]:
 
 
 def _restore_outputs(program: ExportedProgram) -> None:
-    """Outputs in the dtype that the signature had, under the names it knows."""
+    """Outputs in float32, as they were."""
     output = program.graph.output_node()
-    values = list(output.args[0])
-    for index, value in enumerate(values):
-        if isinstance(value, Node) and value.meta["val"].dtype in (torch.float16, torch.bfloat16):
-            with program.graph.inserting_before(output):
-                new = program.graph.call_function(aten._to_copy.default, (value,), {"dtype": torch.float32})
-            new.meta["val"] = value.meta["val"].to(torch.float32)
-            program.graph_signature.replace_all_uses(value.name, new.name)
-            values[index] = new
+    emit = Emitter(program.graph_module, output)
+    halves = (torch.float16, torch.bfloat16)
+    values = [
+        emit.cast(value, torch.float32) if isinstance(value, Node) and value.meta["val"].dtype in halves else value
+        for value in output.args[0]
+    ]
     output.args = (tuple(values),)
 
 
@@ -136,7 +133,7 @@ class _Converter:
 
     def _convert(self, node: Node) -> None:
         given = [item for item in node.all_input_nodes if _floats(item.meta.get("val"))]
-        if node.target in _FILLS:
+        if node.target in FILLS:
             node.kwargs = {**node.kwargs, "dtype": self.dtype}
             wanted = self.dtype
         elif node.target in _RANGES:
@@ -152,20 +149,14 @@ class _Converter:
             node.kwargs = {**node.kwargs, "dtype": wanted}
         for item in given:
             if node.target is not operator.getitem and item.meta["val"].dtype is not wanted:
-                node.replace_input_with(item, self.cast(item, wanted, node))
+                node.replace_input_with(item, self.cast(item, wanted))
         node.meta["val"] = _in(node.meta["val"], wanted)
 
-    def cast(self, value: Node, dtype: torch.dtype, before: Node) -> Node:
+    def cast(self, value: Node, dtype: torch.dtype) -> Node:
         """``value`` in ``dtype``, once for all that read it."""
         known = self.casts.get((value, dtype))
         if known is None:
-            later = value.next
-            while later.op == "placeholder":
-                later = later.next
-            with self.module.graph.inserting_before(later):
-                known = self.module.graph.call_function(aten._to_copy.default, (value,), {"dtype": dtype})
-            known.meta["val"] = value.meta["val"].to(dtype)
-            self.casts[value, dtype] = known
+            known = self.casts[value, dtype] = Emitter(self.module, following(value)).cast(value, dtype)
         return known
 
     def _branches(self, node: Node) -> None:
@@ -191,12 +182,8 @@ class _Converter:
 
 
 def _return(branch: GraphModule, index: int, dtype: torch.dtype) -> None:
-    end = branch.graph.output_node()
-    values = list(end.args[0])
-    with branch.graph.inserting_before(end):
-        new = branch.graph.call_function(aten._to_copy.default, (values[index],), {"dtype": dtype})
-    new.meta["val"] = values[index].meta["val"].to(dtype)
-    values[index] = new
+    end, values = branch.graph.output_node(), outputs(branch)
+    values[index] = Emitter(branch, end).cast(values[index], dtype)
     end.args = (tuple(values),)
 
 
@@ -217,3 +204,53 @@ def _widest(nodes: list[Node]) -> torch.dtype:
 
 def _dtype(value: Any) -> torch.dtype:
     return _dtype(value[0]) if isinstance(value, (tuple, list)) else value.dtype
+
+
+class ConvertToHalfPass(Pass):
+    """Every float32 weight and value becomes float16; inputs are converted once as they come in, outputs as they leave.
+
+    Last of the passes: the float32 numbers in the graph (a mask's lowest value) must be ones that float16 has.
+    """
+
+    name = "convert_to_half"
+
+    def call(self, program: ExportedProgram) -> PassResult:
+        graph, fake_mode = program.graph_module.graph, fake_mode_of(program.graph_module)
+        constants = Constants(program, fake_mode)
+        rewrites = 0
+        inputs = {item.arg.name for item in program.graph_signature.input_specs if item.kind is InputKind.USER_INPUT}
+        body = next(node for node in graph.nodes if node.op != "placeholder")
+        for node in [node for node in graph.nodes if node.op == "placeholder" and _is_float(node) and node.users]:
+            if node.name in inputs:
+                readers = [reader for reader in node.users if not _is_bool(reader)]  # compared as it came in
+                half = Emitter(program.graph_module, body)(aten._to_copy.default, node, dtype=torch.float16)
+            else:
+                value = constants.value(node)
+                assert value is not None
+                readers, half = list(node.users), constants.add(lowered(value, torch.float16), node.name.removeprefix("p_"))
+            for reader in readers:
+                if reader.op != "output":
+                    reader.replace_input_with(node, half)
+                    rewrites += 1
+        for node in list(graph.nodes):
+            if node.op == "call_function" and not (node.target is aten._to_copy.default and _is_float(node.args[0])):
+                if _is_float(node):
+                    clamp_numbers(node, torch.float16)
+                if node.kwargs.get("dtype") is torch.float32:
+                    node.kwargs = {**node.kwargs, "dtype": torch.float16}
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda item: item.meta["val"])
+                with quietly(fake_mode):
+                    node.meta["val"] = node.target(*args, **kwargs)
+        _restore_outputs(program)
+        constants.drop_unused()
+        return PassResult(rewrites=rewrites)
+
+
+def _is_float(node: Any) -> bool:
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return isinstance(value, torch.Tensor) and value.dtype is torch.float32
+
+
+def _is_bool(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype is torch.bool

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sam3x.capture.program import CapturedProgram
-from sam3x.passes.graph.cond_graph import expression
+from sam3x.passes.graph.aten_nodes import expression
 
 
 def bundle(captured: CapturedProgram, path: Path) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from sam3x.passes.graph.cond_graph import aten
+from sam3x.passes.graph.aten_nodes import aten
 from sam3x.targets.executorch.metadata import flops_of
 from sam3x.targets.executorch.partition import partitions
 

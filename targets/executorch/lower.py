@@ -16,7 +16,8 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from sam3x.capture.program import CapturedProgram, erase_dead
 from sam3x.passes.base import Pass, PassResult
-from sam3x.passes.graph.cond_graph import aten, expression, fake_mode_of, slice_args
+from sam3x.passes.graph.aten_nodes import aten, expression, slice_args
+from sam3x.passes.graph.emitter import fake_mode_of
 from sam3x.passes.linear.canonicalize_layouts import unify_sizes
 from sam3x.passes.pipeline import PassPipeline
 from sam3x.targets.executorch.delegates import PLACE, PlainProgram, is_plain, partitioners

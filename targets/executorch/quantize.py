@@ -11,7 +11,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import CapturedProgram
-from sam3x.passes.graph.cond_graph import aten, expression
+from sam3x.passes.graph.aten_nodes import aten, expression
 from sam3x.targets.quiet import suppressed_output
 
 

@@ -85,7 +85,7 @@ class PteTarget(Target):
         from sam3x.passes.decompose.legalize_norms_for_pte import LegalizeNormsForPtePass
         from sam3x.passes.linear.canonicalize_layouts import CanonicalizeLayoutsPass
         from sam3x.passes.precision.clamp_input_masks import ClampInputMasksPass
-        from sam3x.passes.precision.convert_to_half import ConvertToHalfPass
+        from sam3x.passes.precision.convert_precision import ConvertToHalfPass
 
         half = options.precision == "fp16"
         by_head = [

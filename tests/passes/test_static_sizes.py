@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sam3x.capture.program import sync_outputs
 from sam3x.passes.base import Pass, PassResult, count_ops
 from sam3x.passes.cleanup.fold_static_sizes import FoldStaticSizesPass
 from sam3x.passes.decompose.decompose_slice_scatter import DecomposeSliceScatterPass
@@ -29,6 +30,7 @@ def ran(graph_pass: Pass, function: Callable[..., Any], *args: Tensor) -> tuple[
     before = [program.module()(*given) for given in batches]
     shown = str(program.graph)
     result = graph_pass.call(program)
+    sync_outputs(program)  # as the pipeline does after a pass
     program.graph_module.graph.lint()
     program.graph_module.recompile()
     program.validate()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sam3x.capture.program import run_program
+from sam3x.capture.program import run_program, sync_outputs
 from sam3x.passes.attention.canonicalize_attention import CanonicalizeAttentionPass
 from sam3x.passes.base import PassResult, count_ops, graph_modules
 from sam3x.passes.cleanup.eliminate_noops import EliminateNoopsPass
@@ -59,6 +59,7 @@ def to(dtype: torch.dtype, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def check_sound(program: torch.export.ExportedProgram) -> None:
     """Lint, validate, and a value on every node."""
+    sync_outputs(program)
     for _, module in graph_modules(program):
         module.graph.lint()
         for node in module.graph.nodes:

@@ -129,6 +129,7 @@ def _double(program: ExportedProgram) -> ExportedProgram:
 
 
 def private(program: ExportedProgram) -> ExportedProgram:
+    sync_outputs(program)  # as the pipeline does after a pass
     return _private_copy(program)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sam3x.capture.program import sync_outputs
 from sam3x.passes.base import PassResult, count_ops, graph_modules
 from sam3x.passes.cleanup.eliminate_noops import EliminateNoopsPass
 from support.canonical import Module
@@ -34,6 +35,7 @@ def run(program: torch.export.ExportedProgram, *args: Tensor) -> PassResult:
     before = program.module()(*args)
     shown = str(program.graph)
     result = EliminateNoopsPass().call(program)
+    sync_outputs(program)  # as the pipeline does
     for _, module in graph_modules(program):
         module.graph.lint()
         for node in module.graph.nodes:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from sam3x.passes.base import Pass
 from sam3x.passes.precision.clamp_input_masks import ClampInputMasksPass
-from sam3x.passes.precision.convert_precision import ConvertPrecisionPass, lowered
-from sam3x.passes.precision.convert_to_half import ConvertToHalfPass
+from sam3x.passes.precision.convert_precision import ConvertPrecisionPass, ConvertToHalfPass, lowered
 from sam3x.verify.emulate import eager_in
 from support.canonical import Module, capture, evaluate
 
