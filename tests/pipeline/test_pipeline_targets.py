@@ -58,6 +58,7 @@ def prompts_with(boxes: int, prompts: int = 2, text: int = 5) -> Sample:
     return Sample(branch="fixed", case=f"{boxes} boxes", inputs=inputs, large=True)
 
 
+@pytest.mark.long
 def test_the_prompt_encoder_runs_in_executorch_with_any_number_of_boxes(tmp_path: Path) -> None:
     """XNNPACK and ExecuTorch have no ``roi_align``."""
     folder = tmp_path / "out"

@@ -102,7 +102,7 @@ def test_names_are_readable(artifact: sam3x.Artifact) -> None:
 
 
 def test_peaked_attention_stays_as_near_to_float64_as_eager(tmp_path: Path) -> None:
-    encoder = encoder_of(3, peaked=4.0, d_model=64, num_heads=4)
+    encoder = encoder_of(3, peaked=4.0)
     artifact = sam3x.export(encoder, output=tmp_path / "out")
     check(artifact, encoder, Sizes(batch=2, tokens=300, prompt_length=32))
 

@@ -222,7 +222,7 @@ def test_sam3s_layer_in_the_wide_form() -> None:
     check_sound(program)
     selected = private(program)
     assert not IfConvertPass().call(selected).match_failures and ops(selected, COND) == 0
-    for batch in (1, 2, 4, 6):
+    for batch in (1, 4):
         sizes = [Sizes(batch=batch, tokens=20, prompt_length=4)]
         for sample in samples_for(captured.input_names, ("dac", "pre_norm"), make_spec(), 32, 1, sizes):
             old = evaluate(captured.program, sample.inputs)[0]

@@ -149,7 +149,7 @@ def turned_by(x: Tensor, table: Tensor) -> Tensor:
 def test_a_rotary_encoder_with_runtime_flags_is_a_pte(tmp_path: Path) -> None:
     encoder = encoder_of(1)
     encoder.layers[0].self_attn = Rotated(32, 4)
-    sizes: dict[str, Any] = {"tokens": 18, "batch": (1, 2), "prompt_length": 3}
+    sizes: dict[str, Any] = {"tokens": 18, "batch": (1, 2), "prompt_length": 3, "pre_norm": "module"}
     manifest = sam3x.export(encoder, target="pte", output=tmp_path / "out", **sizes).manifest
     assert manifest.verified and {record.branch.partition(" ")[0] for record in manifest.verification} == {
         "dac=False",

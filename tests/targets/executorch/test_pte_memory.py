@@ -16,6 +16,8 @@ from support.upstream import encoder_of
 TOKENS, WIDTH = 256, 32
 ALL_MASKS = ("tgt", "memory", "tgt_mask", "memory_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "pos", "query_pos")
 
+ONE_BRANCH: dict[str, Any] = {"dac": False, "pre_norm": "module"}
+
 
 @pytest.fixture(scope="module")
 def encoder() -> nn.Module:
@@ -35,9 +37,9 @@ def metadata_of(encoder: nn.Module, folder: Path, **options: Any) -> tuple[dict[
     [
         {"prompt_length": 9},
         {"prompt_length": 9, "batch": 2, "dac": True, "pre_norm": True},
-        {"prompt_length": 9, "tokens": (16, TOKENS)},
-        {"prompt_length": 9, "precision": "int8"},
-        {"prompt_length": 9, "dac": False, "inputs": ALL_MASKS},
+        {"prompt_length": 9, "tokens": (16, TOKENS), **ONE_BRANCH},
+        {"prompt_length": 9, "precision": "int8", **ONE_BRANCH},
+        {"prompt_length": 9, "inputs": ALL_MASKS, **ONE_BRANCH},
         *(
             pytest.param(options, marks=pytest.mark.long)
             for options in (

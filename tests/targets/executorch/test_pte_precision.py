@@ -83,14 +83,12 @@ def test_the_file_shrinks_and_stays_one_delegate(artifact: sam3x.Artifact, encod
     assert artifact.manifest.metadata["delegates"] == 1 and artifact.manifest.metadata["delegated_flops"] > 0.99
 
 
+@pytest.mark.parametrize("artifact", ["int8"], indirect=True)
 def test_a_bundled_program_has_a_case_a_branch_that_its_own_program_passes(artifact: sam3x.Artifact) -> None:
     from executorch.devtools.bundled_program.serialize import deserialize_from_flatbuffer_to_bundled_program
     from executorch.runtime import Runtime
 
     path = artifact.path.with_suffix(".bpte")
-    if precision_of(artifact) != "int8":
-        assert not path.exists()
-        return
     assert path.name in artifact.manifest.files
     assert artifact.manifest.metadata["bundled_cases"] == [f"dac={dac} pre_norm={pre}" for dac, pre in BRANCHES]
     bundled = deserialize_from_flatbuffer_to_bundled_program(path.read_bytes())
@@ -124,9 +122,8 @@ def test_time_by_operator_of_a_delegate_and_of_the_portable_kernels(artifact: sa
     assert rows == sorted(rows, key=lambda row: -row["milliseconds"])
 
 
+@pytest.mark.parametrize("artifact", ["int8"], indirect=True)
 def test_bench_runs_a_pte_and_shows_its_time_by_operator(artifact: sam3x.Artifact) -> None:
-    if precision_of(artifact) != "int8":
-        return
     request = make_request(folders=[artifact.folder], tokens="36", prompt_length=7, repeat=1, warmup=0, threads=1, profile=True)
     report = bench(request)
     (result,) = report.cases[0].results
