@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
@@ -146,10 +147,11 @@ def turned_by(x: Tensor, table: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2)) * table).flatten(3)
 
 
+@pytest.mark.long
 def test_a_rotary_encoder_with_runtime_flags_is_a_pte(tmp_path: Path) -> None:
     encoder = encoder_of(1)
     encoder.layers[0].self_attn = Rotated(32, 4)
-    sizes: dict[str, Any] = {"tokens": 18, "batch": (1, 2), "prompt_length": 3, "pre_norm": "module"}
+    sizes: dict[str, Any] = {"tokens": 18, "batch": (1, 2), "prompt_length": 3}
     manifest = sam3x.export(encoder, target="pte", output=tmp_path / "out", **sizes).manifest
     assert manifest.verified and {record.branch.partition(" ")[0] for record in manifest.verification} == {
         "dac=False",
