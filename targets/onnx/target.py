@@ -87,6 +87,7 @@ class OnnxTarget(Target):
         from sam3x.passes.branches.unslice_rows import UnsliceRowsPass
         from sam3x.passes.cleanup.insert_type_promotion import InsertTypePromotionPass
         from sam3x.passes.cleanup.legalize_operators import LegalizeOperatorsPass
+        from sam3x.passes.decompose.decompose_roi_align import DecomposeRoiAlignPass
         from sam3x.passes.linear.tile_feed_forward import TILED_FEED_FORWARD, TileFeedForwardPass
         from sam3x.targets.onnx import attention as onnx_attention
         from sam3x.targets.onnx import loop as onnx_loop
@@ -96,6 +97,7 @@ class OnnxTarget(Target):
         own = {*onnx_attention.operators(), TILED_FEED_FORWARD}
         tiled = options.attention != "decomposed"
         return (
+            *([] if options.attention == "ort" else [DecomposeRoiAlignPass()]),  # TensorRT-RTX has no such operator
             *onnx_attention.passes(options.attention, options.attention_bytes),
             UnsliceRowsPass(),
             FuseAlternativesPass(),
@@ -228,7 +230,7 @@ def _make_plain(model: ir.Model) -> None:
     """What tools take for granted of sub-graphs, though ONNX does not ask for it; in place.
 
     - A name stands for one thing in the whole file, not for one in each sub-graph: onnx's shape inference and others keep
-      what they know by name alone.
+      what they know by name alone. So does the name of a sub-graph: ONNX Runtime's transformers optimizer finds graphs by it.
     - Numbers become float by a ``CastLike`` of a constant, whose dtype converters to float16 change; they leave a ``Cast``.
     - A float input that sub-graphs alone read goes through an ``Identity``: converters to float16 put a cast behind inputs, and
       look for readers in the outermost graph.
@@ -244,10 +246,11 @@ def _make_plain(model: ir.Model) -> None:
         return made
 
     graph = model.graph
-    nodes = {str(node.name) for node in graph}
+    nodes, graphs = {str(node.name) for node in graph}, {str(graph.name)}
     values = {str(value.name) for value in (*graph.inputs, *graph.initializers.values())}
     values |= {str(output.name) for node in graph for output in node.outputs}
     for inner in graph.subgraphs():
+        inner.name = new(inner.name, graphs)
         for value in (*inner.inputs, *(output for node in inner for output in node.outputs)):
             value.name = new(value.name, values)
         for node in inner:
