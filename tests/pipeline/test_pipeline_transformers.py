@@ -25,7 +25,7 @@ from support.image_model import between, iou, photograph
 from support.transformers_model import SIZE, tiny
 
 
-@pytest.fixture(scope="module", params=["Sam3Model", "Sam3LiteTextModel"])
+@pytest.fixture(scope="module", params=["Sam3Model", pytest.param("Sam3LiteTextModel", marks=pytest.mark.long)])
 def source(request: pytest.FixtureRequest, made_once: MadeOnce, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The model, and what runs its export: once from a folder, once live and fused."""
     model = tiny(request.param)

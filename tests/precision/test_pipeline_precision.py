@@ -33,6 +33,7 @@ def folder(tiny_model: nn.Module, tiny_vocabulary: Path, made_once: MadeOnce) ->
     return made_once("int8_pipeline", write)  # at its end tiny_model says whether the export changed it
 
 
+@pytest.mark.long
 def test_every_component_equals_eager_with_its_weights_rounded(folder: Path) -> None:
     manifest = load_manifest(folder)
     assert manifest.verified and tuple(item.name for item in manifest.components) == COMPONENTS
@@ -44,6 +45,7 @@ def test_every_component_equals_eager_with_its_weights_rounded(folder: Path) -> 
         assert all(record.rms_rel == pytest.approx(record.eager_rms_rel, rel=0.05, abs=1e-6) for record in floats)
 
 
+@pytest.mark.long
 def test_the_manifest_tells_what_it_does_to_masks(folder: Path) -> None:
     quality = load_manifest(folder).quality
     assert quality is not None and quality.precision == "int8" and len(quality.prompts) == 5
@@ -58,6 +60,7 @@ def test_the_manifest_tells_what_it_does_to_masks(folder: Path) -> None:
     assert f"mask IoU {quality.mean_iou:.4f} on average, {quality.min_iou:.4f} at worst" in shown and "costs" in shown
 
 
+@pytest.mark.long
 def test_files_in_fp32_have_the_masks_of_eager(tiny_pipeline: Path, tiny_model: nn.Module, folder: Path) -> None:
     """The measure itself: nothing lost in fp32, the manifest's own figures from the files of int8, far less of other masks."""
     target = OnnxTarget()
@@ -71,6 +74,7 @@ def test_files_in_fp32_have_the_masks_of_eager(tiny_pipeline: Path, tiny_model: 
     assert min(iou(a, b) for answer, other in zip(answers, swapped, strict=True) for a, b in zip(answer.masks, other)) < 0.9  # noqa: B905
 
 
+@pytest.mark.long
 def test_it_runs_and_verifies_like_any_other(folder: Path, tiny_pipeline: Path, tiny_model: nn.Module) -> None:
     records = verify_pipeline(folder, module_image_source(tiny_model))
     assert all(record.passed for record in records) and any(record.from_unrounded for record in records)
@@ -79,6 +83,7 @@ def test_it_runs_and_verifies_like_any_other(folder: Path, tiny_pipeline: Path, 
     assert np.mean([iou(a, b) for a, b in zip(mine.masks, plain.masks, strict=True)]) > 0.8
 
 
+@pytest.mark.long
 def test_a_joined_file_has_rounded_weights_too(
     folder: Path, tiny_model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
