@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
 from sam3x.errors import ArtifactError, Step
+from sam3x.sources.clicks import Clicks
 from sam3x.sources.names import FUSION_ENCODER
 from sam3x.verify.record import Record, TensorSpec, VerificationRecord
 
@@ -193,6 +194,7 @@ class PipelineManifest(Manifest):
         tokenizer: file in the format of Hugging Face's tokenizers; None: ids must be given.
         unescape_html: whether ``&amp;`` in a text is read as ``&``, as upstream's tokenizer does.
         threshold: what detections score above by default. mask_interpolation: what is stretched to the picture's size.
+        clicks: how the interactive head's logits become masks; None: the pipeline has none.
         quality: masks, boxes and scores against eager in fp32, of a whole pipeline with rounded weights that was verified.
     """
 
@@ -210,6 +212,7 @@ class PipelineManifest(Manifest):
     unescape_html: bool = True
     threshold: float = 0.5
     mask_interpolation: Literal["logits", "probabilities"] = "logits"
+    clicks: Clicks | None = None
     quality: Quality | None = None
 
     @property

@@ -99,9 +99,10 @@ class EagerPipelineContender:
         import torch
 
         from sam3x.sources.contract import walk
+        from sam3x.sources.names import DETECTOR
 
         with torch.inference_mode():
-            *before, mask_head = self.model.components
+            *before, mask_head = (item for item in self.model.components if item.name in DETECTOR)
             trace = walk(before, arrays)
             found = trace["decoder"][1]
             scores = (found["pred_logits"].sigmoid() * found["presence_logit_dec"].sigmoid())[0]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from sam3x.artifact.manifest import Manifest, Quality
-    from sam3x.runtime.result import Result
+    from sam3x.runtime.result import Masks
     from sam3x.sources.report import LintReport
 
 
@@ -83,7 +83,7 @@ def _quality(quality: Quality) -> list[RenderableType]:
     return [f"{quality.precision} against fp32: mask IoU {worst}, {where}", table]
 
 
-def detections_view(result: Result, picture: str | None = None) -> RenderableType:
+def detections_view(result: Masks, picture: str | None = None) -> RenderableType:
     """One row a detection, best first, or that nothing was found; ``picture``: its name, where there are several."""
     where = "" if picture is None else f" in {picture}"
     if not len(result):

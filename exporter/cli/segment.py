@@ -1,10 +1,11 @@
-"""``sam3x run``: pictures and prompts in, detections out."""
+"""``sam3x run``: pictures and prompts or clicks in, masks out."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +15,15 @@ from sam3x.cli.console import reporting
 from sam3x.errors import SpecError, Step
 
 if TYPE_CHECKING:
-    from sam3x.runtime import Result, Segmenter
+    from sam3x.runtime import Segmenter
+    from sam3x.runtime.result import Masks
 
 STDIN = "-"
-_FORMS = {"box": ("X0,Y0,X1,Y1 in pixels, as in 10,20,200,180", float, 4), "ids": ("token ids, as in 598,17,599", int, None)}
+_FORMS = {
+    "box": ("X0,Y0,X1,Y1 in pixels, as in 10,20,200,180", float, 4),
+    "point": ("X,Y in pixels, as in 120,200", float, 2),
+    "ids": ("token ids, as in 598,17,599", int, None),
+}
 
 
 def run(
@@ -32,10 +38,20 @@ def run(
     ] = None,
     box: Annotated[
         list[str] | None,
-        typer.Option("--box", metavar="X0,Y0,X1,Y1", help="An example in pixels, for every prompt; repeatable."),
+        typer.Option(
+            "--box",
+            metavar="X0,Y0,X1,Y1",
+            help="In pixels; repeatable. With words an example for every prompt, without words the object itself.",
+        ),
     ] = None,
     not_box: Annotated[
         list[str] | None, typer.Option("--not-box", metavar="X0,Y0,X1,Y1", help="An example of what is not wanted; repeatable.")
+    ] = None,
+    point: Annotated[
+        list[str] | None, typer.Option("--point", metavar="X,Y", help="A point of one object, in pixels; repeatable.")
+    ] = None,
+    not_point: Annotated[
+        list[str] | None, typer.Option("--not-point", metavar="X,Y", help="A point outside that object; repeatable.")
     ] = None,
     threshold: Annotated[
         list[float] | None,
@@ -75,31 +91,67 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceback of an error.")] = False,
 ) -> None:
-    """Find what words or boxes describe in pictures. Needs no torch."""
+    """Find what words describe in pictures, or the object that points and a box mean. Needs no torch."""
     with reporting(verbose):
-        boxes = [*_parsed("box", "--box", box), *_parsed("box", "--not-box", not_box)]
-        labels = [True] * len(box or ()) + [False] * len(not_box or ())
+        boxes, others = _parsed("box", "--box", box), _parsed("box", "--not-box", not_box)
+        points, away = _parsed("point", "--point", point), _parsed("point", "--not-point", not_point)
         texts = [*(text or ()), *_parsed("ids", "--ids", ids)]
-        if not texts and not boxes:
-            raise SpecError("nothing to look for", remedy="Give --text, --ids or --box.", step=Step.RUN)
+        if not (texts or boxes or others or points or away):
+            raise SpecError("nothing to look for", remedy="Give --text, --ids, --box or --point.", step=Step.RUN)
         several = len(pictures) > 1 or any(Path(name).is_dir() for name in pictures)
         _check_outputs([] if several else [output], [None if str(json_file) == STDIN else json_file, coco])
         found = list(_pictures(pictures))
         from sam3x.runtime import Segmenter
 
         with Segmenter(folder, check=check, threads=threads, providers=provider or None, max_pixels=max_pixels) as segmenter:
-            asked: dict[str, Any] = {
-                "text": texts or None,
-                "boxes": boxes or None,
-                "labels": labels or None,
-                "threshold": threshold[0] if threshold and len(threshold) == 1 else threshold or None,
-            }
-            segmenter.prompts(**asked)  # what is wrong with them is told once
-            asked["max_detections"] = max_detections
+            ask: Callable[[Any], Masks]
+            if points or away or (boxes and not texts and not others and segmenter.clickable):
+                _refuse_beside_clicks({"--text and --ids": texts, "--not-box": others, "--threshold": threshold})
+                ask = _clicks(segmenter, points, away, boxes, max_detections)
+            else:
+                asked: dict[str, Any] = {
+                    "text": texts or None,
+                    "boxes": [*boxes, *others] or None,
+                    "labels": [True] * len(boxes) + [False] * len(others) or None,
+                    "threshold": threshold[0] if threshold and len(threshold) == 1 else threshold or None,
+                }
+                segmenter.prompts(**asked)  # what is wrong with them is told once
+                ask = partial(segmenter.segment, **asked, max_detections=max_detections)
             with _Written(output=output, masks=masks, json_file=json_file, coco=coco, several=several, quiet=quiet) as written:
-                failed = sum(not _answered(segmenter, picture, asked, written) for picture in found)
+                failed = sum(not _answered(ask, picture, written) for picture in found)
         if failed:
             raise typer.Exit(SpecError.exit_code)
+
+
+def _clicks(
+    segmenter: Segmenter, points: list[Any], away: list[Any], boxes: list[Any], most: int | None
+) -> Callable[[Any], Masks]:
+    """What answers for a picture: the best mask of the object that all points and a box mean, or of each box's, else ``most``.
+
+    As upstream advises, one point has three masks to choose from, more of a prompt has one.
+    """
+    own = [*points, *away]
+    if own and len(boxes) > 1:
+        raise SpecError("points and several boxes", remedy="Give one --box with --point: they mean one object.", step=Step.RUN)
+    asked: dict[str, Any] = {
+        "points": own or None,
+        "labels": [1] * len(points) + [0] * len(away) if own else None,
+        "box": (boxes[0] if own else boxes) if boxes else None,
+        "multimask": len(own) == 1 and not boxes,
+    }
+    segmenter.clicks(*(asked[name] for name in ("points", "labels", "box")))  # what is wrong with them is told once
+    return lambda picture: segmenter.click(picture, **asked).top(most or 1)
+
+
+def _refuse_beside_clicks(given: dict[str, Any]) -> None:
+    for option, value in given.items():
+        if value:
+            raise SpecError(
+                "it belongs to a search by words or examples, and this is a click on an object",
+                subject=option,
+                remedy="Leave it out; everything like a box is found with --text visual --box.",
+                step=Step.RUN,
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,10 +194,10 @@ def _unused(stem: str, taken: set[str]) -> str:
     return name
 
 
-def _answered(segmenter: Segmenter, picture: _Picture, asked: dict[str, Any], written: _Written) -> bool:
+def _answered(ask: Callable[[Any], Masks], picture: _Picture, written: _Written) -> bool:
     """Whether a picture could be read; of one among several, what is wrong goes to stderr and the others follow."""
     try:
-        result = segmenter.segment(picture.source, **asked)
+        result = ask(picture.source)
     except SpecError as error:
         if not written.several:
             raise
@@ -180,7 +232,7 @@ class _Written:
         if kind is None and self.coco is not None and self.coco_path is not None:
             self.coco.write(self.coco_path)
 
-    def add(self, picture: _Picture, result: Result) -> None:
+    def add(self, picture: _Picture, result: Masks) -> None:
         from sam3x.runtime.output import written
 
         if self.output is not None:

@@ -24,7 +24,7 @@ from sam3x.pipeline.request import PARTS, Request, check_available, resolve_pipe
 from sam3x.pipeline.samples import samples_of
 from sam3x.pipeline.tokenizer import write_tokenizer
 from sam3x.sources.contract import Component, ImageModel, Model, SourceFactory
-from sam3x.sources.names import COMPONENTS
+from sam3x.sources.names import COMPONENTS, DETECTOR
 
 
 def export_pipeline(
@@ -33,7 +33,7 @@ def export_pipeline(
     target: str = "onnx",
     output: str | Path,
     tokenizer: str | Path | None = None,
-    components: Sequence[str] = COMPONENTS,
+    components: Sequence[str] | None = None,
     fuse: bool = False,
     progress: Progress | None = None,
     disable_pass: Sequence[str] = (),
@@ -46,7 +46,7 @@ def export_pipeline(
         source: what ``sam3x.sources.image`` returns.
         target: see ``sam3x targets``. output: folder; replaced as a whole once everything is verified.
         tokenizer: ``bpe_simple_vocab_16e6.txt.gz``, a ``tokenizer.json`` or a folder with one. None: the source's own, or none.
-        components: those to export, all by default; docs/compatibility.md says which a target takes.
+        components: those to export; None: all, as far as ``resolve_pipeline`` says that the target takes them.
         fuse: join what runs for every prompt as one ``segmenter.onnx`` (docs/decisions/0016-fused-pipeline.md).
         progress: told each step as it begins.
         disable_pass: passes to leave out. dump_graphs: folder for each component's graph after each pass.
@@ -86,9 +86,10 @@ def export_model(
         tell("source")
         model = source(request.spec)
         request = replace(request, spec=model.spec or request.spec)
-        runtime = model.runtime()
+        runtime: dict[str, Any] = {}
         if isinstance(model, ImageModel):
-            runtime["tokenizer"] = write_tokenizer(tokenizer or model.tokenizer, staging, model)
+            model = model.narrowed(request.components)
+            runtime = {**model.runtime(), "tokenizer": write_tokenizer(tokenizer or model.tokenizer, staging, model)}
         work = _Work.of(model, request, tell)
         model = replace(model, components=())
         made, quality = work.done(ComponentJob(request, staging, tell))
@@ -165,8 +166,9 @@ class _Work:
 
 
 def measured(model: Model, request: Request) -> TypeGuard[ImageModel]:
-    """Whether masks are compared with fp32: those of a whole pipeline below it, which runs here."""
-    whole = isinstance(model, ImageModel) and set(request.components) == set(COMPONENTS)
+    """Whether masks are compared with fp32: those of a whole detector below it, which runs here."""
+    made = {item.name for item in model.components if item.name in request.components}
+    whole = isinstance(model, ImageModel) and made >= set(DETECTOR)
     return whole and request.numerics.below is not None and request.unverified is None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from sam3x.artifact.manifest import SEGMENTER, Manifest
 from sam3x.errors import SpecError, TargetUnavailableError, did_you_mean
-from sam3x.sources.names import COMPONENTS, FUSION_ENCODER, MAX_PROMPTS
+from sam3x.sources.names import COMPONENTS, DETECTOR, FUSION_ENCODER, MAX_PROMPTS
 from sam3x.spec import ExportSpec, checked, make_spec
 from sam3x.targets.base import Numerics, Target, TargetOptions
 from sam3x.targets.registry import get_target
@@ -69,7 +69,7 @@ class Request:
             target=target,
             options=checked(target.options_type, manifest.target_options),
             spec=spec.model_copy(update={"verify": verify}),
-            components=COMPONENTS if SEGMENTER in names else tuple(names),
+            components=DETECTOR if SEGMENTER in names else tuple(names),
             fuse=SEGMENTER in names,
         )
 
@@ -128,20 +128,22 @@ def resolve_pipeline(
     """The request for a whole model, or for some components of it.
 
     Args:
-        options: as for ``resolve``. components: None: all. passes: ``disable_pass`` and ``dump_graphs``.
+        options: as for ``resolve``. passes: ``disable_pass`` and ``dump_graphs``.
+        components: None: all; without the interactive head where the target does not take it, and in a file joined by ``fuse``.
 
     Raises:
         SpecError: as ``resolve``; an option without a meaning for a whole model, what cannot be joined, no such component.
     """
-    chosen = COMPONENTS if components is None else tuple(components)
+    back_end = get_target(target) if isinstance(target, str) else target
+    every = COMPONENTS if back_end.takes_no_rows and not fuse else DETECTOR
+    chosen = every if components is None else tuple(components)
     unknown = [name for name in chosen if name not in COMPONENTS]
     if unknown or not chosen:
         raise SpecError(f"no component {', '.join(unknown) or 'named'}; there are {', '.join(COMPONENTS)}")
-    back_end = get_target(target) if isinstance(target, str) else target
     if fuse and back_end.name != "onnx":
         fact = f"--fuse joins ONNX files, the target is {back_end.name}"
         raise SpecError(fact, remedy="Leave --fuse out, or take --target onnx.")
-    if fuse and chosen != COMPONENTS:
+    if fuse and chosen != DETECTOR:
         raise SpecError("--fuse joins the components of a whole model", remedy="Leave --components out, or --fuse.")
     if options.get("layout", "flat") != "flat":
         fact = f"--layout {options['layout']} is for one model; a pipeline has six"

@@ -16,7 +16,7 @@ from sam3x.pipeline.quality import eager_answers, quality_of
 from sam3x.pipeline.request import Request
 from sam3x.pipeline.samples import samples_of
 from sam3x.precision.component import rounded
-from sam3x.sources.contract import Expected, SourceFactory
+from sam3x.sources.contract import Expected, ImageModel, SourceFactory
 
 
 @settled()
@@ -39,6 +39,8 @@ def verify_model(
     job = ComponentJob(request, Path(folder), progress or (lambda _: None))
     expected = Expected(folder=str(folder), origin=manifest.origin, weights_sha256=manifest.weights_sha256)
     model = source(request.spec, expected)
+    if isinstance(model, ImageModel):
+        model = model.narrowed(request.components)
     samples, components = samples_of(model, request), list(model.components)
     if request.fuse:
         whole = fused(components)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -12,6 +12,10 @@ from sam3x.capture.samples import clamped, samples_for, thinned, verification_si
 from sam3x.fusion.encoder import FusionEncoder
 from sam3x.pipeline.request import Request
 from sam3x.sources.contract import Component, ImageModel, Model, walk
+from sam3x.sources.names import INTERACTIVE_HEAD
+
+_ATTEMPTS = 8
+_NEAR, _FAR = 1.001, 0.1  # a picture's features so near give answers no further apart, as fractions of the largest value
 
 
 def samples_of(model: Model, request: Request, tell: Callable[[str], None] = lambda _: None) -> dict[str, list[Sample]]:
@@ -50,14 +54,40 @@ def _walked(model: ImageModel, request: Request) -> dict[str, list[Sample]]:
         case = f"{prompts} prompts, length {length}, {boxes} boxes, {queries} queries"
         given = _given(model, prompts, length, boxes, spec.seed + index)
         trace = walk(model.components, given, lambda value, count=queries: value[:, :count], vision)  # type: ignore[misc]
-        for component in model.components:
+        for component in (item for item in model.components if item.name in trace):
             if component.name != "vision_encoder" or vision is None:
                 inputs, outputs = trace[component.name]
                 found[component.name].append(
                     Sample(branch=branch_of(component), case=case, inputs=inputs, expected=outputs, large=True)
                 )
         vision = trace["vision_encoder"]
+    for component in model.components:
+        if component.name == INTERACTIVE_HEAD and vision is not None:
+            found[component.name] = list(_clicked(component, vision[1], model, spec.seed))
     return found
+
+
+def _clicked(head: Component, picture: Mapping[str, Tensor], model: ImageModel, seed: int) -> Iterator[Sample]:
+    """Objects with a box, points and some with a mask; one point; a mask alone."""
+    alone = 0 if model.clicks is None else model.clicks.rows_of_mask_alone
+    for count, labels, masks in ((3, (2, 3, 1, 0, -1), 2), (1, (1, -1), 0), (1, (-1,) * alone, 1)):
+        objects = clamped(count, head.ranges["prompts"])
+        size = picture["high_res_feats_0"].shape[-2:]
+        for attempt in range(_ATTEMPTS):
+            generator = torch.Generator().manual_seed(seed + attempt)
+            given = {
+                "point_coords": torch.rand((objects, len(labels), 2), generator=generator) * model.image_size,
+                "point_labels": torch.tensor([labels] * objects, dtype=torch.long).reshape(objects, len(labels)),
+                "mask_input": torch.randn((objects, 1, *size), generator=generator) * 4,
+                "has_mask_input": torch.arange(objects) < masks,
+            }
+            inputs = head.feed({**{name: value[:1] for name, value in picture.items()}, **given})
+            expected = head.eager(inputs)
+            near = head.eager({**inputs, "image_embed": inputs["image_embed"] * _NEAR})
+            if all(bool((near[name] - value).abs().max() < _FAR * value.abs().max()) for name, value in expected.items()):
+                break  # the choice by stability is not on the edge, where rounding turns it
+        case = f"{objects} objects, {len(labels)} points, {min(masks, objects)} masks"
+        yield Sample(branch=branch_of(head), case=case, inputs=inputs, expected=expected, large=True)
 
 
 def branch_of(component: Component) -> str:

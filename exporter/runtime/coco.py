@@ -11,7 +11,7 @@ from sam3x.runtime.output import written
 from sam3x.runtime.pictures import INSTALL
 
 if TYPE_CHECKING:
-    from sam3x.runtime.result import Result
+    from sam3x.runtime.result import Masks
 
 
 class CocoFile:
@@ -34,7 +34,7 @@ class CocoFile:
         self._annotations: list[dict[str, Any]] = []
         self._categories: dict[str, int] = {}
 
-    def add(self, name: str, result: Result) -> None:
+    def add(self, name: str, result: Masks) -> None:
         """The detections of a picture; ``name`` becomes its ``file_name``."""
         width, height = result.picture.size
         image = len(self._images) + 1

@@ -59,19 +59,19 @@ def read_prompts(
     texts = _texts(text)
     nested, given = _boxes(boxes)
     if not texts and not any(map(len, given)):
-        raise _refused("nothing to look for", "Give text, boxes or both.")
+        raise refused("nothing to look for", "Give text, boxes or both.")
     count = len(texts) or (len(given) if nested else 1)
     if nested and len(given) != count:
-        raise _refused(f"{len(given)} lists of boxes for {count} texts", "Give a list for each, or one for all.")
+        raise refused(f"{len(given)} lists of boxes for {count} texts", "Give a list for each, or one for all.")
     own_labels = _labels(labels, given, nested)
     thresholds = _thresholds(threshold, default_threshold, count)
     prompts = []
     for index in range(count):
         at = index if nested else 0
         if not texts and not len(given[at]):
-            raise _refused(f"prompt {index + 1} of {count} has neither text nor boxes")
+            raise refused(f"prompt {index + 1} of {count} has neither text nor boxes")
         if len(given[at]) > limits.boxes:
-            raise _refused(f"{len(given[at])} boxes in one prompt, the model takes at most {limits.boxes}")
+            raise refused(f"{len(given[at])} boxes in one prompt, the model takes at most {limits.boxes}")
         words = texts[index] if texts else box_text
         ids = tokenize(words) if isinstance(words, str) else _checked_ids(words, limits)
         name = "boxes" if not texts else words if isinstance(words, str) else f"ids {ids}"
@@ -91,14 +91,14 @@ def boxes_to_fractions(boxes: np.ndarray, height: int, width: int) -> np.ndarray
     for box in boxes:
         corners = box / scale
         if (corners[2:] <= 0).any() or (corners[:2] >= 1).any():
-            raise _refused(f"the box {box.tolist()} lies outside the picture, which is {width} x {height} pixels")
+            raise refused(f"the box {box.tolist()} lies outside the picture, which is {width} x {height} pixels")
         if (corners < -1).any() or (corners > 2).any():
             fact = f"the box {box.tolist()} reaches further over the edge than the picture is large, {width} x {height} pixels"
-            raise _refused(fact, "Give boxes in pixels of this picture.")
+            raise refused(fact, "Give boxes in pixels of this picture.")
     low, high = boxes[:, :2], boxes[:, 2:]
     fractions = (np.concatenate([(low + high) / 2, high - low], axis=1) / scale).astype(np.float32)
     if (fractions[:, 2:] <= 0).any():
-        raise _refused(f"a box is too thin for float32: {boxes.tolist()}")
+        raise refused(f"a box is too thin for float32: {boxes.tolist()}")
     return fractions
 
 
@@ -117,7 +117,7 @@ def whole_number(value: Any, name: str, least: int = 1) -> int:
     """
     number = _index(value)
     if number is None or number < least:
-        raise _refused(f"{name} is a whole number from {least}, got {_short(value)}")
+        raise refused(f"{name} is a whole number from {least}, got {short(value)}")
     return number
 
 
@@ -126,9 +126,9 @@ def _texts(text: Any) -> list[str | list[int]]:
         return []
     if isinstance(text, str):
         return [_encodable(text)]
-    items = _items(text, "text is words or token ids, or a list of either")
+    items = items_of(text, "text is words or token ids, or a list of either")
     if not items:
-        raise _refused("the list of texts is empty", "Give at least one, or None with boxes.")
+        raise refused("the list of texts is empty", "Give at least one, or None with boxes.")
     if all(_index(item) is not None for item in items):
         return [[operator.index(item) for item in items]]  # one prompt in token ids
     texts: list[str | list[int]] = []
@@ -136,9 +136,9 @@ def _texts(text: Any) -> list[str | list[int]]:
         if isinstance(item, str):
             texts.append(_encodable(item))
             continue
-        ids = [_index(value) for value in _items(item, "each text is words or a list of token ids")]
+        ids = [_index(value) for value in items_of(item, "each text is words or a list of token ids")]
         if None in ids:
-            raise _refused(f"token ids are whole numbers, got {_short(item)}")
+            raise refused(f"token ids are whole numbers, got {short(item)}")
         texts.append([value for value in ids if value is not None])
     return texts
 
@@ -147,13 +147,13 @@ def _encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise _refused(f"the text {text!r} holds half of a surrogate pair, which is no character") from None
+        raise refused(f"the text {text!r} holds half of a surrogate pair, which is no character") from None
     return text
 
 
 def _checked_ids(ids: list[int], limits: Limits) -> list[int]:
     if not 0 < len(ids) <= limits.context_length or not all(0 <= value < limits.vocab_size for value in ids):
-        raise _refused(f"expected 1 to {limits.context_length} token ids below {limits.vocab_size}, got {_short(ids)}")
+        raise refused(f"expected 1 to {limits.context_length} token ids below {limits.vocab_size}, got {short(ids)}")
     return ids
 
 
@@ -161,7 +161,7 @@ def _boxes(boxes: Any) -> tuple[bool, list[np.ndarray]]:
     """Whether there is a list of boxes for each prompt, and the lists, (N, 4) each; a single one is for all."""
     if boxes is None:
         return False, [np.zeros((0, 4))]
-    items = _items(boxes, "boxes are a list of boxes, or a list of them for each prompt")
+    items = items_of(boxes, "boxes are a list of boxes, or a list of them for each prompt")
     if not items:
         return False, [np.zeros((0, 4))]
     arrays = [_numbers(item) for item in items]
@@ -169,8 +169,8 @@ def _boxes(boxes: Any) -> tuple[bool, list[np.ndarray]]:
     if all(flat):
         return False, [_checked_boxes(arrays, boxes)]
     if any(flat):
-        raise _refused(
-            f"some of the boxes stand in a list of their own and some do not: {_short(boxes)}",
+        raise refused(
+            f"some of the boxes stand in a list of their own and some do not: {short(boxes)}",
             "Give one list of boxes for all prompts, or a list for each.",
         )
     return True, [_checked_boxes(list(array), boxes) for array in arrays]
@@ -185,8 +185,8 @@ def _numbers(item: Any) -> np.ndarray:
     except Exception:  # lists of different lengths, a tensor elsewhere, another library's own refusal
         array = np.zeros(())
     if array.ndim not in (1, 2):
-        raise _refused(
-            f"a box is four numbers x0, y0, x1, y1 in pixels, got {_short(item)}",
+        raise refused(
+            f"a box is four numbers x0, y0, x1, y1 in pixels, got {short(item)}",
             "One box is given as [[x0, y0, x1, y1]].",
         )
     return array
@@ -195,11 +195,11 @@ def _numbers(item: Any) -> np.ndarray:
 def _checked_boxes(boxes: list[np.ndarray], given: Any) -> np.ndarray:
     for box in boxes:
         if box.shape != (4,):
-            raise _refused(f"a box is four numbers x0, y0, x1, y1 in pixels, got {_short(given)}")
+            raise refused(f"a box is four numbers x0, y0, x1, y1 in pixels, got {short(given)}")
         with np.errstate(over="ignore"):  # of a longer float
             box = box.astype(np.float64)
         if not np.isfinite(box).all() or (box[2:] <= box[:2]).any():
-            raise _refused(f"a box is x0, y0, x1, y1 in pixels with x0 < x1 and y0 < y1, got {box.tolist()}")
+            raise refused(f"a box is x0, y0, x1, y1 in pixels with x0 < x1 and y0 < y1, got {box.tolist()}")
     return np.array(boxes, dtype=np.float64).reshape(-1, 4)
 
 
@@ -207,25 +207,30 @@ def _labels(labels: Any, boxes: list[np.ndarray], nested: bool) -> list[np.ndarr
     """int64 labels of every list of boxes."""
     if labels is None:
         return [np.ones(len(item), dtype=np.int64) for item in boxes]
-    given = _items(labels, "labels are True or False for each box, listed as the boxes are")
+    given = items_of(labels, "labels are True or False for each box, listed as the boxes are")
     lists = (
-        [_items(item, "labels are listed as the boxes are, a list for each prompt") for item in given] if nested else [given]
+        [items_of(item, "labels are listed as the boxes are, a list for each prompt") for item in given] if nested else [given]
     )
     if len(lists) != len(boxes):
-        raise _refused(f"{len(lists)} lists of labels for {len(boxes)} lists of boxes", "Give a list for each.")
+        raise refused(f"{len(lists)} lists of labels for {len(boxes)} lists of boxes", "Give a list for each.")
     found = []
     for own, item in zip(lists, boxes, strict=True):
         if len(own) != len(item):
-            raise _refused(f"{len(own)} labels for {len(item)} boxes", "Give one for each.")
-        found.append(np.array([_label(value) for value in own], dtype=np.int64))
+            raise refused(f"{len(own)} labels for {len(item)} boxes", "Give one for each.")
+        found.append(np.array([label_of(value) for value in own], dtype=np.int64))
     return found
 
 
-def _label(value: Any) -> int:
+def label_of(value: Any) -> int:
+    """1 for what is wanted, 0 for what is not.
+
+    Raises:
+        SpecError: ``value`` is neither, as a truth value or a number.
+    """
     scalar = _scalar(value)
     number = int(scalar) if isinstance(scalar, bool) else _index(scalar)
     if number is None or number not in (0, 1):
-        raise _refused(f"a label is True for what is wanted and False for what is not, got {_short(value)}")
+        raise refused(f"a label is True for what is wanted and False for what is not, got {short(value)}")
     return number
 
 
@@ -233,9 +238,9 @@ def _thresholds(threshold: Any, default: float, count: int) -> list[float]:
     if threshold is None:
         return [default] * count
     if isinstance(threshold, Iterable) and not isinstance(threshold, str) and getattr(threshold, "ndim", 1) != 0:
-        given = [_threshold(value) for value in _items(threshold, "a threshold is a number, or a list of them")]
+        given = [_threshold(value) for value in items_of(threshold, "a threshold is a number, or a list of them")]
         if len(given) != count:
-            raise _refused(f"{len(given)} thresholds for {count} prompts", "Give one for each, or one for all.")
+            raise refused(f"{len(given)} thresholds for {count} prompts", "Give one for each, or one for all.")
         return given
     return [_threshold(threshold)] * count
 
@@ -247,18 +252,18 @@ def _threshold(value: Any) -> float:
     except Exception:  # no number, or one that is too large
         number = math.nan
     if not 0 <= number <= 1:
-        raise _refused(f"a threshold is a number from 0 to 1, got {_short(value)}")
+        raise refused(f"a threshold is a number from 0 to 1, got {short(value)}")
     return number
 
 
-def _items(value: Any, rule: str) -> list[Any]:
+def items_of(value: Any, rule: str) -> list[Any]:
     """What stands in a list, tuple, array or other iterable that has an order."""
     try:
         if isinstance(value, (str, bytes, bytearray, Mapping, Set)):
             raise TypeError
         return list(value.tolist() if hasattr(value, "tolist") else value)
     except TypeError:
-        raise _refused(f"{rule}, got {_short(value)}") from None
+        raise refused(f"{rule}, got {short(value)}") from None
 
 
 def _index(value: Any) -> int | None:
@@ -275,10 +280,12 @@ def _scalar(value: Any) -> Any:
     return value.item() if hasattr(value, "item") and not getattr(value, "ndim", -1) else value
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """``value`` in at most 80 characters."""
     words = repr(value)
     return words if len(words) <= 80 else f"{words[:77]}..."
 
 
-def _refused(fact: str, remedy: str = "") -> SpecError:
+def refused(fact: str, remedy: str = "") -> SpecError:
+    """The error of a prompt."""
     return SpecError(fact, remedy=remedy, step=Step.RUN)

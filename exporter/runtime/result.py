@@ -1,4 +1,4 @@
-"""What a segmentation found."""
+"""What a segmentation found, and what clicks gave."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import colorsys
 import functools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,20 +23,19 @@ _BAND = 1 << 20  # pixels that are stretched at a time
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Result:
-    """Detections of all prompts, those of one prompt together, in the order of the model's queries.
+class Masks:
+    """Masks of a picture, those of one prompt together.
 
-    Masks are kept as the model gives them, 288 by 288 in SAM3, and stretched to the picture when they are asked for: ``masks``
+    They are kept as the model gives them, 288 by 288 in SAM3, and stretched to the picture when they are asked for: ``masks``
     is all of them, a byte a pixel each; ``mask(index)`` is one.
 
     Attributes:
-        boxes: (N, 4) float32, x0, y0, x1, y1 in pixels. scores: (N,) float32, 0 to 1.
-        prompt: (N,) int64, which prompt each detection answers. prompts: the prompts in words.
+        scores: (N,) float32, 0 to 1.
+        prompt: (N,) int64, which prompt each mask answers. prompts: the prompts in words.
         picture: the picture they were found in, RGB, turned as its EXIF orientation said.
         small_masks: (N, h, w) float32, what is stretched. border: a stretched value above it is part of the mask.
     """
 
-    boxes: np.ndarray
     scores: np.ndarray
     prompt: np.ndarray
     prompts: tuple[str, ...]
@@ -48,9 +47,15 @@ class Result:
     def __len__(self) -> int:
         return len(self.scores)
 
+    if TYPE_CHECKING:  # else a field of that name in a subclass would take it as its default
+
+        @property
+        def boxes(self) -> np.ndarray:
+            """(N, 4) float32, x0, y0, x1, y1 in pixels."""
+
     @property
     def labels(self) -> list[str]:
-        """The prompt of each detection."""
+        """The prompt of each mask."""
         return [self.prompts[index] for index in self.prompt]
 
     @functools.cached_property
@@ -66,7 +71,7 @@ class Result:
         except MemoryError:
             size = len(self) * height * width / 1e9
             raise SpecError(
-                f"the masks of {len(self)} detections in {width} x {height} pixels take {size:.1f} GB, more than there is",
+                f"{len(self)} masks in {width} x {height} pixels take {size:.1f} GB, more than there is",
                 remedy="Take one at a time with mask(index), or find fewer: threshold, max_detections.",
                 step=Step.RUN,
             ) from None
@@ -75,7 +80,7 @@ class Result:
         return masks
 
     def mask(self, index: int) -> np.ndarray:
-        """(height, width) bool, of one detection."""
+        """(height, width) bool, of one of them."""
         width, height = self.picture.size
         mask = np.empty((height, width), dtype=bool)
         self._fill(range(len(self))[index], mask)
@@ -154,7 +159,53 @@ class Result:
         return resize_bilinear(self.small_masks[index : index + 1], height, width, rows)[0] > self.border
 
 
-def _overlaid(result: Result) -> Image.Image:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Result(Masks):
+    """Detections of all prompts, those of one prompt in the order of the model's queries.
+
+    Attributes:
+        boxes: (N, 4) float32, x0, y0, x1, y1 in pixels, as the model gives them.
+    """
+
+    boxes: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Clicked(Masks):
+    """The masks that clicks gave, three or one for each object; ``prompt`` counts the objects.
+
+    Attributes:
+        scores: what the model takes for the overlap of each mask with what is meant.
+        logits: (N, h, w) float32, -32 to 32; those of ``best`` can be given as ``mask`` with further clicks.
+    """
+
+    logits: np.ndarray
+
+    @functools.cached_property
+    def boxes(self) -> np.ndarray:
+        """(N, 4) float32, x0, y0, x1, y1 in pixels: what each mask reaches over; zeros where it is empty."""
+        boxes = np.zeros((len(self), 4), dtype=np.float32)
+        for index in range(len(self)):
+            mask = self.mask(index)
+            rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+            if len(rows):
+                boxes[index] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+        return boxes
+
+    @property
+    def best(self) -> Clicked:
+        """The mask of each object that scores highest."""
+        return self.top(1)
+
+    def top(self, count: int) -> Clicked:
+        """The ``count`` masks of each object that score highest, best first."""
+        rows = [np.flatnonzero(self.prompt == index) for index in range(len(self.prompts))]
+        chosen = np.concatenate([own[np.argsort(-self.scores[own], kind="stable")[:count]] for own in rows])
+        names = ("scores", "prompt", "small_masks", "logits")
+        return replace(self, **{name: getattr(self, name)[chosen] for name in names}, _runs={})
+
+
+def _overlaid(result: Masks) -> Image.Image:
     from PIL import Image, ImageDraw
 
     pixels = np.array(result.picture)

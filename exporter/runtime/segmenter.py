@@ -1,4 +1,4 @@
-"""``Segmenter``: an exported pipeline behind two calls, ``encode`` a picture and ``segment`` it."""
+"""``Segmenter``: an exported pipeline behind three calls: ``encode`` a picture, ``segment`` it by words, ``click`` on it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sam3x.errors import ArtifactError, SpecError, Step
+from sam3x.runtime.clicks import Click, check_inside, read_clicks, to_arrays
 from sam3x.runtime.components import Components
 from sam3x.runtime.manifest import SEGMENTER, load_manifest
 from sam3x.runtime.pictures import open_picture, sigmoid, to_tensor
 from sam3x.runtime.prompts import Limits, Prompt, boxes_to_fractions, boxes_to_pixels, read_prompts, whole_number
-from sam3x.runtime.result import Result
+from sam3x.runtime.regions import mended
+from sam3x.runtime.result import Clicked, Result
 from sam3x.runtime.text import Tokenizer, pad
+from sam3x.sources.names import INTERACTIVE_HEAD
 from sam3x.warning_filters import warnings_not_raised
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 Boxes = Sequence[Sequence[float]]
 """Boxes of x0, y0, x1, y1 in pixels."""
+
+_LOGITS = 32.0  # upstream's predictors keep what is fed back within it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -60,7 +65,7 @@ class Segmenter:
     Args:
         folder: what ``sam3x export --pipeline`` wrote.
         check: compare every file with its sha256 first.
-        batch: prompts that go through the model together; memory grows with it.
+        batch: prompts or objects that go through the model together; memory grows with it.
         threads: of one operator, where the pipeline runs in ONNX Runtime; None: one for each core.
         providers: ONNX Runtime's execution providers, the one to be preferred first: a name (``"cuda"`` or
             ``"CUDAExecutionProvider"``), or a list of names and of pairs (name, options). None: the CPU.
@@ -91,9 +96,9 @@ class Segmenter:
         batch = whole_number(batch, "batch")
         self.manifest = load_manifest(folder, check=check)
         self._components = Components(self.folder, self.manifest, threads=threads, providers=providers)
-        self.batch = min(
-            batch, self.manifest.component(SEGMENTER if self._fused else "decoder").ranges.get("prompts", (1, 1))[1]
-        )
+        heads = [item for item in self.manifest.components if item.name in (SEGMENTER, "decoder", INTERACTIVE_HEAD)]
+        most = [item.ranges.get("prompts", (1, 1))[1] for item in heads or [self.manifest.component("decoder")]]
+        self.batch = min(batch, *most)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopened, (str(self.folder.absolute()), self._arguments)
@@ -215,6 +220,90 @@ class Segmenter:
             prompts=tuple(item.name for item in prompts),
             picture=encoded.picture,
         )
+
+    @property
+    def clickable(self) -> bool:
+        """Whether the pipeline has an interactive head."""
+        return self.manifest.clicks is not None
+
+    def clicks(self, points: Any = None, labels: Any = None, box: Any = None, mask: Any = None) -> tuple[Click, ...]:
+        """Read and check clicks, which ``click`` does before anything else; its arguments, and what it raises."""
+        if self.manifest.clicks is None:
+            raise ArtifactError(
+                f"{self.folder} was exported without an interactive head, so clicks cannot be answered",
+                remedy="Export a source that has one, with its interactive_head: leave --components out.",
+                step=Step.RUN,
+            )
+        clicks = read_clicks(points, labels, box, mask, mask_size=self._mask_size)
+        most = self.manifest.component(INTERACTIVE_HEAD).ranges.get("points", (1, 1))[1]
+        rows = max(click.rows(self.manifest.clicks.rows_of_mask_alone) for click in clicks)
+        if rows > most:
+            fact = f"the model takes at most {most - 1} points of an object, two of them for a box, got {rows - 1}"
+            raise SpecError(fact, step=Step.RUN)
+        return clicks
+
+    @warnings_not_raised()
+    def click(
+        self,
+        image: Any,
+        points: Any = None,
+        labels: Any = None,
+        box: Any = None,
+        mask: Any = None,
+        multimask: bool = True,
+    ) -> Clicked:
+        """What points, a box or an earlier mask mean, as SAM2 and SAM3's interactive predictor answer them.
+
+        Args:
+            image: what ``encode`` returned, or anything it takes.
+            points: x and y in pixels of the picture: a list of points of one object, or a list of lists for several, which need
+                not have as many.
+            labels: one a point and listed as the points are, 1 or True for a point of the object, 0 or False for one outside.
+                Default all 1.
+            box: x0, y0, x1, y1 in pixels, or one for each object. It may reach over the picture's edge.
+            mask: logits of an earlier answer, ``result.best.logits``: (h, w) or (1, h, w) for one object, (objects, h, w) for
+                several. Lists of boxes and masks may hold None.
+            multimask: three masks for each object, for a prompt that may mean several things, such as one point; else one, the
+                model's own for it, or the best of the three where that is unstable.
+
+        Raises:
+            SpecError: a picture or a click that cannot be read, nothing clicked, a point outside the picture, too many points,
+                lists that do not fit together, or an ``EncodedImage`` of another pipeline.
+            ArtifactError: the pipeline has no interactive head, or a file cannot be run.
+        """
+        clicks = self.clicks(points, labels, box, mask)
+        head = self.manifest.clicks
+        assert head is not None
+        encoded = self._checked(image) if isinstance(image, EncodedImage) else self.encode(image)
+        check_inside(clicks, *encoded.picture.size)
+        chosen = slice(1, None) if multimask else slice(0, 1)
+        found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        rows = [click.rows(head.rows_of_mask_alone) for click in clicks]
+        for count in sorted(set(rows)):  # padding would take part in attention
+            alike = [index for index, own in enumerate(rows) if own == count]
+            for start in range(0, len(alike), self.batch):
+                batch = alike[start : start + self.batch]
+                own = [clicks[index] for index in batch]
+                given = to_arrays(own, count, encoded.picture.size, self.manifest.image_size, self._mask_size)
+                out = self._components.run(INTERACTIVE_HEAD, {**encoded.tensors, **given})
+                answers = zip(out["low_res_masks"][:, chosen], out["iou_predictions"][:, chosen], strict=True)
+                found.update(zip(batch, answers, strict=True))
+        masks, scores = (np.concatenate([found[index][part] for index in range(len(clicks))]) for part in (0, 1))
+        return Clicked(
+            small_masks=mended(masks, head.mask_threshold, head.max_hole_area, head.max_sprinkle_area),
+            border=head.mask_threshold,
+            logits=masks.clip(-_LOGITS, _LOGITS),
+            scores=scores,
+            prompt=np.repeat(np.arange(len(clicks)), [len(found[index][1]) for index in range(len(clicks))]),
+            prompts=tuple(f"object {index + 1}" for index in range(len(clicks))),
+            picture=encoded.picture,
+        )
+
+    @property
+    def _mask_size(self) -> tuple[int, int]:
+        """Height and width of the interactive head's masks."""
+        given = next(item for item in self.manifest.component(INTERACTIVE_HEAD).inputs if item.name == "mask_input")
+        return int(given.shape[-2]), int(given.shape[-1])
 
     def _checked(self, encoded: EncodedImage) -> EncodedImage:
         """An ``EncodedImage`` whose tensors are those that this pipeline's components read."""

@@ -33,6 +33,29 @@ def numbers_on_cpu() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def sdp_kernels_kept() -> Iterator[None]:
+    """Put CUDA's attention kernels back as they were: the mask decoder's attention allows all of them on every forward."""
+    kernels = torch.backends.cuda
+    before = kernels.flash_sdp_enabled(), kernels.math_sdp_enabled(), kernels.mem_efficient_sdp_enabled()
+    try:
+        yield
+    finally:
+        kernels.enable_flash_sdp(before[0])
+        kernels.enable_math_sdp(before[1])
+        kernels.enable_mem_efficient_sdp(before[2])
+
+
+@contextlib.contextmanager
+def answering(module: nn.Module, method: str, answer: Any) -> Iterator[None]:
+    """A method of ``module`` (a private shadow) gives ``answer``, whatever it is asked."""
+    module.__dict__[method] = lambda *_, **__: answer
+    try:
+        yield
+    finally:
+        del module.__dict__[method]
+
+
 def _symbolic_len(x: Any) -> Any:
     return x.shape[0] if isinstance(x, Tensor) and x.dim() else len(x)
 

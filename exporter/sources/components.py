@@ -1,4 +1,4 @@
-"""The six components with the contract's ports, around the modules that a source brings."""
+"""The components with the contract's ports, around the modules that a source brings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from sam3x.sources.contract import Component, Port
-from sam3x.sources.names import MAX_BOXES, MAX_IMAGES, MAX_PROMPTS
+from sam3x.sources.names import INTERACTIVE_HEAD, MAX_BOXES, MAX_IMAGES, MAX_POINTS, MAX_PROMPTS
 
 
 def ranges_of(
@@ -22,6 +22,7 @@ def ranges_of(
         "text_length": (lowest, context_length),
         "prompt_length": (lowest + 2, context_length + MAX_BOXES + 1),
         "queries": (1, num_queries),
+        "points": (0, MAX_POINTS),
     }
 
 
@@ -36,7 +37,8 @@ def build_components(
     """Components in the order in which they run.
 
     Args:
-        modules: adapter by component name. levels: feature maps beside the tokens (``fpn_0``, …).
+        modules: adapter by component name, of those that the source has.
+        levels: feature maps beside the tokens (``fpn_0``, …).
         attention_mask: whether the text encoder is told which tokens are padding.
         fusion: a fusion encoder that sam3x captures with its branches, in place of an adapter.
     """
@@ -62,18 +64,28 @@ def build_components(
     )
     picture = (Port(name="image", dims=("images", None, None, None)),)
     maps = tuple(Port(name=name, dims=(None, None, None, None)) for name in fpn)
+    clicks = ("high_res_feats_0", "high_res_feats_1", "image_embed") if INTERACTIVE_HEAD in modules else ()
+    click_prompt = (
+        Port(name="point_coords", dims=("prompts", "points", None)),
+        Port(name="point_labels", dims=("prompts", "points")),
+        Port(name="mask_input", dims=("prompts", None, None, None)),
+        Port(name="has_mask_input", dims=("prompts",)),
+    )
+    click_maps = tuple(Port(name=name, dims=(None, None, None, None)) for name in ("image_embed", *clicks[:2]))
     queries = Port(name="queries", dims=("prompts", "queries", None))
     ports: dict[str, tuple[tuple[Port, ...], tuple[str, ...]]] = {
-        "vision_encoder": (picture, (*fpn, "image_tokens", "image_pos")),
+        "vision_encoder": (picture, (*fpn, "image_tokens", "image_pos", *clicks)),
         "text_encoder": ((text, *mask), ("text_features", "text_mask")),
         "prompt_encoder": ((*features, *boxes, one_picture, position), ("prompt", "prompt_mask")),
         "fusion_encoder": ((tokens, position, *prompt), ("encoded",)),
         "decoder": ((encoded, position, *prompt), ("pred_boxes", "pred_logits", "presence_logit_dec", "queries")),
         "mask_head": ((queries, encoded, *prompt, *maps), ("pred_masks",)),
+        INTERACTIVE_HEAD: ((*click_prompt, *click_maps), ("low_res_masks", "iou_predictions")),
     }
     return tuple(
         fusion if name == "fusion_encoder" and fusion is not None else _component(name, modules[name], *ports[name], ranges)
         for name in ports
+        if name in modules or name == "fusion_encoder"
     )
 
 

@@ -1,7 +1,8 @@
 """What a pipeline component is: a module with named inputs and outputs, and how its inputs are fed.
 
-Six components take a picture and words to masks. Every source (Meta's ``Sam3Image``, transformers' ``Sam3Model``) is split into
-the same six, so the runtime knows one contract. Tensors are batch-first and masks True for padding, whatever the source uses.
+Six components take a picture and words to masks, a seventh a picture and clicks. Every source (Meta's ``Sam3Image``,
+transformers' ``Sam3Model``) is split into the same, as far as it has them, so the runtime knows one contract. Tensors are
+batch-first and masks True for padding, whatever the source uses.
 
 | component | takes | gives |
 |---|---|---|
@@ -11,23 +12,33 @@ the same six, so the runtime knows one contract. Tensors are batch-first and mas
 | ``fusion_encoder`` | tokens and prompt | ``encoded`` (prompts, tokens, C) |
 | ``decoder`` | ``encoded`` and prompt | ``pred_boxes``, ``pred_logits``, ``presence_logit_dec``, ``queries`` |
 | ``mask_head`` | ``queries``, ``encoded``, prompt, ``fpn_*`` | ``pred_masks`` |
+| ``interactive_head`` | ``point_coords``, ``point_labels``, ``mask_input``, ``has_mask_input``, a picture's ``image_embed``, \
+``high_res_feats_*`` | ``low_res_masks``, ``iou_predictions`` |
+
+With an interactive head the vision encoder gives ``image_embed`` and ``high_res_feats_*`` too. A row of ``prompts`` is then one
+object: ``point_coords`` (objects, points, 2) in pixels of the square picture, ``point_labels`` 1 for a point of the object, 0
+for one outside, 2 and 3 for the corners of a box, -1 for none: the last row is one, as upstream's prompt encoder adds it.
+``mask_input`` (objects, 1, h, w) holds logits of an earlier answer where ``has_mask_input``. Of the four masks the first is the
+single one, upstream's choice by stability included, the others the three for a prompt that may mean several things.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sam3x.errors import ArtifactError, Step
+from sam3x.errors import ArtifactError, SourceError, Step
 from sam3x.fusion.ambient import settled
 from sam3x.fusion.encoder import FusionEncoder
 from sam3x.fusion.shadow import holding
 from sam3x.fusion.wide import wide_floats
+from sam3x.sources.clicks import Clicks
+from sam3x.sources.names import COMPONENTS, DETECTOR, INTERACTIVE_HEAD
 from sam3x.spec import ExportSpec
 
 
@@ -107,6 +118,24 @@ class Component:
             results = self.module(*(doubled[port.name] for port in self.inputs))
         return dict(zip(self.outputs, results, strict=True))
 
+    def giving(self, outputs: Collection[str]) -> Component:
+        """This component with some of its outputs."""
+        kept = [index for index, name in enumerate(self.outputs) if name in outputs]
+        names = tuple(self.outputs[index] for index in kept)
+        return self if names == self.outputs else replace(self, module=_Some(self.module, kept), outputs=names)
+
+
+class _Some(nn.Module):
+    """``module`` with some of its outputs."""
+
+    def __init__(self, module: nn.Module, kept: Sequence[int]) -> None:
+        super().__init__()
+        self.module, self.kept = module, tuple(kept)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        found = self.module(*inputs)
+        return tuple(found[index] for index in self.kept)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
@@ -125,10 +154,6 @@ class Model:
     notes: tuple[str, ...] = ()
     spec: ExportSpec | None = None
 
-    def runtime(self) -> dict[str, Any]:
-        """What the runtime must know beside the components, as fields of the manifest."""
-        return {}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageModel(Model):
@@ -140,6 +165,7 @@ class ImageModel(Model):
         pad_id: token that fills a text up. box_text: the words that stand for "only boxes".
         source: whose model it is, ``sam3`` or ``transformers``.
         threshold, mask_interpolation: its post-processing, see ``PipelineManifest``.
+        clicks: that of its interactive head; None: it has none.
         tokenizer: the source's own vocabulary. unescape_html: whether its tokenizer reads ``&amp;`` as ``&``.
     """
 
@@ -156,8 +182,28 @@ class ImageModel(Model):
     unescape_html: bool = True
     threshold: float = 0.5
     mask_interpolation: Literal["logits", "probabilities"] = "logits"
+    clicks: Clicks | None = None
+
+    def narrowed(self, chosen: Collection[str]) -> ImageModel:
+        """The model for an export of ``chosen``: where those are of one head, the vision encoder gives what that head takes.
+
+        Raises:
+            SourceError: ``chosen`` are some of a model's components, and it has not all of them.
+        """
+        names = [item.name for item in self.components]
+        absent = [name for name in chosen if name not in names]
+        if absent and set(chosen) != set(COMPONENTS):
+            raise SourceError(f"{self.origin} has no {' and no '.join(absent)}", remedy="Leave it out of --components.")
+        heads = [head for head in (set(DETECTOR[1:]), {INTERACTIVE_HEAD}) if head & set(chosen)]
+        if len(heads) != 1:
+            return self
+        kept = [item for item in self.components if item.name in heads[0] or item.name == DETECTOR[0]]
+        read = {port.tensor for item in kept for port in item.inputs}
+        kept = [item.giving(read) if item.name == DETECTOR[0] else item for item in kept]
+        return replace(self, components=tuple(kept), clicks=self.clicks if INTERACTIVE_HEAD in heads[0] else None)
 
     def runtime(self) -> dict[str, Any]:
+        """What the runtime must know beside the components, as fields of the manifest."""
         shared = {item.name for item in fields(Model)}
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in shared}
 
@@ -178,7 +224,7 @@ def walk(
     select: Callable[[Tensor], Tensor] | None = None,
     vision: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None,
 ) -> Walk:
-    """Run eager components one after another on the pipeline's outer inputs, keeping what went in and out of each.
+    """Run the eager detector, a component after another, on the pipeline's outer inputs, keeping what went in and out of each.
 
     Args:
         given: ``image``, ``input_ids``, ``boxes``, ``box_labels``, ``box_mask``.
@@ -186,7 +232,7 @@ def walk(
         vision: what an earlier walk has for the vision encoder, to be used again.
     """
     tensors, trace = dict(given), {}
-    for component in components:
+    for component in (item for item in components if item.name != INTERACTIVE_HEAD):
         if component.name == "vision_encoder" and vision is not None:
             inputs, outputs = vision
         else:

@@ -151,6 +151,9 @@ def draw_image_weights(model: nn.Module, seed: int) -> None:
                 parameter.copy_(noise / (parameter.numel() / parameter.shape[0]) ** 0.5)
             else:
                 parameter.copy_(0.1 * noise)
+        for name, table in model.named_buffers():
+            if name.endswith("positional_encoding_gaussian_matrix"):  # upstream draws it, from a seed of nobody's
+                table.copy_(torch.randn(table.shape, generator=generator))
 
 
 def _image_size(model: Any) -> int:
@@ -165,5 +168,6 @@ def _image_size(model: Any) -> int:
 
 
 def _described(config: ImageModelConfig) -> str:
-    kind = "SAM3" if config == ImageModelConfig() else "a SAM3 of other sizes"
-    return f"{kind}, {config.image_size} pixels, ViT of {config.depth} layers, text of {config.text_layers} layers"
+    kind = "SAM3" if config == ImageModelConfig(interactive=config.interactive) else "a SAM3 of other sizes"
+    head = ", interactive head" if config.interactive else ""
+    return f"{kind}, {config.image_size} pixels, ViT of {config.depth} layers, text of {config.text_layers} layers{head}"

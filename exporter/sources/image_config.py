@@ -14,6 +14,7 @@ class ImageModelConfig(BaseModel):
         text_width, text_heads, text_layers, context_length, vocab_size: the text encoder.
         d_model, num_heads, dim_feedforward: width, heads and hidden layer of everything after the trunks.
         neck_scales: of the feature maps against the trunk's; a last one of 0.5 is made and not used (SAM 3.1 has none).
+        interactive: whether it has the head for clicks, and the neck's second branch that feeds it.
         encoder_layers, decoder_layers, geometry_layers, num_queries: fusion encoder, decoder, geometry encoder.
     """
 
@@ -41,3 +42,4 @@ class ImageModelConfig(BaseModel):
     decoder_layers: int = 6
     geometry_layers: int = 3
     num_queries: int = 200
+    interactive: bool = False

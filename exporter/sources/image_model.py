@@ -43,6 +43,7 @@ def build_image_model(config: ImageModelConfig, tokenizer: Callable[..., Any] | 
                 dot_prod_scoring=_scoring(config),
                 use_instance_query=False,
                 multimask_output=True,
+                inst_interactive_predictor=_interactive(config) if config.interactive else None,
             )
     return model.float().eval()
 
@@ -91,7 +92,11 @@ def _backbone(config: ImageModelConfig, tokenizer: Callable[..., Any] | None) ->
         bias_patch_embed=False,
     )
     neck = Sam3DualViTDetNeck(
-        position_encoding=_positions(config), d_model=config.d_model, scale_factors=list(config.neck_scales), trunk=trunk
+        position_encoding=_positions(config),
+        d_model=config.d_model,
+        scale_factors=list(config.neck_scales),
+        trunk=trunk,
+        add_sam2_neck=config.interactive,
     )
     text = VETextEncoder(
         tokenizer=tokenizer,
@@ -201,6 +206,29 @@ def _segmentation_head(config: ImageModelConfig) -> nn.Module:
         cross_attend_prompt=_attention(config, dropout=0),
         pixel_decoder=PixelDecoder(num_upsampling_stages=3, interpolation_mode="nearest", hidden_dim=config.d_model),
     )
+
+
+def _interactive(config: ImageModelConfig) -> nn.Module:
+    """What ``SAM3InteractiveImagePredictor`` runs on a picture, in its place in the tree, without the memory of its tracker."""
+    from sam3.model.sam3_tracker_base import Sam3TrackerBase
+
+    predictor, tracker = nn.Module(), nn.Module()
+    tracker.__dict__.update(  # what upstream's method reads of itself
+        hidden_dim=config.d_model,
+        mem_dim=1,
+        image_size=config.image_size,
+        backbone_stride=config.patch_size,
+        sam_mask_decoder_extra_args={  # of ``sam3.model_builder.build_tracker``
+            "dynamic_multimask_via_stability": True,
+            "dynamic_multimask_stability_delta": 0.05,
+            "dynamic_multimask_stability_thresh": 0.98,
+        },
+    )
+    Sam3TrackerBase._build_sam_heads(tracker)
+    del tracker.obj_ptr_proj, tracker.obj_ptr_tpos_proj  # of the memory
+    tracker.no_mem_embed = nn.Parameter(torch.zeros(1, 1, config.d_model))
+    predictor.model = tracker
+    return predictor
 
 
 def _scoring(config: ImageModelConfig) -> nn.Module:

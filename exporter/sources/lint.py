@@ -160,7 +160,8 @@ def _compared(report: LintReport, state: Mapping[str, Tensor], subject: str) -> 
     )
     if report.faults:
         return Judged(report=report)
-    report = report.model_copy(update={"exports": ("image model",)})
+    head = ("interactive head",) if config.interactive else ()
+    report = report.model_copy(update={"exports": ("image model", *head)})
     weights = {name: _float32(value) for name, value, _ in shapes}
     return Judged(report=report, config=config, model=model, weights=weights)
 

@@ -1,9 +1,14 @@
 """Names and limits of an image model's components; imports nothing."""
 
 FUSION_ENCODER = "fusion_encoder"
-COMPONENTS = ("vision_encoder", "text_encoder", "prompt_encoder", FUSION_ENCODER, "decoder", "mask_head")
-"""In the order in which they run."""
+DETECTOR = ("vision_encoder", "text_encoder", "prompt_encoder", FUSION_ENCODER, "decoder", "mask_head")
+"""What finds everything that words or examples describe, in the order in which it runs."""
+
+INTERACTIVE_HEAD = "interactive_head"
+COMPONENTS = (*DETECTOR, INTERACTIVE_HEAD)
+"""All that an image model may have; not every source has the last."""
 
 MAX_PROMPTS = 16
 MAX_BOXES = 64
+MAX_POINTS = 64
 MAX_IMAGES = 8

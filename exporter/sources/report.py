@@ -20,7 +20,7 @@ class LintReport(BaseModel):
         notes: what was chosen, renamed, merged, converted, rebuilt or left out, a phrase each.
         missing, unexpected, misshaped, mistyped, not_finite: names of weights, against the model that the shapes describe.
         traps: what else stands in the way, a sentence each.
-        exports: what can be exported of it: ``image model``, ``fusion encoder``.
+        exports: what can be exported of it: ``image model``, its ``interactive head``, ``fusion encoder``.
         remedy: what to do where something stands in the way.
     """
 

@@ -34,7 +34,12 @@ _OTHERS = (
     "backbone.vision_backbone.interactive_convs.",
     "backbone.vision_backbone.propagation_convs.",
 )
-"""Parts of SAM3 and SAM 3.1 that follow clicks and frames; the image model does not use them."""
+"""Parts of SAM3 and SAM 3.1 that follow clicks and frames; the image model uses none of them but SAM3's head for clicks."""
+
+INTERACTIVE = "inst_interactive_predictor.model."
+_SAM2_NECK = "backbone.vision_backbone.sam2_convs."
+_HEADS = ("sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed")
+"""What a tracker runs on a picture alone."""
 
 _TRACKERS = frozenset({"tracker", "tracker_model", "sam2_predictor", "inst_interactive_predictor"})
 """Segments under which parts of the same names follow clicks and frames."""
@@ -94,17 +99,36 @@ def image_part(state: Mapping[str, Tensor], subject: str = "the checkpoint") -> 
         named = ", ".join(f"'{prefix}'" for prefix in best)
         raise SourceError(f"{subject} has {len(best)} image models, under {named}", remedy="Choose one with --weights-key KEY.")
     prefix = best[0] if best else ""
-    own, others = {}, Counter[str]()
+    own, others, clicks = {}, Counter[str](), _interactive(state, prefix)
     for name, value in state.items():
         short = name.removeprefix(prefix)
         other = next((part for part in _OTHERS if short.startswith(part)), None)
-        if not name.startswith(prefix):
+        if name in clicks:
+            own[clicks[name]] = value
+        elif not name.startswith(prefix):
             others[name.split(".")[0] + "."] += 1
         elif other is not None:
             others[f"{prefix}{other}"] += 1
         else:
             own[short] = value
     return ImagePart(prefix=prefix, state=own, left_out=dict(others))
+
+
+def _interactive(state: Mapping[str, Tensor], prefix: str) -> dict[str, str]:
+    """Name in the file → name in the model of what answers clicks; nothing unless each of its parts is there.
+
+    The heads stand in the live model's place, or in the release's, the tracker beside the detector.
+    """
+    neck = f"{prefix}{_SAM2_NECK}"
+    for place in (f"{prefix}{INTERACTIVE}", f"{prefix.removesuffix('detector.')}tracker."):
+        parts = (neck, *(f"{place}{part}" for part in _HEADS))
+        found = [name for name in state if name.startswith(parts)]
+        if all(any(name.startswith(part) for name in found) for part in parts):
+            return {
+                name: name.removeprefix(prefix) if name.startswith(neck) else f"{INTERACTIVE}{name.removeprefix(place)}"
+                for name in found
+            }
+    return {}
 
 
 def is_sam31(state: Mapping[str, Tensor]) -> bool:
@@ -180,5 +204,6 @@ def config_of(state: Mapping[str, Tensor], subject: str) -> ImageModelConfig:
         decoder_layers=layers_in(state, "transformer.decoder.layers."),
         geometry_layers=layers_in(state, "geometry_encoder.encode."),
         num_queries=state["transformer.decoder.query_embed.weight"].shape[0],
+        interactive=any(name.startswith(INTERACTIVE) for name in state),
         num_heads=own.num_heads if bias is None or bias.dim() != 2 else bias.shape[0],
     )

@@ -210,4 +210,5 @@ class PteRunner:
         import numpy as np
         import torch
 
-        return [torch.from_numpy(np.asarray(inputs[name], order="C")) for name in self._inputs]
+        tensors = [torch.from_numpy(np.asarray(inputs[name], order="C")) for name in self._inputs]
+        return [item if item.numel() else item.new_empty(item.shape) for item in tensors]  # numpy's strides are 0 there

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from sam3x.bench.portability import component_files, encoder_files, markdown
 from sam3x.bench.tools import PORTABLE, TOOLS, attempt, try_tool, write_case
 from sam3x.cli.app import app
-from sam3x.sources.names import COMPONENTS
+from sam3x.sources.names import DETECTOR
 
 pytestmark = pytest.mark.long
 
@@ -49,7 +49,7 @@ def components(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return component_files(tmp_path_factory.mktemp("components"))
 
 
-FILES = (*COMPONENTS, "fused")
+FILES = (*DETECTOR, "fused")
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -86,7 +86,7 @@ def test_the_parser_of_tensorrt_takes_the_graph(form: str, files: dict[str, Path
     assert attempt("TensorRT-RTX parser", files[form]) is None
 
 
-@pytest.mark.parametrize("file", COMPONENTS)
+@pytest.mark.parametrize("file", DETECTOR)
 def test_the_parser_of_tensorrt_takes_each_component(file: str, components: dict[str, Path]) -> None:
     """Boxes without RoIAlign, of which TensorRT-RTX has none. The number of a fused file's detections follows from a float."""
     assert attempt("TensorRT-RTX parser", components[file]) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def test_a_picture_that_cannot_be_read_stops_nothing_but_is_told(tiny_pipeline: 
 @pytest.mark.parametrize(
     ("arguments", "fact"),
     [
-        (["photos"], "Give --text, --ids or --box"),
+        (["photos"], "Give --text, --ids, --box or --point"),
         (["photos", "--ids", "1,x"], "--ids: expected token ids"),
         (["photos", "--not-box", "1,2,3"], "--not-box: expected X0,Y0,X1,Y1"),
         (["photos", "--text", "a", "--threshold", "nan"], "a threshold is a number from 0 to 1"),
@@ -115,3 +116,45 @@ def test_what_cannot_be_run_is_one_sentence(arguments: list[str], fact: str, tin
     (folder / "empty").mkdir()
     done = run("run", tiny_pipeline, *arguments)
     assert done.exit_code == 2 and fact in " ".join(done.stderr.split()) and done.stderr.count("sam3x: ") == 1
+
+
+def found(*options: str) -> list[Any]:
+    done = CliRunner().invoke(app, ["run", *options, "--json", "-"])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)["detections"]
+
+
+def test_points_and_boxes_without_words_are_clicks(tiny_pipeline: Path, folder: Path) -> None:
+    here, segmenter = (str(tiny_pipeline), "photos/a.png"), Segmenter(tiny_pipeline)
+    image = segmenter.encode(folder / "photos" / "a.png")
+    for options, wanted in (
+        (["--point", "20,30"], segmenter.click(image, [[20, 30]]).best),
+        (["--point", "20,30", "--max-detections", "3"], segmenter.click(image, [[20, 30]]).top(3)),
+        (
+            ["--point", "20,30", "--not-point", "70,5", "--box", "10,10,40,50"],
+            segmenter.click(image, [[20, 30], [70, 5]], [1, 0], box=BOX, multimask=False),
+        ),
+        (["--box", "10,10,40,50", "--box=-5,0,30,20"], segmenter.click(image, box=[BOX, [-5, 0, 30, 20]], multimask=False)),
+    ):
+        masks = found(*here, *options)
+        assert [item["score"] for item in masks] == pytest.approx(wanted.scores.tolist(), abs=1e-5)
+        for item, runs in zip(masks, map(wanted.run_lengths, range(len(wanted))), strict=True):
+            assert item["mask"]["counts"] == runs.tolist()
+    like = found(*here, "--text", "visual", "--box", "10,10,40,50", "--threshold", "0")
+    assert len(like) == len(segmenter.segment(image, boxes=[BOX], threshold=0))
+
+
+@pytest.mark.parametrize(
+    ("options", "fact"),
+    [
+        (["--point", "1,2", "--text", "dog"], "--text and --ids: it belongs to a search"),
+        (["--point", "1,2", "--not-box", "1,2,3,4"], "--not-box: it belongs to a search"),
+        (["--box", "1,2,3,4", "--threshold", "0.5"], "--threshold: it belongs to a search"),
+        (["--point", "1,2", "--box", "1,2,3,4", "--box", "1,2,3,5"], "points and several boxes"),
+        (["--point", "1"], "--point: expected X,Y"),
+        (["--point", "1,900"], "lies outside the picture"),
+    ],
+)
+def test_clicks_that_do_not_fit_get_one_sentence(tiny_pipeline: Path, folder: Path, options: list[str], fact: str) -> None:
+    done = run("run", tiny_pipeline, "photos/a.png", *options)
+    assert done.exit_code == 2 and fact in " ".join(done.stderr.split())

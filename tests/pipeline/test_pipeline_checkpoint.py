@@ -32,7 +32,8 @@ def saved(path: Path, state: dict[str, Tensor]) -> Path:
 def test_the_shapes_tell_the_architecture(state: dict[str, Tensor], tmp_path: Path) -> None:
     judged = judge(read_checkpoint(saved(tmp_path / "sam3.pt", state)))
     model, config = load_judged(judged)
-    assert config.model_copy(update={"text_heads": TINY.text_heads}) == TINY  # heads of the text encoder leave no trace
+    tiny = TINY.model_copy(update={"interactive": True})
+    assert config.model_copy(update={"text_heads": TINY.text_heads}) == tiny  # heads of the text encoder leave no trace
     assert not any(value.is_meta for value in (*model.parameters(), *model.buffers()))
     loaded = model.state_dict()
     assert all(torch.equal(loaded[name.removeprefix("detector.")], value) for name, value in state.items() if name in loaded)
@@ -40,7 +41,7 @@ def test_the_shapes_tell_the_architecture(state: dict[str, Tensor], tmp_path: Pa
 
 def test_lint_of_a_sound_checkpoint(state: dict[str, Tensor], tmp_path: Path) -> None:
     report = lint(saved(tmp_path / "sam3.pt", state))
-    assert report.clean and report.kind == "SAM3" and report.exports == ("image model", "fusion encoder")
+    assert report.clean and report.kind == "SAM3" and report.exports == ("image model", "interactive head", "fusion encoder")
     assert report.metadata["picture"].startswith("112 pixels") and report.metadata["context length"] == "16 tokens"
     done = CliRunner().invoke(app, ["lint", str(tmp_path / "sam3.pt")])
     assert done.exit_code == 0 and "nothing wrong" in done.stdout and "left out" in done.stdout
@@ -77,7 +78,7 @@ def test_weights_key_on_the_command_line(state: dict[str, Tensor], tmp_path: Pat
         (["export", "--pipeline", "--layout", "triton"], "a pipeline has six"),
         (["export", "--pipeline", "--source", "transformers"], "--source transformers takes --checkpoint FOLDER"),
         (["export", "--pipeline", "--source", "sam3", "--checkpoint", "."], "is a folder"),
-        (["run", ".", "none.jpg"], "Give --text, --ids or --box"),
+        (["run", ".", "none.jpg"], "Give --text, --ids, --box or --point"),
         (["run", ".", "none.jpg", "--box", "1,2,3"], "expected X0,Y0,X1,Y1"),
         (["run", ".", "none.jpg", "--text", "a", "-o", "no/folder.png"], "cannot be written"),
         (["lint", "none.pt"], "does not exist"),

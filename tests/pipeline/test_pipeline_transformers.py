@@ -17,7 +17,7 @@ from sam3x.pipeline.export import export_pipeline
 from sam3x.pipeline.request import PROMPTS
 from sam3x.runtime import Segmenter
 from sam3x.sources.image import module_image_source, transformers_image_source
-from sam3x.sources.names import COMPONENTS
+from sam3x.sources.names import DETECTOR
 from sam3x.sources.transformers.source import transformers_model
 from sam3x.spec import make_spec
 from support.folders import MadeOnce
@@ -102,7 +102,7 @@ def test_texts_of_different_lengths_and_boxes_in_one_pass(source: tuple[nn.Modul
 def test_every_component_is_close_to_eager(source: tuple[nn.Module, Segmenter]) -> None:
     manifest = source[1].manifest
     assert manifest.source == "transformers" and manifest.verified and manifest.threshold == 0.3
-    parts = COMPONENTS if not manifest.fused else ("vision_encoder", "text_encoder", "segmenter")
+    parts = DETECTOR if not manifest.fused else ("vision_encoder", "text_encoder", "segmenter")
     assert tuple(item.name for item in manifest.components) == parts
     assert all(record.max_rel < 2e-5 for item in manifest.components for record in item.verification)
     assert manifest.fixed_length == ("LiteText" in manifest.origin)

@@ -23,7 +23,7 @@ from sam3x.runtime import Segmenter
 from sam3x.runtime.manifest import load_manifest
 from sam3x.sources.contract import Component
 from sam3x.sources.image import random_image_source
-from sam3x.sources.names import COMPONENTS
+from sam3x.sources.names import DETECTOR
 from sam3x.targets.executorch.target import PteOptions, PteTarget
 from sam3x.verify.component import verify_component
 from sam3x.verify.convolutions import exact, half_summed
@@ -46,7 +46,7 @@ def parts() -> dict[str, tuple[Component, list[Sample]]]:
 def test_a_whole_pipeline_in_fp16_runs_in_executorch(tmp_path: Path) -> None:
     """Every component by the rule, masks as eager's but for rounding, and all of it by the runtime."""
     manifest = export_pipeline(random_image_source(SMALL), target="pte", precision="fp16", output=tmp_path / "out")
-    assert manifest.verified and {item.name for item in manifest.components} == set(COMPONENTS)
+    assert manifest.verified and {item.name for item in manifest.components} == set(DETECTOR)
     records = [record for item in manifest.components for record in item.verification]
     assert all(record.passed and record.from_unrounded is None for record in records)
     rounded = [record for record in records if record.eager_rms_rel]

@@ -24,8 +24,9 @@ from sam3x.sources.checkpoint import WRAPPERS, Checkpoint, read_checkpoint
 from sam3x.sources.encoder import checkpoint_source
 from sam3x.sources.image import checkpoint_image_source, load_judged
 from sam3x.sources.lint import judge, lint
+from sam3x.sources.names import COMPONENTS, DETECTOR
 from sam3x.sources.report import LintReport
-from sam3x.sources.state import TRUNK, image_part
+from sam3x.sources.state import INTERACTIVE, TRUNK, image_part
 from sam3x.spec import ExportSpec
 
 State = dict[str, Tensor]
@@ -34,8 +35,15 @@ FUSION = "transformer.encoder."
 
 @pytest.fixture(scope="module")
 def state(tiny_model: nn.Module) -> State:
-    """The image model's own names."""
-    return dict(tiny_model.state_dict())
+    """The names of an image model without a head for clicks."""
+    return without(dict(tiny_model.state_dict()), "inst_interactive_predictor.", "sam2_convs.")
+
+
+@pytest.fixture(scope="module")
+def clickable(tiny_model: nn.Module) -> State:
+    """Those of one with the head, its tracker's memory left out."""
+    memory = ("obj_ptr", "maskmem", "mask_downsample", "no_mem_pos", "no_obj")
+    return without(dict(tiny_model.state_dict()), *(f"{INTERACTIVE}{name}" for name in memory))
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +101,46 @@ def test_the_prefix_of_a_fine_tune_is_recognized_stripped_and_said(prefix: str, 
     weights, report = loaded(path)
     assert same(weights, state) and verdict(path).clean
     assert any(prefix.replace("_orig_mod.", "") in note or "_orig_mod" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "place"),
+    [
+        ("detector.", "tracker."),  # the release
+        ("module.model.detector.", "module.model.tracker."),
+        ("", "tracker."),
+        ("", INTERACTIVE),  # a live model's
+        ("model.", f"model.{INTERACTIVE}"),
+    ],
+)
+def test_the_head_for_clicks_is_found_beside_the_detector(prefix: str, place: str, clickable: State, tmp_path: Path) -> None:
+    content = {
+        place + name.removeprefix(INTERACTIVE) if name.startswith(INTERACTIVE) else prefix + name: value
+        for name, value in clickable.items()
+    }
+    memory = {f"{place}maskmem_backbone.out_proj.weight": torch.zeros(2), f"{place}no_obj_ptr": torch.zeros(1, 4)}
+    path = saved(tmp_path / "c.pt", {"model": {**content, **memory}})
+    weights, report = loaded(path)
+    assert same(weights, clickable)
+    assert verdict(path).exports == ("image model", "interactive head", "fusion encoder")
+    assert any("left out, not part of the image model" in note and "(2)" in note for note in report.notes)
+    cut = checkpoint_image_source(path)(ExportSpec())
+    assert [item.name for item in cut.components] == list(COMPONENTS) and cut.clicks is not None
+
+
+@pytest.mark.parametrize("absent", ["sam2_convs.", f"{INTERACTIVE}no_mem_embed", f"{INTERACTIVE}sam_mask_decoder."])
+def test_a_head_for_clicks_that_lacks_a_part_is_left_out_and_said(absent: str, clickable: State, tmp_path: Path) -> None:
+    path = saved(tmp_path / "c.pt", {"model": without(clickable, absent)})
+    report = verdict(path)
+    assert report.exports == ("image model", "fusion encoder")
+    assert any("left out, not part of the image model" in note for note in report.notes)
+    assert [item.name for item in checkpoint_image_source(path)(ExportSpec()).components] == list(DETECTOR)
+
+
+def test_a_head_for_clicks_with_a_weight_missing_is_refused_by_name(clickable: State, tmp_path: Path) -> None:
+    name = f"{INTERACTIVE}sam_mask_decoder.conv_s0.weight"
+    report = verdict(saved(tmp_path / "c.pt", {"model": without(clickable, name)}))
+    assert report.missing == (name,)
 
 
 segments = st.sampled_from(["module", "_orig_mod", "model", "detector", "net", "_fsdp_wrapped_module", "sam3"])

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import gzip
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -48,12 +51,56 @@ def write_vocabulary(path: Path) -> Path:
 
 
 def tiny_image_model(vocabulary: Path, seed: int = 5) -> nn.Module:
-    """``TINY`` with distinct weights and upstream's own tokenizer."""
+    """``TINY`` with distinct weights, upstream's own tokenizer, and its interactive predictor, whose tracker has no memory."""
+    import warnings
+
+    from sam3.model.sam1_task_predictor import SAM3InteractiveImagePredictor
+    from sam3.model.sam3_tracker_base import Sam3TrackerBase
     from sam3.model.tokenizer_ve import SimpleTokenizer
 
-    model = build_image_model(TINY, SimpleTokenizer(bpe_path=str(vocabulary)))
+    model: Any = build_image_model(TINY.model_copy(update={"interactive": True}), SimpleTokenizer(bpe_path=str(vocabulary)))
+    tracker = Sam3TrackerBase(
+        backbone=None,
+        transformer=SimpleNamespace(decoder=None, d_model=TINY.d_model),
+        maskmem_backbone=None,
+        image_size=TINY.image_size,
+        backbone_stride=TINY.patch_size,
+        sam_mask_decoder_extra_args=model.inst_interactive_predictor.model.sam_mask_decoder_extra_args,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.script is deprecated
+        predictor: Any = SAM3InteractiveImagePredictor(tracker)
+    size = TINY.image_size // TINY.patch_size
+    predictor._bb_feat_sizes = [(4 * size, 4 * size), (2 * size, 2 * size), (size, size)]  # upstream's are SAM3's own
+    model.inst_interactive_predictor = predictor
     draw_image_weights(model, seed)
-    return model
+    return model.eval()
+
+
+class Predictor:
+    """Upstream's processor and ``Sam3Image.predict_inst`` on one picture, with connected pixels counted as by scikit-image.
+
+    It works on a copy of ``model``.
+    """
+
+    def __init__(self, model: nn.Module, picture: Image.Image, size: int = TINY.image_size) -> None:
+        from sam3.model.sam3_image_processor import Sam3Processor
+
+        self.model: Any = copy.deepcopy(model)
+        with unpinned():
+            self.state = Sam3Processor(self.model, resolution=size, device="cpu").set_image(picture)
+
+    def __call__(self, **prompt: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Masks (..., H, W), scores and low-resolution logits, as ``SAM3InteractiveImagePredictor.predict`` gives them."""
+        from scipy import ndimage
+
+        def label(values: np.ndarray, return_num: bool) -> tuple[np.ndarray, int]:
+            return ndimage.label(values, np.ones((3, 3)))
+
+        measure = ModuleType("skimage.measure")
+        measure.label = label  # type: ignore[attr-defined]
+        with mock.patch.dict(sys.modules, {"skimage": ModuleType("skimage"), "skimage.measure": measure}):
+            return self.model.predict_inst(self.state, **prompt)
 
 
 def state_of(model: nn.Module) -> tuple[str, list[tuple[str, str, int, int]]]:

@@ -18,19 +18,37 @@ _TOKEN_LEVEL = -1  # upstream's ``num_feature_levels`` is 1: the transformer see
 
 
 class VisionEncoder(nn.Module):
-    """``image`` → ``backbone_fpn`` but the last, the last level flattened, and its position encoding."""
+    """``image`` → ``backbone_fpn`` but the last, the last level flattened, and its position encoding.
+
+    Args:
+        tracker: of the interactive predictor. With it, what the interactive head takes of a picture follows.
+    """
 
     backbone: Any
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, tracker: Any = None) -> None:
         super().__init__()
         self.backbone = backbone
+        self.clicks = None if tracker is None else _ClickFeatures(tracker)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         out = self.backbone.forward_image(image)
         *maps, last = out["backbone_fpn"]
         position = out["vision_pos_enc"][_TOKEN_LEVEL][:1]
-        return (*maps, last.flatten(2).transpose(1, 2), position.flatten(2).transpose(1, 2))
+        clicks = () if self.clicks is None else self.clicks(*out["sam2_backbone_out"]["backbone_fpn"][-3:])
+        return (*maps, last.flatten(2).transpose(1, 2), position.flatten(2).transpose(1, 2), *clicks)
+
+
+class _ClickFeatures(nn.Module):
+    """The neck's second branch as ``Sam3Processor.set_image`` and ``Sam3Image.predict_inst`` hand it on."""
+
+    def __init__(self, tracker: Any) -> None:
+        super().__init__()
+        self.conv_s0, self.conv_s1 = tracker.sam_mask_decoder.conv_s0, tracker.sam_mask_decoder.conv_s1
+        self.no_mem_embed = tracker.no_mem_embed
+
+    def forward(self, first: Tensor, second: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.conv_s0(first), self.conv_s1(second), last + self.no_mem_embed.reshape(1, -1, 1, 1)
 
 
 class TextEncoder(nn.Module):
@@ -142,3 +160,48 @@ class MaskHead(nn.Module):
             prompt_mask=prompt_mask,
         )
         return (out["pred_masks"],)
+
+
+class InteractiveHead(nn.Module):
+    """``SAM3InteractiveImagePredictor._predict``: the prompt encoder and the mask decoder, every object on the same picture.
+
+    The rows of points are what upstream's prompt encoder makes of them: corners of a box (labels 2 and 3) first, then points (1
+    wanted, 0 not), then one row of label -1; a mask alone has no row. Of the four masks the first is what upstream gives for
+    ``multimask_output=False``, its choice by stability included, the others are those for ``multimask_output=True``.
+    """
+
+    prompt_encoder: Any
+    mask_decoder: Any
+
+    def __init__(self, tracker: Any) -> None:
+        super().__init__()
+        self.prompt_encoder, self.mask_decoder = tracker.sam_prompt_encoder, tracker.sam_mask_decoder
+
+    def forward(
+        self,
+        point_coords: Tensor,
+        point_labels: Tensor,
+        mask_input: Tensor,
+        has_mask_input: Tensor,
+        image_embed: Tensor,
+        high_res_feats_0: Tensor,
+        high_res_feats_1: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        encoder, decoder = self.prompt_encoder, self.mask_decoder
+        sparse = encoder._embed_points(point_coords, point_labels, pad=False)
+        _, given = encoder(points=None, boxes=None, masks=mask_input)
+        _, absent = encoder(points=None, boxes=None, masks=None)
+        prompts = {
+            "image_embeddings": image_embed,
+            "image_pe": encoder.get_dense_pe(),
+            "sparse_prompt_embeddings": sparse,
+            "dense_prompt_embeddings": torch.where(has_mask_input[:, None, None, None], given, absent),
+            "repeat_image": True,
+            "high_res_features": [high_res_feats_0, high_res_feats_1],
+        }
+        with adaptations.sdp_kernels_kept():
+            found = decoder.predict_masks(**prompts)
+            with adaptations.answering(decoder, "predict_masks", found):  # once for one mask and for three
+                single, single_iou, *_ = decoder(**prompts, multimask_output=False)
+                several, several_iou, *_ = decoder(**prompts, multimask_output=True)
+        return torch.cat([single, several], dim=1), torch.cat([single_iou, several_iou], dim=1)

@@ -1,4 +1,4 @@
-"""Meta's ``Sam3Image`` as six components. Recognized by what it has, not by where its class was imported from."""
+"""Meta's ``Sam3Image`` as components. Recognized by what it has, not by where its class was imported from."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from sam3x.errors import SourceError
 from sam3x.fusion.encoder import FusionEncoder
 from sam3x.fusion.shadow import shadow_of, shallow_copy
 from sam3x.sources.components import build_components, ranges_of
-from sam3x.sources.contract import Component, Expected, ImageModel, Port
+from sam3x.sources.contract import Clicks, Component, Expected, ImageModel, Port
 from sam3x.sources.encoder import weights_hash
 from sam3x.sources.meta import parts as meta
+from sam3x.sources.names import INTERACTIVE_HEAD
 from sam3x.spec import ExportSpec
 
 _PARTS = (
@@ -36,6 +37,13 @@ def is_meta(model: nn.Module) -> bool:
         return False
 
 
+def tracker_of(model: nn.Module) -> nn.Module | None:
+    """What answers clicks: an interactive predictor's tracker, where the neck has its branch; else None."""
+    predictor = getattr(model, "inst_interactive_predictor", None)
+    branch = getattr(model.get_submodule("backbone.vision_backbone"), "sam2_convs", None)
+    return None if predictor is None or branch is None else predictor.model
+
+
 def meta_model(
     model: nn.Module, origin: str, image_size: int, spec: ExportSpec, expected: Expected | None = None
 ) -> ImageModel:
@@ -53,6 +61,8 @@ def meta_model(
         expected.check(weights_sha256=weights_sha256)
     if model.num_feature_levels != 1:
         raise SourceError(f"num_feature_levels is {model.num_feature_levels}; sam3x takes 1, as in SAM3")
+    predictor = getattr(model, "inst_interactive_predictor", None)
+    model = _for_pictures(model)
     shadow: Any = private_shadow(model)
     text = shadow.backbone.language_backbone
     fresh: Any = private_shadow(model)  # its caches would hold tensors without values
@@ -60,13 +70,16 @@ def meta_model(
     size, levels = maps[-1].shape[-1], len(maps) - 1
     fixed = not isinstance(getattr(text.encoder, "positional_embedding", None), nn.Parameter)  # students stretch positions
     ranges = ranges_of(text.context_length, shadow.transformer.decoder.num_queries, fixed_length=fixed, prompts=spec.batch)
+    tracker: Any = tracker_of(shadow)
     modules = {
-        "vision_encoder": meta.VisionEncoder(without(shadow.backbone, "language_backbone")),
+        "vision_encoder": meta.VisionEncoder(without(shadow.backbone, "language_backbone"), tracker),
         "text_encoder": meta.TextEncoder(text),
         "prompt_encoder": meta.PromptEncoder(shadow.geometry_encoder, size),
         "decoder": meta.Decoder(_heads(shadow), size),
         "mask_head": meta.MaskHead(shadow.segmentation_head, size),
     }
+    if tracker is not None:
+        modules[INTERACTIVE_HEAD] = meta.InteractiveHead(tracker)
     limits = {"tokens": (size * size,) * 2, "batch": ranges["prompts"], "prompt_length": ranges["prompt_length"]}
     fusion = fusion_component(shadow.transformer.encoder, spec.model_copy(update=limits), ranges)
     return ImageModel(
@@ -81,6 +94,30 @@ def meta_model(
         box_text="visual",
         origin=origin,
         weights_sha256=weights_sha256,
+        clicks=None if tracker is None else _clicks(predictor),
+    )
+
+
+def _for_pictures(model: nn.Module) -> nn.Module:
+    """``model``, whose interactive predictor has not its scripted transforms, nor its tracker's memory of frames."""
+    tracker = tracker_of(model)
+    copy = without(model, "inst_interactive_predictor")
+    if tracker is not None:
+        heads = ("sam_prompt_encoder", "sam_mask_decoder")
+        predictor = nn.Module()
+        predictor.model = without(tracker, *(name for name, _ in tracker.named_children() if name not in heads))
+        copy._modules["inst_interactive_predictor"] = predictor
+    return copy
+
+
+def _clicks(predictor: Any) -> Clicks:
+    """As the predictor's ``SAM2Transforms`` says, else as it is by default."""
+    own = getattr(predictor, "_transforms", None)
+    return Clicks(
+        mask_threshold=float(getattr(own, "mask_threshold", 0.0)),
+        max_hole_area=float(getattr(own, "max_hole_area", 256.0)),
+        max_sprinkle_area=float(getattr(own, "max_sprinkle_area", 0.0)),
+        rows_of_mask_alone=0,
     )
 
 

@@ -1,0 +1,22 @@
+"""How a source turns the interactive head's logits into masks; imports no torch, as the manifest holds it too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clicks:
+    """What the runtime must know to click.
+
+    Attributes:
+        mask_threshold: logits above it are part of a mask.
+        max_hole_area, max_sprinkle_area: holes and specks of as many pixels of the low resolution are filled and removed before
+            a mask is stretched; 0: none.
+        rows_of_mask_alone: rows of label -1 that stand for no point and no box.
+    """
+
+    mask_threshold: float
+    max_hole_area: float
+    max_sprinkle_area: float
+    rows_of_mask_alone: int

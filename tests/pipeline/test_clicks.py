@@ -1,0 +1,170 @@
+"""Clicks through the exported pipeline: the same masks, scores and logits as upstream's interactive predictor gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch import nn
+
+from sam3x.errors import ArtifactError, SpecError
+from sam3x.runtime import Clicked, EncodedImage, Segmenter
+from support.image_model import Predictor, iou, photograph
+
+POINT, SECOND, AWAY = [300.0, 200.0], [420.0, 330.0], [60.0, 40.0]
+BOX, OTHER_BOX = [120.0, 90.0, 480.0, 400.0], [20.0, 30.0, 700.0, 200.0]
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    return photograph()
+
+
+@pytest.fixture(scope="module")
+def segmenter(tiny_pipeline: Path) -> Segmenter:
+    return Segmenter(tiny_pipeline)
+
+
+@pytest.fixture(scope="module")
+def encoded(segmenter: Segmenter, picture: Image.Image) -> EncodedImage:
+    return segmenter.encode(picture)
+
+
+@pytest.fixture(scope="module")
+def upstream(tiny_model: nn.Module, picture: Image.Image) -> Predictor:
+    return Predictor(tiny_model, picture)
+
+
+def assert_same(found: Clicked, wanted: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    """Low-resolution logits within 1e-5 of their largest value, scores within 1e-5, masks of IoU 0.999."""
+    masks, scores, logits = (np.asarray(item) for item in wanted)
+    logits = logits.reshape(-1, *logits.shape[-2:])
+    assert found.logits.shape == logits.shape
+    np.testing.assert_allclose(found.logits, logits, atol=1e-5 * np.abs(logits).max())
+    np.testing.assert_allclose(found.scores, scores.ravel(), atol=1e-5)
+    assert all(iou(mine, its > 0) >= 0.999 for mine, its in zip(found.masks, masks.reshape(found.masks.shape), strict=True))
+
+
+CLICKS: dict[str, dict[str, Any]] = {
+    "a point": {"points": [POINT]},
+    "a negative point": {"points": [POINT, AWAY], "labels": [1, 0]},
+    "many points": {"points": np.linspace(5, 420, 40).reshape(20, 2), "labels": [1, 0] * 10},
+    "a box": {"box": BOX},
+    "a box over the edge": {"box": OTHER_BOX},
+    "a box and points": {"points": [POINT, AWAY], "labels": [True, False], "box": BOX},
+    "objects": {"points": [[POINT], [AWAY], [SECOND]], "labels": [[1], [1], [1]]},
+    "boxes": {"box": [BOX, OTHER_BOX]},
+    "boxes and points": {"points": [[POINT], [SECOND]], "labels": [[1], [0]], "box": [BOX, OTHER_BOX]},
+}
+
+
+@pytest.mark.parametrize("multimask", [True, False])
+@pytest.mark.parametrize("name", CLICKS)
+def test_the_same_masks_as_upstreams_predictor(
+    name: str, multimask: bool, segmenter: Segmenter, encoded: EncodedImage, upstream: Predictor
+) -> None:
+    click = CLICKS[name]
+    found = segmenter.click(encoded, **click, multimask=multimask)
+    points = None if "points" not in click else np.asarray(click["points"])
+    labels = None if points is None else np.asarray(click.get("labels", np.ones(points.shape[:-1])), dtype=np.int64)
+    given = {"point_coords": points, "point_labels": labels, "box": np.asarray(click["box"]) if "box" in click else None}
+    assert_same(found, upstream(**given, multimask_output=multimask))
+
+
+@pytest.mark.parametrize("multimask", [True, False])
+def test_a_mask_fed_back_is_taken_as_upstream_takes_it(
+    multimask: bool, segmenter: Segmenter, encoded: EncodedImage, upstream: Predictor
+) -> None:
+    first = segmenter.click(encoded, points=[POINT])
+    _, scores, logits = upstream(point_coords=np.array([POINT]), point_labels=np.array([1]))
+    assert first.best.logits.shape == (1, 32, 32) and len(first) == 3 and len(first.best) == 1
+    fed = logits[[int(scores.argmax())]]
+    points, labels = [POINT, AWAY], [1, 0]
+    found = segmenter.click(encoded, points=points, labels=labels, mask=first.best.logits, multimask=multimask)
+    given = {"point_coords": np.array(points), "point_labels": np.array(labels)}
+    assert_same(found, upstream(**given, mask_input=fed, multimask_output=multimask))
+    alone = segmenter.click(encoded, mask=first.best.logits[0], multimask=multimask)
+    assert_same(alone, upstream(mask_input=fed, multimask_output=multimask))
+
+
+def test_objects_of_any_number_of_points_are_each_as_if_alone(segmenter: Segmenter, encoded: EncodedImage) -> None:
+    fed = segmenter.click(encoded, points=[POINT]).best.logits[0]
+    points = [[POINT, SECOND], [], [AWAY], None, [POINT, AWAY, SECOND], [SECOND]]
+    box, mask = [None, BOX, None, None, OTHER_BOX, None], [None, None, None, fed, None, fed]
+    together = segmenter.click(encoded, points=points, box=box, mask=mask)
+    assert len(together) == 18 and together.prompts[5] == "object 6" and len(together.best) == 6
+    for index, own in enumerate(zip(points, box, mask, strict=True)):
+        alone = segmenter.click(encoded, points=own[0] or None, box=own[1], mask=own[2])
+        rows = together.prompt == index
+        np.testing.assert_allclose(together.logits[rows], alone.logits, atol=1e-4)
+        np.testing.assert_allclose(together.scores[rows], alone.scores, atol=1e-5)
+        assert together.best.scores[index] == together.scores[rows].max()
+
+
+def test_one_pass_over_the_picture_serves_words_and_clicks(segmenter: Segmenter, picture: Image.Image) -> None:
+    calls: list[str] = []
+    components = segmenter._components
+    run = components.run
+    with mock.patch.object(components, "run", lambda name, tensors: calls.append(name) or run(name, tensors)):
+        image = segmenter.encode(picture)
+        segmenter.segment(image, ["dog", "car"], threshold=0.999)
+        first = segmenter.click(image, points=[POINT])
+        segmenter.click(image, points=[POINT, AWAY], labels=[1, 0], mask=first.best.logits, multimask=False)
+        segmenter.segment(image, "dog", boxes=[BOX], threshold=0.999)
+    assert calls.count("vision_encoder") == 1 and calls.count("interactive_head") == 2
+
+
+def test_a_result_of_clicks_is_drawn_and_told_like_another(segmenter: Segmenter, encoded: EncodedImage) -> None:
+    found = segmenter.click(encoded, points=[[POINT], [AWAY]])
+    told = found.to_dict()
+    assert [item["label"] for item in told["detections"]] == ["object 1"] * 3 + ["object 2"] * 3
+    for box, mask in zip(found.boxes, found.masks, strict=True):
+        rows, columns = np.nonzero(mask)
+        edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] if len(rows) else [0, 0, 0, 0]
+        assert box.tolist() == edges
+    assert found.best.draw().size == encoded.picture.size
+
+
+@pytest.mark.parametrize(
+    ("given", "fact"),
+    [
+        ({}, "nothing is clicked"),
+        ({"labels": [1]}, "labels without points"),
+        ({"points": [[1, 2, 3]]}, "points are pairs"),
+        ({"points": [1, 2]}, "points are pairs"),
+        ({"points": "here"}, "points are pairs"),
+        ({"points": [[1, float("nan")]]}, "points are pairs"),
+        ({"points": [[1, 2], [[3, 4]]]}, "points are pairs"),
+        ({"points": [[1, 2]], "labels": [2]}, "True for what is wanted"),
+        ({"points": [[1, 2]], "labels": [1, 0]}, "2 labels for 1 points"),
+        ({"points": [[[1, 2]], [[3, 4]]], "labels": [[1]]}, "labels of 1 objects for points of 2"),
+        ({"points": [[641, 2]]}, "lies outside the picture, which is 640 x 427"),
+        ({"points": [[1, -0.5]]}, "lies outside"),
+        ({"points": [[1, 2]] * 64}, "at most 63 points of an object"),
+        ({"points": []}, "object 1 of 1 has no point"),
+        ({"box": [1, 2, 1, 5]}, "x0 < x1"),
+        ({"box": [1, 2, 5]}, "four numbers"),
+        ({"box": [700, 2, 800, 5]}, "lies outside"),
+        ({"box": []}, "list of objects is empty"),
+        ({"points": [[1, 2]], "box": [BOX, OTHER_BOX]}, "points of 1, box of 2"),
+        ({"mask": [[1.0, 2.0]]}, "32 x 32 finite numbers for each object, got shape"),
+        ({"mask": "mask"}, "32 x 32"),
+        ({"mask": np.full((32, 32), np.inf)}, "32 x 32"),
+        ({"points": [[1, 2]], "mask": np.zeros((2, 1, 32, 32))}, "points of 1, mask of 2"),
+    ],
+)
+def test_bad_clicks_get_one_sentence(given: dict[str, Any], fact: str, segmenter: Segmenter, encoded: EncodedImage) -> None:
+    with pytest.raises(SpecError, match=fact):
+        segmenter.click(encoded, **given)
+
+
+def test_a_pipeline_without_the_head_says_so(tiny_pipeline: Path, picture: Image.Image) -> None:
+    segmenter = Segmenter(tiny_pipeline)
+    object.__setattr__(segmenter, "manifest", segmenter.manifest.model_copy(update={"clicks": None}))
+    assert not segmenter.clickable
+    with pytest.raises(ArtifactError, match="without an interactive head"):
+        segmenter.click(picture, points=[POINT])
