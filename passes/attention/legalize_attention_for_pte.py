@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,14 +23,16 @@ from sam3x.passes.graph.view_layout import Digit, Layout, layout_of
 _CAT = 4
 LOWEST = torch.finfo(torch.float32).min
 LOWEST_HALF = torch.finfo(torch.float16).min / 2
+SCORES = 64_000_000
+"""Bytes that the scores of one head may take for each image; more are computed in parts, a number of queries at a time."""
 
 
 class LegalizeAttentionForPtePass(Pass):
     """``scaled_dot_product_attention`` over projected heads → for each head ``linear``, ``bmm``, ``softmax``, ``bmm``.
 
     A head's queries, keys and values are products with its rows of the projection, which become weights of their own, the scale
-    folded in. So no tensor is split or expanded at run time, the scores of one head stand in memory at a time, and XNNPACK
-    takes it whole. A row whose keys are all masked gets zeros, as from torch.
+    folded in. So no head is split off or expanded at run time, the scores of one head stand in memory at a time, of known sizes
+    at most ``SCORES`` bytes of them, and XNNPACK takes it whole. A row whose keys are all masked gets zeros, as from torch.
     """
 
     name = "legalize_attention_for_pte"
@@ -81,12 +84,9 @@ class _Attention:
             by_row = seen is not None and seen.meta["val"].shape[1] != 1
             if seen is not None and not by_row:
                 value = self.emit(aten.mul.Tensor, value, seen)  # the smallest tensor: what hidden keys weigh times zero
-            scores = self.emit(aten.bmm.default, query, self.emit(aten.permute.default, key, [0, 2, 1]))
-            if mask is not None:
-                scores = self.emit(aten.add.Tensor, scores, mask)
-            output = self.emit(aten.bmm.default, self.emit(aten._softmax.default, scores, -1, False), value)
+            output = self._attend(query, self.emit(aten.permute.default, key, [0, 2, 1]), value, mask)
             outputs.append(self.emit(aten.mul.Tensor, output, seen) if by_row else output)
-        joined = self._join(outputs)
+        joined = self._join(outputs, 2)
         shape = joined.meta["val"].shape
         split = self.emit(
             aten.reshape.default,
@@ -96,11 +96,34 @@ class _Attention:
         self.node.replace_all_uses_with(self.emit(aten.permute.default, split, [0, 2, 1, 3]))
         self.module.graph.erase_node(self.node)
 
-    def _join(self, parts: list[Node]) -> Node:
+    def _attend(self, query: Node, turned: Node, value: Node, mask: Node | None) -> Node:
+        """One head: (batch, queries, width), (batch, width, keys), (batch, keys, width) → (batch, queries, width)."""
+        parts = []
+        for rows in self._parts(query.meta["val"].shape[1], turned.meta["val"].shape[2]):
+            scores = self.emit(aten.bmm.default, self._rows_of(query, rows), turned)
+            if mask is not None:
+                scores = self.emit(aten.add.Tensor, scores, self._rows_of(mask, rows))
+            parts.append(self.emit(aten.bmm.default, self.emit(aten._softmax.default, scores, -1, False), value))
+        return self._join(parts, 1)
+
+    def _parts(self, queries: Any, keys: Any) -> list[slice | None]:
+        """Rows of queries whose scores fit in ``SCORES``; one None where all do, or where a size is known to a run alone."""
+        if not isinstance(queries, int) or not isinstance(keys, int):
+            return [None]
+        size = 2 if self.lowest == LOWEST_HALF else 4
+        step = math.ceil(queries / math.ceil(queries * keys * size / SCORES))
+        return [slice(first, min(first + step, queries)) for first in range(0, queries, step)] if step < queries else [None]
+
+    def _rows_of(self, value: Node, rows: slice | None) -> Node:
+        if rows is None or value.meta["val"].shape[1] == 1:
+            return value
+        return self.emit(aten.slice.Tensor, value, 1, rows.start, rows.stop)
+
+    def _join(self, parts: list[Node], dim: int) -> Node:
         """``cat`` of at most four at a time, as XNNPACK takes them."""
         while len(parts) > 1:
             groups = [parts[start : start + _CAT] for start in range(0, len(parts), _CAT)]
-            parts = [self.emit(aten.cat.default, group, 2) if len(group) > 1 else group[0] for group in groups]
+            parts = [self.emit(aten.cat.default, group, dim) if len(group) > 1 else group[0] for group in groups]
         return parts[0]
 
     # --- projections

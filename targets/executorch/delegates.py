@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 from torch.export import ExportedProgram
@@ -26,7 +28,7 @@ _PLAIN = {
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.rsqrt.default, aten.reshape.default, aten.where.self),
     *(aten.full.default, aten.full_like.default, aten.scalar_tensor.default, aten.arange.start_step, aten.any.dim),
     *(aten.gt.Scalar, aten.lt.Scalar, aten.logical_not.default, aten.logical_and.default, aten.logical_or.default),
-    *(aten.sym_size.int, aten.select.int, operator.floordiv, operator.mul, operator.getitem),
+    *(aten.sym_size.int, aten.select.int, aten.slice.Tensor, operator.floordiv, operator.mul, operator.getitem),
 }
 _QUANTIZED = {"choose_qparams", "quantize_per_tensor", "dequantize_per_tensor", "dequantize_per_channel"}
 """PT2E's operators, which exist once torchao is imported."""
@@ -68,6 +70,43 @@ def _too_dynamic(node: Node) -> bool:
     if "squeeze" not in str(node.target):
         return False
     return sum(not isinstance(size, int) for size in node.meta["val"].shape) > 1
+
+
+def _slices_rows(node: Node) -> bool:
+    """Whether a slice takes a known part of one dimension, of a float tensor with other sizes that a run decides."""
+    if "slice_copy" not in str(node.target):
+        return False
+    source, made = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    dim = node.args[1] if len(node.args) > 1 else 0
+    known = isinstance(source.shape[dim], int) and isinstance(made.shape[dim], int)
+    return bool(known and made.dim() == 3 and made.is_floating_point() and (len(node.args) < 5 or node.args[4] == 1))
+
+
+@contextlib.contextmanager
+def dynamic_slices() -> Iterator[None]:
+    """XNNPACK's slice takes all of a dimension whose size is written as 0, which ExecuTorch's serializer never does.
+
+    A part of the rows of a dynamic number of images is then a slice like any other.
+    """
+    from executorch.backends.xnnpack.operators import node_visitor
+
+    # the package's own import fills it
+    known, target = node_visitor._node_visitor_dict, "aten.slice_copy.Tensor"
+    original = known[target]
+
+    class OfAnySize(original):  # type: ignore[misc, valid-type]
+        def define_node(self, node: Node, xnn_graph: Any, vals_to_ids: Any, debug_handle: int) -> None:
+            super().define_node(node, xnn_graph, vals_to_ids, debug_handle)
+            sizes = xnn_graph.xnodes[-1].xnode_union.sizes
+            for dim, size in enumerate(node.meta["val"].shape):
+                if not isinstance(size, int):
+                    sizes[dim] = 0
+
+    known[target] = OfAnySize
+    try:
+        yield
+    finally:
+        known[target] = original
 
 
 def partitioners(delegate: str, precision: str, *, plain: bool) -> list[Any]:
@@ -115,8 +154,10 @@ def _xnnpack(precision: str, plain: bool) -> list[Any]:
                 self.delegation_spec = DelegationSpec("XnnpackBackend", specs)
 
         def get_matched_nodes_from_configs(self, ep: ExportedProgram) -> list[list[Node]]:
-            """Less the squeezes that its configuration takes and its serializer then refuses."""
-            return [group for group in super().get_matched_nodes_from_configs(ep) if not any(map(_too_dynamic, group))]
+            """Less the squeezes that its configuration takes and its serializer then refuses, with slices of rows."""
+            found = [group for group in super().get_matched_nodes_from_configs(ep) if not any(map(_too_dynamic, group))]
+            taken = {node for group in found for node in group}
+            return [*found, *([node] for node in ep.graph.nodes if node not in taken and _slices_rows(node))]
 
         def generate_partitions(self, ep: ExportedProgram) -> list[Any]:
             groups = self.get_matched_nodes_from_configs(ep)

@@ -20,7 +20,7 @@ from sam3x.passes.graph.aten_nodes import aten, expression, slice_args
 from sam3x.passes.graph.emitter import fake_mode_of
 from sam3x.passes.linear.canonicalize_layouts import unify_sizes
 from sam3x.passes.pipeline import PassPipeline
-from sam3x.targets.executorch.delegates import PLACE, PlainProgram, is_plain, partitioners
+from sam3x.targets.executorch.delegates import PLACE, PlainProgram, dynamic_slices, is_plain, partitioners
 from sam3x.targets.executorch.metadata import metadata_of
 from sam3x.targets.quiet import suppressed_output
 
@@ -174,7 +174,7 @@ def write(captured: CapturedProgram, path: Path, delegate: str, precision: str, 
     captured, _ = PassPipeline((UnifyDimensionsPass(captured),)).run(captured)
     names = {"inputs": captured.input_names, "outputs": captured.output_names}
     plain = delegate == "xnnpack" and is_plain(captured.program)
-    with torch.no_grad(), _bounded(captured), _graph_order(), suppressed_output():
+    with torch.no_grad(), _bounded(captured), _graph_order(), dynamic_slices(), suppressed_output():
         edge = to_edge_transform_and_lower(
             PlainProgram.of(captured.program) if plain else captured.program,
             partitioner=partitioners(delegate, precision, plain=plain),

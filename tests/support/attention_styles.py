@@ -252,7 +252,7 @@ class Rotary(Matmul):
 
     def turned_in_part(self, x: Tensor) -> Tensor:
         even = 2 * (self.head_dim // 2)
-        turned = self.turned(x[..., :even])
+        turned = self.turned(x[..., :even].contiguous())
         return turned if even == self.head_dim else torch.cat((turned, x[..., even:]), dim=-1)
 
     def angles(self, length: int) -> Tensor:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from torch import nn
 
+import sam3x
 from sam3x.capture.capture import capture
+from sam3x.passes.attention import legalize_attention_for_pte
 from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.pipeline.request import resolve
 from support.upstream import encoder_of
@@ -61,3 +63,15 @@ def test_a_fixed_prompt_takes_one_heads_scores_at_a_time(encoder: nn.Module, opt
         assert metadata["delegates"] == 1 and metadata["delegated_flops"] > 0.99
         assert metadata["planned_bytes"] <= 3 * tokens + 100_000
     assert metadata["workspace_bytes"] <= scores + 8 * tokens
+
+
+def test_scores_past_a_budget_are_computed_in_parts(
+    encoder: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of the queries, of as many images as a run has, in the one delegate; the numbers are right in every branch."""
+    parts = 3
+    monkeypatch.setattr(legalize_attention_for_pte, "SCORES", TOKENS * TOKENS * 4 // parts + 1)
+    sizes: dict[str, Any] = {"tokens": TOKENS, "prompt_length": (1, 9), "batch": (1, 2)}
+    made = sam3x.export(encoder, target="pte", output=tmp_path / "out", pre_norm="module", **sizes).manifest
+    assert made.verified and made.metadata["delegates"] == 1
+    assert made.metadata["workspace_bytes"] <= 2 * TOKENS * TOKENS * 4 / parts + 2 * 8 * TOKENS * WIDTH * 4
