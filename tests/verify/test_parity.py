@@ -15,6 +15,7 @@ from torch import nn
 import sam3x
 from sam3x.capture.samples import Sizes, make_inputs
 from sam3x.spec import make_spec
+from support.folders import MadeOnce
 from support.upstream import assert_equal_to_upstream, encoder_of
 
 BRANCHES = list(itertools.product((False, True), (False, True)))
@@ -26,8 +27,8 @@ def sam3_encoder() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def artifact(sam3_encoder: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> sam3x.Artifact:
-    return sam3x.export(sam3_encoder, target="onnx", output=tmp_path_factory.mktemp("parity") / "out")
+def artifact(sam3_encoder: nn.Module, made_once: MadeOnce) -> sam3x.Artifact:
+    return sam3x.load(made_once("parity", lambda folder: sam3x.export(sam3_encoder, target="onnx", output=folder)))
 
 
 def inputs_of(artifact: sam3x.Artifact, width: int, sizes: Sizes, seed: int = 7) -> dict[str, Any]:

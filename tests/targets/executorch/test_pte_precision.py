@@ -25,6 +25,7 @@ from sam3x.targets.executorch.sums import half_sums
 from sam3x.verify.compare import compare
 from sam3x.verify.emulate import eager_in
 from sam3x.verify.products import attention, exact, half_summed
+from support.folders import MadeOnce
 from support.upstream import encoder_of, run_layers
 
 BRANCHES = list(itertools.product((False, True), (False, True)))
@@ -37,10 +38,10 @@ def encoder() -> nn.Module:
 
 
 @pytest.fixture(scope="module", params=["fp16", "int8"])
-def artifact(request: pytest.FixtureRequest, encoder: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> sam3x.Artifact:
-    folder = tmp_path_factory.mktemp(request.param) / "out"
-    options: dict[str, Any] = {"tokens": 36, "batch": (1, 2), "bundle": request.param == "int8"}
-    return sam3x.export(encoder, target="pte", output=folder, precision=request.param, **options)
+def artifact(request: pytest.FixtureRequest, encoder: nn.Module, made_once: MadeOnce) -> sam3x.Artifact:
+    options: dict[str, Any] = {"tokens": 36, "batch": (1, 2), "bundle": request.param == "int8", "precision": request.param}
+    name = f"pte_{request.param}"
+    return sam3x.load(made_once(name, lambda folder: sam3x.export(encoder, target="pte", output=folder, **options)))
 
 
 def precision_of(artifact: sam3x.Artifact) -> str:

@@ -20,6 +20,7 @@ from sam3x.errors import ArtifactError, LoweringError, SpecError, TargetUnavaila
 from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.spec import make_spec
 from sam3x.targets.executorch.target import PteOptions, PteTarget
+from support.folders import MadeOnce
 from support.upstream import assert_equal_to_upstream, encoder_of
 
 BRANCHES = list(itertools.product((False, True), (False, True)))
@@ -35,8 +36,9 @@ def encoder() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def artifact(encoder: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> sam3x.Artifact:
-    return export(encoder, tmp_path_factory.mktemp("pte"), verify="each")
+def artifact(encoder: nn.Module, made_once: MadeOnce) -> sam3x.Artifact:
+    options: dict[str, Any] = {"tokens": 36, "batch": (1, 2), "verify": "each"}
+    return sam3x.load(made_once("pte", lambda folder: sam3x.export(encoder, target="pte", output=folder, **options)))
 
 
 def check(artifact: sam3x.Artifact, encoder: nn.Module, sizes: Sizes, branches: Any = BRANCHES) -> None:
