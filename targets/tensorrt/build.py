@@ -47,12 +47,16 @@ class UnreadableError(Exception):
     """torch cannot load a program that it saved itself, as with some sizes that a flag decides."""
 
 
+_REMEDY = "Allow attention more memory (--attention-memory 2GB), or take --precision fp16."
+"""Where no form of attention builds."""
 FORMS = {
     "loops": "attention in loops over tiles of queries",
     "tiles": "attention in tiles of queries, one after another",
+    "layers": "attention as TensorRT's own layers",
     "products": "attention as products and a softmax, all scores in memory at once",
+    "plain": "the network as it is",
 }
-"""Forms of attention → what they are. Where none needs tiles, ``loops`` and ``tiles`` are TensorRT's own layer both."""
+"""Forms of a network → what they are."""
 
 
 def build(captured: CapturedProgram, options: TrtOptions, capability: str) -> Built:
@@ -77,23 +81,25 @@ def build(captured: CapturedProgram, options: TrtOptions, capability: str) -> Bu
                 built = _engine(captured, options, capability, form)
             except BuilderError as error:
                 failed.append(f"{FORMS[form]}: {error.fact}")
-                last = error
+                remedy = _REMEDY if form == "products" else error.remedy
                 continue
             metadata = {**built.metadata, "form": FORMS[form]}
             if failed:
                 metadata["notes"] = [f"built with {FORMS[form]}; TensorRT's builder failed on other forms: {'; '.join(failed)}"]
             return Built(built.engine, metadata)
-    raise BuilderError("; ".join(failed), subject="trt", remedy=last.remedy)
+    raise BuilderError("; ".join(failed), subject="trt", remedy=remedy)
 
 
 def forms_of(captured: CapturedProgram) -> list[str]:
-    """The forms to try, the best first."""
-    tiled = any(
-        node.target is TILED_ATTENTION and int(node.args[5]) < UNLIMITED  # type: ignore[arg-type]
+    """The forms to try, the best first: of attention in tiles, of attention that TensorRT fuses, of none."""
+    budgets = [
+        int(node.args[5])  # type: ignore[arg-type]
         for _, module in graph_modules(captured.program)
-        for node in module.graph.nodes
-    )
-    return list(FORMS) if tiled else ["loops", "products"]
+        for node in module.graph.find_nodes(op="call_function", target=TILED_ATTENTION)
+    ]
+    if not budgets:
+        return ["plain"]
+    return ["loops", "tiles", "products"] if min(budgets) < UNLIMITED else ["layers", "products"]
 
 
 def _save(captured: CapturedProgram, path: Path) -> None:
@@ -139,7 +145,7 @@ def in_builder_process(work: Callable[..., T], *args: Any) -> T:
         raise BuilderError(
             f"TensorRT's builder crashed on the network ({crash})",
             subject="trt",
-            remedy="Allow attention more memory (--attention-memory 2GB), or take --precision fp16.",
+            remedy="Take another --precision or --format.",
         ) from None
     except (Sam3xError, UnreadableError):
         raise
@@ -155,7 +161,8 @@ def engine_of(slim: CapturedProgram, path: Path, options: TrtOptions, capability
     """
     import torch
 
-    import sam3x.passes.attention.operators  # noqa: F401 - what the program calls
+    import sam3x.passes.attention.operators
+    import sam3x.passes.linear.tile_feed_forward  # noqa: F401 - and this
 
     try:
         program = torch.export.load(path)

@@ -22,6 +22,7 @@ from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor
 
 from sam3x.passes.attention.operators import TILED_ATTENTION
 from sam3x.passes.graph.cond_graph import ASSERTIONS, COND
+from sam3x.passes.linear.tile_feed_forward import TILED_FEED_FORWARD
 
 aten = torch.ops.aten
 
@@ -179,26 +180,110 @@ def _full_like(self: Interpreter, args: Any, kwargs: Any) -> Any:
 
 
 def _cond(self: Interpreter, args: Any, kwargs: Any) -> Any:
-    """``IIfConditional``: what a branch reads enters through an input layer, what both return leaves through an output one."""
+    """``IIfConditional``: what a branch reads enters through an input layer, what both return leaves through an output one.
+
+    TensorRT-RTX keeps what leaves in memory of its own for the whole run, so of ``layer_norm(x)`` or ``x`` only the mean and
+    the variance leave.
+    """
     predicate, true, false, operands = args
     net, name = self.ctx.net, str(self._cur_node_name)
     conditional = net.add_if_conditional()
     conditional.name = name
     conditional.set_condition(predicate)
     entered = [conditional.add_input(item).get_output(0) if isinstance(item, trt.ITensor) else item for item in operands]
-    results = [self.branch(branch, entered, f"{name}_{index}") for index, branch in enumerate((true, false))]
-    outputs = []
-    for index, pair in enumerate(zip(*results, strict=True)):
+
+    def output(values: Sequence[Any], kind: str) -> Any:
         ends = [
-            net.add_identity(get_trt_tensor(self.ctx, value, f"{name}_{index}")).get_output(0)
+            net.add_identity(get_trt_tensor(self.ctx, value, f"{name}_{kind}")).get_output(0)
             if not isinstance(value, trt.ITensor) or value in entered
             else value
-            for value in pair
+            for value in values
         ]
         layer = conditional.add_output(*ends)
-        layer.name = f"{name}_output_{index}"
-        outputs.append(layer.get_output(0))
-    return tuple(outputs)
+        layer.name = f"{name}_output_{kind}"
+        return layer.get_output(0)
+
+    norm = _norm_or_not(true, false)
+    if norm is not None and isinstance(operands[norm[1]], trt.ITensor):
+        wanted, source, weight, bias, epsilon = norm
+        x, order = operands[source], 1 if wanted else -1
+        sides = (_moments(net, entered[source]), _no_moments(self, entered[source]))[::order]
+        mean, variance = (output(ends, f"moment_{i}") for i, ends in enumerate(zip(*sides, strict=True)))
+        scale, shift = (None if place is None else operands[place] for place in (weight, bias))
+        normed = _normalized(self, x, mean, variance, scale, shift, epsilon)
+        flag = net.add_shuffle(predicate)
+        flag.reshape_dims = (1,) * len(x.shape)
+        return (net.add_select(flag.get_output(0), *(normed, x)[::order]).get_output(0),)
+    results = [self.branch(branch, entered, f"{name}_{index}") for index, branch in enumerate((true, false))]
+    return tuple(output(pair, str(index)) for index, pair in enumerate(zip(*results, strict=True)))
+
+
+def _norm_or_not(true: GraphModule, false: GraphModule) -> tuple[bool, int, int | None, int | None, float] | None:
+    """Of branches that are ``layer_norm(x)`` over the last dimension and ``x``: whether it is the true one, the operands that
+    are x, weight and bias, and epsilon. None of any others."""
+    ends = []
+    results: Any
+    for branch in (true, false):
+        places = {node: place for place, node in enumerate(branch.graph.find_nodes(op="placeholder"))}
+        (results,) = branch.graph.output_node().args
+        node = results[0] if len(results) == 1 else None
+        while isinstance(node, Node) and node.target is aten.clone.default:
+            node = node.args[0]
+        ends.append((node, places))
+    for wanted in (True, False):
+        (norm, places), (other, others) = ends if wanted else ends[::-1]
+        if not isinstance(norm, Node) or norm.target is not aten.layer_norm.default or other not in others:
+            continue
+        names = ("input", "normalized_shape", "weight", "bias", "eps")
+        values: dict[str, Any] = dict(zip(names, norm.args, strict=False)) | norm.kwargs
+        x, weight, bias = (values.get(name) for name in ("input", "weight", "bias"))
+        known = all(value is None or value in places for value in (x, weight, bias))
+        if known and len(values["normalized_shape"]) == 1 and places[x] == others[other]:
+            return wanted, places[x], places.get(weight), places.get(bias), values.get("eps", 1e-5)
+    return None
+
+
+def _moments(net: Any, x: Any) -> tuple[Any, Any]:
+    """Mean and variance over the last dimension, in float32."""
+    x = x if x.dtype == trt.float32 else net.add_cast(x, trt.float32).get_output(0)
+    last = 1 << (len(x.shape) - 1)
+    mean = net.add_reduce(x, trt.ReduceOperation.AVG, last, True).get_output(0)
+    off = net.add_elementwise(x, mean, trt.ElementWiseOperation.SUB).get_output(0)
+    square = net.add_elementwise(off, off, trt.ElementWiseOperation.PROD).get_output(0)
+    return mean, net.add_reduce(square, trt.ReduceOperation.AVG, last, True).get_output(0)
+
+
+def _no_moments(interpreter: Interpreter, x: Any) -> tuple[Any, Any]:
+    """Of the shape and type of moments; nobody reads their numbers."""
+    net, rank, kinds = interpreter.ctx.net, len(x.shape), trt.ElementWiseOperation
+    layer = net.add_slice(x, (0,) * rank, (0,) * rank, (1,) * rank)
+    layer.set_input(2, _shape_tensor(interpreter, [*_sizes(interpreter, x)[:-1], 1]))
+    first = layer.get_output(0)
+    first = first if x.dtype == trt.float32 else net.add_cast(first, trt.float32).get_output(0)
+    none, one = (constant(interpreter, np.full([1] * rank, value, np.float32)) for value in (0, 1))
+    mean = net.add_elementwise(first, none, kinds.PROD).get_output(0)
+    return mean, net.add_elementwise(mean, one, kinds.SUM).get_output(0)
+
+
+def _normalized(
+    interpreter: Interpreter, x: Any, mean: Any, variance: Any, weight: Any | None, bias: Any | None, epsilon: float
+) -> Any:
+    """(x - mean) / sqrt(variance + epsilon) · weight + bias, computed in float32, in x's type."""
+    net, kinds, ctx, name = interpreter.ctx.net, trt.ElementWiseOperation, interpreter.ctx, str(interpreter._cur_node_name)
+    ones = [1] * (len(x.shape) - 1)
+    small = constant(interpreter, np.full((*ones, 1), epsilon, np.float32))
+    deviation = net.add_unary(net.add_elementwise(variance, small, kinds.SUM).get_output(0), trt.UnaryOperation.SQRT)
+    wide = x if x.dtype == trt.float32 else net.add_cast(x, trt.float32).get_output(0)
+    off = net.add_elementwise(wide, mean, kinds.SUB).get_output(0)
+    result = net.add_elementwise(off, deviation.get_output(0), kinds.DIV).get_output(0)
+    for value, kind, place in ((weight, kinds.PROD, "weight"), (bias, kinds.SUM, "bias")):
+        if value is not None:
+            value = get_trt_tensor(ctx, value, f"{name}_{place}")
+            value = value if value.dtype == trt.float32 else net.add_cast(value, trt.float32).get_output(0)
+            layer = net.add_shuffle(value)
+            layer.reshape_dims = (*ones, value.shape[0])
+            result = net.add_elementwise(result, layer.get_output(0), kind).get_output(0)
+    return result if x.dtype == trt.float32 else net.add_cast(result, x.dtype).get_output(0)
 
 
 def _getitem(self: Interpreter, args: Any, kwargs: Any) -> Any:
@@ -210,7 +295,11 @@ def _alias(self: Interpreter, args: Any, kwargs: Any) -> Any:
 
 
 MOST_TILES = 64
-"""Of one attention where they stand one after another."""
+"""Of one attention or feed-forward block where they stand one after another."""
+FEW_TILES = 4
+"""That need no loop: with more than six loops in a network TensorRT-RTX crashes on some."""
+TILE = 64 << 20
+"""Bytes of a tile of a feed-forward block: of a hidden layer and what its activation gives."""
 
 # ---- attention in tiles of queries: TensorRT-RTX does not fuse it in float32, and all scores would be in memory
 
@@ -249,77 +338,181 @@ def constant(interpreter: Interpreter, value: np.ndarray) -> Any:
 
 
 def tiled_attention(interpreter: Interpreter, args: Any, kwargs: Any) -> Any:
-    """``ceil(N / rows)`` turns, in a loop or one after another; ``rows`` is the most queries whose scores fit half the budget,
-    as scores and probabilities are there at once. Queries that fill up the last tile are zeros, and their answers are cut off.
-    One after another, they are ``MOST_TILES`` at most: each is a part of the network."""
+    """softmax(scale · query · keyᵀ + mask) · value, ``rows`` queries at a time: as many as keep scores and probabilities, which
+    are there at once, within the budget. Queries that fill up the last tile are zeros, and their answers are cut off.
+
+    In the form ``loops``, one image after another in a loop, and its tiles one after another in a turn (of one image alone, a
+    tile a turn); in the form ``tiles``, tiles of all images, ``MOST_TILES`` at most, as each is a part of the network.
+    """
     query, key, value, mask, scale, budget = args
-    net, name = interpreter.ctx.net, str(interpreter._cur_node_name)
+    net = interpreter.ctx.net
     most = interpreter.largest(interpreter._cur_node.args[0]), interpreter.largest(interpreter._cur_node.args[1])  # type: ignore[union-attr]
     (batch, heads, tokens, _), keys = most[0], most[1][2]
-    if interpreter.form == "tiles":
-        budget = budget * 3 // 4  # the answers of all tiles wait to be joined, and the queries are there twice
-    rows = max(1, min(tokens, budget // (2 * batch * heads * keys * 4)))
-    tiles = {"loops": math.ceil(tokens / rows), "tiles": min(MOST_TILES, math.ceil(tokens / rows)), "products": 1}[
-        interpreter.form
-    ]
-    rows = math.ceil(tokens / tiles)
     factor = constant(interpreter, np.full([1] * 4, scale, np.float32))
     factor = factor if query.dtype == trt.float32 else net.add_cast(factor, query.dtype).get_output(0)
     query = net.add_elementwise(query, factor, trt.ElementWiseOperation.PROD).get_output(0)
-    if tiles == 1:
+    row = 2 * heads * keys * 4  # bytes of one query's scores and probabilities
+    if interpreter.form == "products" or batch * tokens * row <= budget:
         # TensorRT-RTX 1.6 crashes on an attention layer beside conditionals, but in float16
         plain = interpreter.form == "products" or (interpreter.conditional and query.dtype != trt.float16)
         return (decomposed if plain else fused)(interpreter, query, key, value, mask)
-
-    if interpreter.form == "tiles":
-        return _unrolled(interpreter, query, key, value, mask, tiles, rows)
-    loop = net.add_loop()
-    loop.name = name
-    count = constant(interpreter, np.array(tiles, np.int32))
-    loop.add_trip_limit(count, trt.TripLimit.COUNT)
-    tile = loop.add_iterator(_in_tiles(interpreter, query, tiles, rows), 2).get_output(0)
+    tiles = _tile_count(tokens, budget // (batch * row))
+    way: Callable[..., Any] = _tiles
+    if interpreter.form == "loops" and tiles > FEW_TILES:
+        way = _loop_of_tiles if query.shape[0] == 1 else _loop_of_images
+        tiles = _tile_count(tokens, budget // row)
+    if way is not _loop_of_tiles:
+        tiles = min(MOST_TILES, tiles)
+    rows = math.ceil(tokens / tiles)
     rowwise = mask is not None and mask.shape[2] != 1
-    own = loop.add_iterator(_in_tiles(interpreter, mask, tiles, rows), 2).get_output(0) if rowwise else mask
+    queries = _padded(interpreter, query, tiles * rows)
+    mask = _padded(interpreter, mask, tiles * rows) if rowwise else mask
+    return _first_rows(interpreter, way(interpreter, queries, key, value, mask, rows), query)
+
+
+def _tile_count(tokens: int, rows: int) -> int:
+    """Of ``rows`` at most, and of one."""
+    return math.ceil(tokens / max(1, min(tokens, rows)))
+
+
+def _loop_of_tiles(interpreter: Interpreter, query: Any, key: Any, value: Any, mask: Any | None, rows: int) -> Any:
+    net, tokens = interpreter.ctx.net, query.shape[2]
+    loop = net.add_loop()
+    loop.name = str(interpreter._cur_node_name)
+    count = constant(interpreter, np.array(tokens // rows, np.int32))
+    loop.add_trip_limit(count, trt.TripLimit.COUNT)
+
+    def turn(tensor: Any) -> Any:
+        layer = net.add_shuffle(tensor)
+        layer.reshape_dims = (0, 0, tokens // rows, rows, tensor.shape[3])  # 0: as before; only a mask's keys may be dynamic
+        return loop.add_iterator(layer.get_output(0), 2).get_output(0)
+
     order = loop.add_recurrence(constant(interpreter, np.zeros([1] * 4, np.float32)))
-    turn = net.add_elementwise(tile, order.get_output(0), trt.ElementWiseOperation.SUM).get_output(0)
-    answer = decomposed(interpreter, turn, key, value, own)
+    own = turn(mask) if mask is not None and mask.shape[2] != 1 else mask
+    answer = decomposed(interpreter, _plus(interpreter, turn(query), order.get_output(0)), key, value, own)
     order.set_input(1, _nothing(interpreter, answer))
     joined = loop.add_loop_output(answer, trt.LoopOutput.CONCATENATE, 2)
     joined.set_input(1, count)
     layer = net.add_shuffle(joined.get_output(0))
-    layer.reshape_dims = (0, 0, tiles * rows, value.shape[3])  # 0: as before
-    return _first_rows(interpreter, layer.get_output(0), query)
+    layer.reshape_dims = (0, 0, tokens, value.shape[3])
+    return layer.get_output(0)
 
 
-def _unrolled(interpreter: Interpreter, query: Any, key: Any, value: Any, mask: Any | None, tiles: int, rows: int) -> Any:
-    """The turns of the loop one after another, each a part of the network."""
+def _loop_of_images(interpreter: Interpreter, query: Any, key: Any, value: Any, mask: Any | None, rows: int) -> Any:
+    """Each turn static where only the number of images is not: TensorRT-RTX crashes on loops with a dynamic batch in them."""
     net = interpreter.ctx.net
-    rowwise = mask is not None and mask.shape[2] != 1
-    padded = [_padded(interpreter, tensor, tiles * rows) for tensor in ((query, mask) if rowwise else (query,))]
+    loop = net.add_loop()
+    loop.name = str(interpreter._cur_node_name)
+    images = _sizes(interpreter, query)[0]
+    if isinstance(images, int):
+        count = constant(interpreter, np.array(images, np.int32))
+    else:
+        layer = net.add_shuffle(net.add_cast(images, trt.int32).get_output(0))
+        layer.reshape_dims = ()
+        count = layer.get_output(0)
+    loop.add_trip_limit(count, trt.TripLimit.COUNT)
+    first = constant(interpreter, np.zeros(1, np.int64))
+
+    def turn(tensor: Any) -> Any:
+        if tensor is None or tensor.shape[0] == 1:
+            return tensor
+        return net.add_unsqueeze(loop.add_iterator(tensor).get_output(0), first).get_output(0)
+
+    order = loop.add_recurrence(constant(interpreter, np.zeros([1] * 4, np.float32)))
+    answer = _tiles(interpreter, turn(query), turn(key), turn(value), turn(mask), rows, order.get_output(0))
+    order.set_input(1, _nothing(interpreter, answer))
+    joined = loop.add_loop_output(net.add_squeeze(answer, first).get_output(0), trt.LoopOutput.CONCATENATE, 0)
+    joined.set_input(1, count)
+    return joined.get_output(0)
+
+
+def _tiles(
+    interpreter: Interpreter, query: Any, key: Any, value: Any, mask: Any | None, rows: int, order: Any | None = None
+) -> Any:
+    """Tiles one after another, each a part of the network; ``order``: a zero that the first waits for."""
     answers: list[Any] = []
-    for index in range(tiles):
-        tile, *own = (_rows(interpreter, tensor, index * rows, rows) for tensor in padded)
-        if answers:
-            tile = net.add_elementwise(tile, _nothing(interpreter, answers[-1]), trt.ElementWiseOperation.SUM).get_output(0)
-        answers.append(decomposed(interpreter, tile, key, value, own[0] if rowwise else mask))
-    joined = net.add_concatenation(answers)
-    joined.axis = 2
-    return _first_rows(interpreter, joined.get_output(0), query)
+    for start in range(0, query.shape[2], rows):
+        tile = _rows(interpreter, query, start, rows)
+        own = _rows(interpreter, mask, start, rows) if mask is not None and mask.shape[2] != 1 else mask
+        order = _nothing(interpreter, answers[-1]) if answers else order
+        tile = tile if order is None else _plus(interpreter, tile, order)
+        answers.append(decomposed(interpreter, tile, key, value, own))
+    return _joined(interpreter, answers)
 
 
-def _rows(interpreter: Interpreter, tensor: Any, start: int, rows: int) -> Any:
-    """``tensor[:, :, start : start + rows]`` of a (B, H, N, D) tensor."""
-    sizes = _sizes(interpreter, tensor)
-    layer = interpreter.ctx.net.add_slice(tensor, (0, 0, start, 0), (0,) * 4, (1,) * 4)
-    layer.set_input(2, _shape_tensor(interpreter, [*sizes[:2], rows, sizes[3]]))
+def tiled_feed_forward(interpreter: Interpreter, args: Any, kwargs: Any) -> Any:
+    """``linear``, activation, ``linear`` on as many rows at a time as keep the hidden layer, there twice, within ``TILE``."""
+    x, weight1, bias1, activation, weight2, bias2 = args
+    name, node = str(interpreter._cur_node_name), interpreter._cur_node
+    *lead, tokens, _ = interpreter.largest(node.args[0])  # type: ignore[union-attr]
+    hidden = 2 * math.prod(lead) * tokens * weight1.shape[0] * node.meta["val"].element_size()  # type: ignore[union-attr]
+    tiles = min(MOST_TILES, tokens, math.ceil(hidden / TILE))
+    rows = math.ceil(tokens / tiles)
+
+    def linear(value: Any, weight: Any, bias: Any, place: str) -> Any:
+        return impl.linear.linear(interpreter.ctx, aten.linear.default, None, f"{name}_{place}", value, weight, bias)
+
+    padded = _padded(interpreter, x, tiles * rows)
+    answers: list[Any] = []
+    for start in range(0, tiles * rows, rows):
+        tile = padded if tiles == 1 else _rows(interpreter, padded, start, rows)
+        tile = _plus(interpreter, tile, _nothing(interpreter, answers[-1])) if answers else tile
+        inner = _activated(interpreter, linear(tile, weight1, bias1, f"{start}_1"), activation)
+        answers.append(linear(inner, weight2, bias2, f"{start}_2"))
+    return _first_rows(interpreter, _joined(interpreter, answers), x)
+
+
+_ACTIVATIONS = {"relu": "RELU", "gelu": "GELU_ERF", "gelu_tanh": "GELU_TANH", "silu": "SIGMOID"}
+"""Names of ``tile_feed_forward`` → ``trt.ActivationType``; silu is x · sigmoid(x)."""
+
+
+def _activated(interpreter: Interpreter, value: Any, activation: str) -> Any:
+    net = interpreter.ctx.net
+    result = net.add_activation(value, getattr(trt.ActivationType, _ACTIVATIONS[activation])).get_output(0)
+    if activation == "silu":
+        result = net.add_elementwise(value, result, trt.ElementWiseOperation.PROD).get_output(0)
+    return result
+
+
+def _plus(interpreter: Interpreter, tensor: Any, zero: Any) -> Any:
+    net = interpreter.ctx.net
+    zero = zero if zero.dtype == tensor.dtype else net.add_cast(zero, tensor.dtype).get_output(0)
+    shape = (1,) * len(tensor.shape)
+    if len(zero.shape) != len(shape):
+        layer = net.add_shuffle(zero)
+        layer.reshape_dims = shape
+        zero = layer.get_output(0)
+    return net.add_elementwise(tensor, zero, trt.ElementWiseOperation.SUM).get_output(0)
+
+
+def _joined(interpreter: Interpreter, parts: list[Any]) -> Any:
+    """Along the rows."""
+    layer = interpreter.ctx.net.add_concatenation(parts)
+    layer.axis = len(parts[0].shape) - 2
+    return layer.get_output(0)
+
+
+def _rows(interpreter: Interpreter, tensor: Any, start: int, rows: Any) -> Any:
+    """``tensor[…, start : start + rows, :]``, zeros behind the last."""
+    *lead, there, width = _sizes(interpreter, tensor)
+    rank = len(tensor.shape)
+    layer = interpreter.ctx.net.add_slice(tensor, (*[0] * (rank - 2), start, 0), (0,) * rank, (1,) * rank)
+    if all(isinstance(size, int) for size in (*lead, rows, width)):
+        layer.shape = (*lead, rows, width)
+    else:
+        layer.set_input(2, _shape_tensor(interpreter, [*lead, rows, width]))
+    if not isinstance(there, int) or (isinstance(rows, int) and start + rows > there):
+        layer.mode = trt.SampleMode.FILL
     return layer.get_output(0)
 
 
 def _nothing(interpreter: Interpreter, answer: Any) -> Any:
     """Zero, whatever the answer holds. Without it TensorRT takes the turns for independent and computes them all at once."""
     net = interpreter.ctx.net
-    first = net.add_slice(answer, (0,) * 4, (1,) * 4, (1,) * 4).get_output(0)
-    infinite = constant(interpreter, np.full([1] * 4, np.inf, np.float32))
+    one = (1,) * len(answer.shape)
+    first = net.add_slice(answer, (0,) * len(one), one, one).get_output(0)
+    infinite = constant(interpreter, np.full(one, np.inf, np.float32))
+    infinite = infinite if first.dtype == trt.float32 else net.add_cast(infinite, first.dtype).get_output(0)
     above = net.add_elementwise(first, infinite, trt.ElementWiseOperation.GREATER).get_output(0)
     return net.add_cast(above, trt.float32).get_output(0)
 
@@ -346,33 +539,15 @@ def _shape_tensor(interpreter: Interpreter, sizes: list[Any]) -> Any:
     return layer.get_output(0)
 
 
-def _in_tiles(interpreter: Interpreter, tensor: Any, tiles: int, rows: int) -> Any:
-    """(B, H, N, D) → (B, H, tiles, rows, D), zeros behind the last query."""
-    layer = interpreter.ctx.net.add_shuffle(_padded(interpreter, tensor, tiles * rows))
-    # 0: as before; only a mask's keys may be dynamic
-    layer.reshape_dims = (0, 0, tiles, rows, tensor.shape[3])
-    return layer.get_output(0)
-
-
 def _padded(interpreter: Interpreter, tensor: Any, rows: int) -> Any:
-    """(B, H, N, D) → (B, H, rows, D), zeros behind the last query."""
-    if tensor.shape[2] == rows:
-        return tensor
-    sizes = _sizes(interpreter, tensor)
-    layer = interpreter.ctx.net.add_slice(tensor, (0,) * 4, (0,) * 4, (1,) * 4)
-    layer.set_input(2, _shape_tensor(interpreter, [*sizes[:2], rows, *sizes[3:]]))
-    layer.mode = trt.SampleMode.FILL
-    return layer.get_output(0)
+    """(…, N, D) → (…, rows, D), zeros behind the last of N."""
+    return tensor if tensor.shape[-2] == rows else _rows(interpreter, tensor, 0, rows)
 
 
-def _first_rows(interpreter: Interpreter, tensor: Any, query: Any) -> Any:
-    """As many rows as there are queries."""
-    sizes, wanted = _sizes(interpreter, tensor), _sizes(interpreter, query)
-    if sizes[2] == wanted[2]:
-        return tensor
-    layer = interpreter.ctx.net.add_slice(tensor, (0,) * 4, (0,) * 4, (1,) * 4)
-    layer.set_input(2, _shape_tensor(interpreter, [*sizes[:2], wanted[2], sizes[3]]))
-    return layer.get_output(0)
+def _first_rows(interpreter: Interpreter, tensor: Any, like: Any) -> Any:
+    """As many rows as ``like`` has."""
+    wanted = _sizes(interpreter, like)[-2]
+    return tensor if tensor.shape[-2] == wanted else _rows(interpreter, tensor, 0, wanted)
 
 
 CONVERTERS: dict[Any, Callable[[Interpreter, Any, Any], Any]] = {
@@ -384,6 +559,7 @@ CONVERTERS: dict[Any, Callable[[Interpreter, Any, Any], Any]] = {
     operator.getitem: _getitem,
     COND: _cond,
     TILED_ATTENTION: tiled_attention,
+    TILED_FEED_FORWARD: tiled_feed_forward,
     **dict.fromkeys(ASSERTIONS, lambda self, args, kwargs: None),
 }
 """Operator → converter."""

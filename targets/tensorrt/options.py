@@ -51,6 +51,9 @@ class TrtOptions(AttentionMemory):
         description="operations that stay in float32: kinds, places, patterns; see sam3x doctor.",
         json_schema_extra={"metavar": "A,B,C"},
     )
+    attention_memory: str = Field(
+        "64MB", description=AttentionMemory.model_fields["attention_memory"].description, json_schema_extra={"metavar": "SIZE"}
+    )
     layout: Layout = Field("flat", description=DESCRIPTION)
     opt_batch: int | None = Field(
         None, description=f"batch the profile is tuned for; left out: {_USUAL['batch']}, or the nearest in range."

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 DISTRIBUTIONS = {"torch-tensorrt-rtx": "TensorRT-RTX", "torch-tensorrt": "TensorRT"}
 """Both install ``torch_tensorrt``; what each builds with."""
 
+SMALL_HIDDEN = 32 << 20
+"""Bytes of a feed-forward block's hidden layer, of a known size, that need no tiles."""
 _INSTALL = 'pip install "sam3x[trt-rtx]", or "sam3x[trt]" for TensorRT itself'
 _SUFFIX = {"engine": ".engine", "ep": ".pt2", "plan-onnx": ".onnx"}
 
@@ -105,6 +107,7 @@ class TrtTarget(Target):
         from sam3x.passes.decompose.decompose_roi_align import DecomposeRoiAlignPass
         from sam3x.passes.decompose.decompose_slice_scatter import DecomposeSliceScatterPass
         from sam3x.passes.decompose.expand_repeats import ExpandRepeatsPass
+        from sam3x.passes.linear.tile_feed_forward import TileFeedForwardPass
 
         lower = (
             IfConvertPass(rows_only=True),
@@ -119,7 +122,13 @@ class TrtTarget(Target):
             from sam3x.targets.tensorrt.onnx import onnx_passes
 
             return (*lower, *onnx_passes())
-        return (*lower, FoldConstantsPass(), LegalizeAttentionForTrtPass(options.attention_bytes), DecomposeAttentionPass())
+        return (
+            *lower,
+            TileFeedForwardPass(SMALL_HIDDEN),
+            FoldConstantsPass(),
+            LegalizeAttentionForTrtPass(options.attention_bytes),
+            DecomposeAttentionPass(),
+        )
 
     def prove(self, captured: CapturedProgram, options: TrtOptions) -> dict[str, Any]:
         """Run the legalized graph in torch: it may be all that can be run of an engine on this machine."""

@@ -43,7 +43,8 @@ def test_the_default_encoder_builds_for_every_gpu_three_times_in_a_row(
     for gpu, _ in itertools.product(GPUS, range(TIMES)):
         found = build(program, options, gpu).metadata
         metrics = (
-            f"{flags} {precision} {gpu}: {found['activation_bytes'] / 1e6:.0f} MB, {found['build_seconds']} s, {found['form']}"
+            f"| {flags} | {precision} | {gpu} | {found['activation_bytes'] / 1e6:.0f} | {found['engine_bytes'] / 1e6:.1f} "
+            f"| {found['form']} |"
         )
         with capsys.disabled():
             print(metrics, flush=True)

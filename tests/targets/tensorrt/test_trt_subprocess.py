@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
+import torch
 
 import sam3x
 from sam3x.errors import BuilderError, LoweringError
@@ -113,6 +115,16 @@ def test_where_it_crashes_on_every_form_nothing_is_written(tmp_path: Path, monke
     with pytest.raises(BuilderError, match=r"loops.*SIGSEGV.*tiles.*SIGSEGV.*products.*SIGSEGV.*--precision fp16"):
         lower(captured("select"), tmp_path / "x.engine", attention_memory="2KB")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_crash_on_a_network_without_attention_says_nothing_of_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trt_build, "in_subprocess", lambda work, *args: in_subprocess(end, -11))
+    program = torch.export.export(torch.nn.Linear(4, 4), (torch.ones(2, 4),))
+    with pytest.raises(BuilderError, match="SIGSEGV") as caught:
+        trt_build.build(dataclasses.replace(captured("select"), program=program), TrtOptions(), "sm89")
+    assert "attention" not in str(caught.value)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])

@@ -90,6 +90,7 @@ def test_a_graph_that_is_known_to_be_wrong_is_refused_in_every_precision(precisi
 def test_conditionals_stay_conditionals_in_one_engine(tmp_path: Path) -> None:
     found = lower(captured("cond"), tmp_path / "x.engine", branches="cond")
     assert found["conditionals"] == 12 and found["left_to_torch"] == 0  # six norms a layer; dac is a mask of rows
+    assert found["layers"]["conditional_output"] == 24  # mean and variance of each
 
 
 @pytest.mark.parametrize("form", ["select", "cond"])
@@ -107,12 +108,17 @@ def test_a_profile_is_tuned_for_the_sizes_that_are_named(tmp_path: Path) -> None
 def test_scores_in_float32_keep_the_budget(encoder: nn.Module, tmp_path: Path) -> None:
     fixed = {"dac": False, "pre_norm": True, "batch": 1, "prompt_length": 9}
     program = capture(encoder, sam3x.spec.make_spec(branches="select", tokens=2400, verify="off", **fixed))
-    plain = lower(program, tmp_path / "plain.engine")
+    plain = lower(program, tmp_path / "plain.engine", attention_memory="256MB")
     tiled = lower(program, tmp_path / "tiled.engine", attention_memory="4MiB")
     assert plain["attentions"] == tiled["attentions"] == 4
     assert plain["tiled_attention_loops"] == 0 and tiled["tiled_attention_loops"] == 2
     scores = 4 * 2400 * 2400 * 4  # heads, queries, keys, bytes
     assert plain["activation_bytes"] > 2 * scores and tiled["activation_bytes"] < scores / 4
+
+
+def test_a_dynamic_batch_is_built_in_loops_over_images(tmp_path: Path) -> None:
+    found = lower(captured("select"), tmp_path / "x.engine", attention_memory="20KB")
+    assert found["form"].startswith("attention in loops") and "notes" not in found and found["tiled_attention_loops"] == 2
 
 
 def test_masks_of_image_tokens_and_dynamic_tokens_in_tiles(tmp_path: Path) -> None:
