@@ -32,10 +32,11 @@ def pipeline_view(manifest: PipelineManifest, folder: Path, *, verbose: bool) ->
     """Components, how they connect, and how far each is from eager."""
     state = "verified" if manifest.verified else f"NOT verified: {manifest.verified_reason}"
     words = manifest.tokenizer or "none: words cannot be read, give token ids or export with --tokenizer"
+    texts = f", up to {manifest.context_length} tokens, tokenizer {words}" if manifest.context_length else ", clicks alone"
     lines: list[RenderableType] = [
         f"{folder}: {manifest.source} image model for {manifest.target}, {state}",
         f"from {manifest.origin}",
-        f"picture {manifest.image_size}x{manifest.image_size}, up to {manifest.context_length} tokens, tokenizer {words}",
+        f"picture {manifest.image_size}x{manifest.image_size}{texts}",
         _components(manifest, folder),
         *(_quality(manifest.quality) if manifest.quality is not None else []),
         *manifest.notes,

@@ -48,7 +48,7 @@ def _walked(model: ImageModel, request: Request) -> dict[str, list[Sample]]:
         sizes.append((4, max(2, model.context_length // 2), 5, 3))
     found: dict[str, list[Sample]] = {component.name: [] for component in model.components}
     vision = None
-    for index, (prompts, length, boxes, queries) in enumerate(sizes):
+    for index, (prompts, length, boxes, queries) in enumerate(sizes if model.context_length else sizes[:1]):
         prompts = clamped(prompts, spec.batch)
         length = model.context_length if model.fixed_length else length
         case = f"{prompts} prompts, length {length}, {boxes} boxes, {queries} queries"
@@ -98,7 +98,7 @@ def branch_of(component: Component) -> str:
 def _given(model: ImageModel, prompts: int, length: int, boxes: int, seed: int) -> Mapping[str, Tensor]:
     """Seeded outer inputs: noise for a picture, texts of several lengths, prompts with all, some and no boxes."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, model.vocab_size, (prompts, length), generator=generator)
+    ids = torch.randint(1, max(2, model.vocab_size), (prompts, length), generator=generator)
     box_mask = torch.zeros((prompts, boxes), dtype=torch.bool)
     for row in range(prompts):
         ids[row, max(2, length - row * 2) :] = model.pad_id

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 Boxes = Sequence[Sequence[float]]
 """Boxes of x0, y0, x1, y1 in pixels."""
 
-_LOGITS = 32.0  # upstream's predictors keep what is fed back within it
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EncodedImage:
@@ -292,7 +290,7 @@ class Segmenter:
         return Clicked(
             small_masks=mended(masks, head.mask_threshold, head.max_hole_area, head.max_sprinkle_area),
             border=head.mask_threshold,
-            logits=masks.clip(-_LOGITS, _LOGITS),
+            logits=masks if head.largest_logit is None else masks.clip(-head.largest_logit, head.largest_logit),
             scores=scores,
             prompt=np.repeat(np.arange(len(clicks)), [len(found[index][1]) for index in range(len(clicks))]),
             prompts=tuple(f"object {index + 1}" for index in range(len(clicks))),

@@ -74,7 +74,7 @@ def build_components(
     click_maps = tuple(Port(name=name, dims=(None, None, None, None)) for name in ("image_embed", *clicks[:2]))
     queries = Port(name="queries", dims=("prompts", "queries", None))
     ports: dict[str, tuple[tuple[Port, ...], tuple[str, ...]]] = {
-        "vision_encoder": (picture, (*fpn, "image_tokens", "image_pos", *clicks)),
+        "vision_encoder": (picture, ((*fpn, "image_tokens", "image_pos") if "decoder" in modules else ()) + clicks),
         "text_encoder": ((text, *mask), ("text_features", "text_mask")),
         "prompt_encoder": ((*features, *boxes, one_picture, position), ("prompt", "prompt_mask")),
         "fusion_encoder": ((tokens, position, *prompt), ("encoded",)),
@@ -85,7 +85,7 @@ def build_components(
     return tuple(
         fusion if name == "fusion_encoder" and fusion is not None else _component(name, modules[name], *ports[name], ranges)
         for name in ports
-        if name in modules or name == "fusion_encoder"
+        if name in modules or (name == "fusion_encoder" and fusion is not None)
     )
 
 

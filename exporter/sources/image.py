@@ -1,4 +1,4 @@
-"""Where an image model comes from, recognized by its structure: Meta's ``Sam3Image`` or transformers' ``Sam3Model``."""
+"""Where an image model comes from, recognized by its structure: Meta's ``Sam3Image``, transformers' models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sam3x.sources.image_model import build_image_model
 from sam3x.sources.lint import Judged, judge
 from sam3x.sources.meta.source import is_meta, meta_model
 from sam3x.sources.transformers.folder import read_folder
-from sam3x.sources.transformers.source import is_transformers, transformers_model
+from sam3x.sources.transformers.source import is_tracker, is_transformers, tracker_model, transformers_model
 from sam3x.spec import ExportSpec
 
 
@@ -34,10 +34,12 @@ def module_image_source(model: nn.Module, origin: str | None = None, image_size:
     name = origin or f"{type(model).__module__}.{type(model).__qualname__}"
     if is_transformers(model):
         return lambda spec, expected=None: transformers_model(model, name, spec, expected=expected)
+    if is_tracker(model):
+        return lambda spec, expected=None: tracker_model(model, name, spec, expected)
     if not is_meta(model):
         raise SourceError(
             f"{type(model).__name__} is no image model sam3x knows: it has {some_of(n for n, _ in model.named_children())}",
-            remedy="Give Meta's Sam3Image or transformers' Sam3Model.",
+            remedy="Give Meta's Sam3Image, or transformers' Sam3Model or Sam3TrackerModel.",
         )
     size = image_size or _image_size(model)
     return lambda spec, expected=None: meta_model(model, name, size, spec, expected)
@@ -89,7 +91,8 @@ def checkpoint_image_source(path: str | Path, weights_key: str | None = None) ->
 
 
 def transformers_image_source(folder: str | Path) -> ImageSourceFactory:
-    """A folder that ``Sam3Model`` or ``Sam3LiteTextModel`` was saved to, alone or as the detector of a video model.
+    """A folder of transformers': ``Sam3Model`` or ``Sam3LiteTextModel``, alone or as the detector of a video model, or
+    ``Sam3TrackerModel``, which answers clicks.
 
     Raises:
         SourceError: it holds no such model, its weights are missing, unexpected or not finite, its tokenizer cannot be read, or
@@ -101,7 +104,11 @@ def transformers_image_source(folder: str | Path) -> ImageSourceFactory:
         read = read_folder(path)
         read.report.refuse()
         origin = f"transformers {type(read.model).__name__} in {path.name}"
-        split = transformers_model(read.model, origin, spec, path, expected)
+        split = (
+            tracker_model(read.model, origin, spec, expected)
+            if is_tracker(read.model)
+            else transformers_model(read.model, origin, spec, path, expected)
+        )
         return replace(split, notes=(*split.notes, *read.report.notes))
 
     return build
@@ -152,7 +159,8 @@ def draw_image_weights(model: nn.Module, seed: int) -> None:
             else:
                 parameter.copy_(0.1 * noise)
         for name, table in model.named_buffers():
-            if name.endswith("positional_encoding_gaussian_matrix"):  # upstream draws it, from a seed of nobody's
+            if name.endswith(("positional_encoding_gaussian_matrix", "shared_embedding.positional_embedding")):
+                # upstream draws it, from a seed of nobody's
                 table.copy_(torch.randn(table.shape, generator=generator))
 
 

@@ -64,6 +64,6 @@ class LintReport(BaseModel):
         Raises:
             SourceError: naming all of it.
         """
-        if "image model" not in self.exports:
+        if not {"image model", "interactive head"}.intersection(self.exports):
             what = "; ".join(self.faults) or f"it holds {'a fusion encoder alone' if self.exports else 'nothing known'}"
             raise SourceError(f"{self.path} cannot be exported as an image model. {what}", remedy=self.remedy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from sam3x.sources.image import draw_image_weights
@@ -57,4 +58,25 @@ def tiny(kind: str) -> nn.Module:
         config = transformers.Sam3LiteTextConfig(text_config=text, **{**PARTS, "detr_decoder_config": ONE_LAYER})
     model = getattr(transformers, kind)(config).eval()
     draw_image_weights(model, 3)
+    return model
+
+
+def tiny_tracker() -> nn.Module:
+    import transformers
+
+    heads = {"hidden_size": 32, "image_size": SIZE, "patch_size": 14}
+    config = transformers.Sam3TrackerConfig(
+        vision_config=VISION,
+        prompt_encoder_config={**heads, "mask_input_channels": 16},
+        mask_decoder_config={
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "mlp_dim": 64,
+            "iou_head_hidden_dim": 32,
+        },
+    )
+    model = transformers.Sam3TrackerModel(config).eval()
+    draw_image_weights(model, 3)
+    with torch.no_grad():  # one table in two places, as in the release
+        model.shared_image_embedding.positional_embedding.copy_(model.prompt_encoder.shared_embedding.positional_embedding)
     return model

@@ -118,6 +118,7 @@ def _clicks(predictor: Any) -> Clicks:
         max_hole_area=float(getattr(own, "max_hole_area", 256.0)),
         max_sprinkle_area=float(getattr(own, "max_sprinkle_area", 0.0)),
         rows_of_mask_alone=0,
+        largest_logit=32.0,
     )
 
 

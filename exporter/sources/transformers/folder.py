@@ -15,7 +15,7 @@ from sam3x.errors import SourceError
 from sam3x.sources.checkpoint import ADAPTER_CONFIG, adapter_error
 from sam3x.sources.encoder import reason_of, untouched
 from sam3x.sources.report import LintReport
-from sam3x.sources.transformers.source import is_transformers
+from sam3x.sources.transformers.source import is_tracker, is_transformers
 
 _VIDEO = {"sam3_video": "Sam3Model", "sam3_lite_text_video": "Sam3LiteTextModel"}
 """``model_type`` of a video model → the class of its detector, which reads such a folder."""
@@ -34,7 +34,7 @@ class ReadFolder:
 
 
 def read_folder(folder: Path) -> ReadFolder:
-    """A ``Sam3Model`` or ``Sam3LiteTextModel`` saved with ``save_pretrained``: safetensors only, no code of the folder's.
+    """A model that is known here, saved with ``save_pretrained``: safetensors only, no code of the folder's.
 
     Raises:
         SourceError: transformers is missing, or the folder holds no such model.
@@ -59,8 +59,9 @@ def read_folder(folder: Path) -> ReadFolder:
             )
         except Exception as error:  # transformers raises many kinds
             raise SourceError(f"{folder} cannot be loaded by transformers ({reason_of(error)})") from error
-    if not is_transformers(model):
-        raise SourceError(f"{folder} holds a {type(model).__name__}", remedy="Give a Sam3Model or a Sam3LiteTextModel.")
+    if not is_transformers(model) and not is_tracker(model):
+        remedy = "Give a Sam3Model, a Sam3LiteTextModel or a Sam3TrackerModel."
+        raise SourceError(f"{folder} holds a {type(model).__name__}", remedy=remedy)
     return ReadFolder(model=model.eval(), report=_report(folder, kind, model, loaded))
 
 
@@ -116,7 +117,8 @@ def _report(folder: Path, kind: str, model: nn.Module, loaded: dict[str, Any]) -
         ),
         traps=tuple(str(text) for text in loaded.get("error_msgs") or ()),
     )
-    return report if report.faults else report.model_copy(update={"exports": ("image model",)})
+    exports = "interactive head" if is_tracker(model) else "image model"
+    return report if report.faults else report.model_copy(update={"exports": (exports,)})
 
 
 def _stored(folder: Path) -> dict[str, str]:

@@ -135,3 +135,54 @@ class MaskHead(nn.Module):
 def as_map(tokens: Tensor, size: int) -> Tensor:
     """(B, size², C) → (B, C, size, size)."""
     return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], size, size)
+
+
+class ClickEncoder(nn.Module):
+    """``Sam3TrackerModel.get_image_embeddings``: ``image`` → ``high_res_feats_0``, ``high_res_feats_1``, ``image_embed``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        first, second, last = self.model.get_image_embeddings(image)  # type: ignore[operator]
+        return first, second, last
+
+
+class InteractiveHead(nn.Module):
+    """``Sam3TrackerModel.forward`` behind its vision encoder, an object a row of the batch.
+
+    Rows of points and the four masks as in ``sam3x.sources.meta.parts.InteractiveHead``; a mask alone has two rows of label -1.
+    """
+
+    model: Any
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        adaptations.every_mask(model.mask_decoder)  # type: ignore[arg-type]
+
+    def forward(
+        self,
+        point_coords: Tensor,
+        point_labels: Tensor,
+        mask_input: Tensor,
+        has_mask_input: Tensor,
+        image_embed: Tensor,
+        high_res_feats_0: Tensor,
+        high_res_feats_1: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        encoder, objects = self.model.prompt_encoder, point_coords.shape[0]
+        sparse = encoder._embed_points(point_coords[:, None], point_labels[:, None], pad=False)
+        empty = {"input_points": None, "input_labels": None, "input_boxes": None}
+        _, given = encoder(**empty, input_masks=mask_input)
+        _, absent = encoder(**empty, input_masks=None)
+        masks, scores, *_ = self.model.mask_decoder(
+            image_embeddings=image_embed.expand(objects, -1, -1, -1),
+            image_positional_embeddings=self.model.get_image_wide_positional_embeddings().expand(objects, -1, -1, -1),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=torch.where(has_mask_input[:, None, None, None], given, absent),
+            multimask_output=False,
+            high_resolution_features=[high_res_feats_0, high_res_feats_1],
+        )
+        return masks[:, 0], scores[:, 0]

@@ -1,4 +1,4 @@
-"""transformers' ``Sam3Model`` and ``Sam3LiteTextModel`` as six components, recognized by what they have."""
+"""transformers' ``Sam3Model``, ``Sam3LiteTextModel`` and ``Sam3TrackerModel`` as components, recognized by what they have."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from sam3x.errors import SourceError
+from sam3x.sources.clicks import Clicks
 from sam3x.sources.components import build_components, ranges_of
 from sam3x.sources.contract import Expected, ImageModel
 from sam3x.sources.encoder import reason_of, weights_hash
-from sam3x.sources.meta.source import private_shadow
+from sam3x.sources.meta.source import private_shadow, without
+from sam3x.sources.names import INTERACTIVE_HEAD
 from sam3x.sources.transformers import parts
 from sam3x.spec import ExportSpec
 
@@ -26,6 +28,7 @@ _PARTS = (
     "detr_decoder",
     "mask_decoder",
 )
+_TRACKER_PARTS = ("vision_encoder", "prompt_encoder", "mask_decoder", "shared_image_embedding")
 _TOKENIZER = "tokenizer.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -33,6 +36,45 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 def is_transformers(model: nn.Module) -> bool:
     """Whether ``model`` has the parts of ``Sam3Model``."""
     return all(isinstance(getattr(model, name, None), nn.Module) for name in (*_PARTS, "dot_product_scoring"))
+
+
+def is_tracker(model: nn.Module) -> bool:
+    """Whether ``model`` has the parts of ``Sam3TrackerModel``."""
+    return all(isinstance(getattr(model, name, None), nn.Module) for name in _TRACKER_PARTS)
+
+
+def tracker_model(model: nn.Module, origin: str, spec: ExportSpec, expected: Expected | None = None) -> ImageModel:
+    """Split a ``Sam3TrackerModel``, which answers clicks alone, into vision encoder and interactive head; it is left as it is.
+
+    Raises:
+        ArtifactError: its weights are not those ``expected``.
+    """
+    weights_sha256 = weights_hash(model)
+    if expected is not None:
+        expected.check(weights_sha256=weights_sha256)
+    shadow: Any = private_shadow(model)
+    modules = {"vision_encoder": parts.ClickEncoder(shadow), INTERACTIVE_HEAD: parts.InteractiveHead(_heads(shadow))}
+    ranges = ranges_of(1, 1, fixed_length=False, prompts=spec.batch)
+    return ImageModel(
+        components=build_components(modules, 0, ranges, attention_mask=False),
+        image_size=shadow.prompt_encoder.input_image_size,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        context_length=0,
+        fixed_length=False,
+        vocab_size=0,
+        pad_id=0,
+        box_text="",
+        origin=origin,
+        weights_sha256=weights_sha256,
+        source="transformers",
+        clicks=Clicks(mask_threshold=0.0, max_hole_area=0.0, max_sprinkle_area=0.0, rows_of_mask_alone=2, largest_logit=None),
+    )
+
+
+def _heads(shadow: nn.Module) -> nn.Module:
+    """What the interactive head uses of a ``Sam3TrackerModel``."""
+    return without(shadow, "vision_encoder")
 
 
 def transformers_model(
