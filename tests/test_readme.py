@@ -51,7 +51,7 @@ def run(words: list[str], folder: Path) -> None:
         words = [*words, "--module", "package.mod:factory"]
     if verb == "bench":
         shutil.copytree(folder / "out", folder / "other", dirs_exist_ok=True)
-        words = [*words, "--repeat", "2", "--tokens", "64"]
+        words = [*words, "--repeat", "2"]
     done = subprocess.run([sys.executable, "-W", "ignore", "-m", *words], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 

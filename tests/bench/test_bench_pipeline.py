@@ -18,14 +18,12 @@ from sam3x.sources.names import COMPONENTS
 from support.image_model import TINY
 
 FACTORY = """
-from sam3x.sources.image_config import ImageModelConfig
-from sam3x.sources.image_model import build_image_model
-from sam3x.sources.image import draw_image_weights
+import sys
+sys.path.insert(0, {tests!r})
+from support.image_model import tiny_image_model
 
 def made(seed=5):
-    model = build_image_model(ImageModelConfig(**{config}))
-    draw_image_weights(model, seed)
-    return model
+    return tiny_image_model({vocabulary!r}, seed)
 
 def other():
     return made(6)
@@ -33,8 +31,9 @@ def other():
 
 
 @pytest.fixture
-def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "small_image_model.py").write_text(FACTORY.format(config=TINY.model_dump()))
+def factory(tmp_path: Path, tiny_vocabulary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = FACTORY.format(tests=str(Path(__file__).parents[1]), vocabulary=str(tiny_vocabulary))
+    (tmp_path / "small_image_model.py").write_text(made)
     monkeypatch.chdir(tmp_path)
 
 
