@@ -39,6 +39,7 @@ def pipeline_view(manifest: PipelineManifest, folder: Path, *, verbose: bool) ->
         f"picture {manifest.image_size}x{manifest.image_size}{texts}",
         _components(manifest, folder),
         *(_quality(manifest.quality) if manifest.quality is not None else []),
+        *(f"{item.name}, form: {item.metadata['form']}" for item in manifest.components if "form" in item.metadata),
         *manifest.notes,
         ", ".join(f"{name} {value:,.1f}" for name, value in manifest.metrics.items()),
     ]

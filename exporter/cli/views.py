@@ -29,6 +29,7 @@ METRICS = {
 
 
 METADATA = {
+    "form": "form of the network",
     "delegated": "operators delegated",
     "portable": "operators on portable kernels",
     "delegated_flops": "FLOPs delegated",
@@ -114,6 +115,8 @@ def export_summary(manifest: Manifest, folder: Path, *, verbose: bool) -> list[R
     """After an export: what was written, from which weights, how far from eager, what it cost."""
     rows = [("wrote", ", ".join([*(str(folder / name) for name in manifest.files), str(folder / "manifest.json")]))]
     rows.append(("weights", manifest.origin))
+    if "form" in manifest.metadata:
+        rows.append((METADATA["form"], manifest.metadata["form"]))
     rows.append(("verification", _verdict(manifest)))
     metrics = [
         f"{METRICS[key][0]} {_figure(key, manifest.metrics[key])}"

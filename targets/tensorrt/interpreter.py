@@ -46,6 +46,8 @@ class Interpreter(TRTInterpreter):
         self.bounds = bounds
         self.held: list[Any] = []
         self.conditional = any(node.target is COND for node in module.graph.nodes)
+        self.answer: Any = None
+        self.independent = independent_products(module)
         super().__init__(
             module,
             inputs,
@@ -86,7 +88,7 @@ class Interpreter(TRTInterpreter):
 
     def branch(self, branch: GraphModule, operands: Sequence[Any], prefix: str) -> list[Any]:
         """Convert a branch graph into the network; returns what it returns."""
-        outer = (self._cur_node, self._cur_node_name, self.module)  # type: ignore[has-type]
+        outer = (self._cur_node, self._cur_node_name, self.module, self.answer)  # type: ignore[has-type]
         values: dict[Node, Any] = {}
         remaining = iter(operands)
         try:
@@ -103,12 +105,28 @@ class Interpreter(TRTInterpreter):
                     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda item: values[item])
                     values[node] = getattr(self, node.op)(node.target, args, kwargs)
         finally:
-            self._cur_node, self._cur_node_name, self.module = outer
+            self._cur_node, self._cur_node_name, self.module, self.answer = outer
         raise AssertionError("a graph ends with its output")
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        waits = self.answer is not None and self._cur_node in self.independent
+        if waits and isinstance(args[0], trt.ITensor):
+            args = (_plus(self, args[0], _nothing(self, self.answer)), *args[1:])
         own = CONVERTERS.get(target)
         return super().call_function(target, args, kwargs) if own is None else own(self, args, kwargs)
+
+
+def independent_products(module: GraphModule) -> set[Node]:
+    """Products of what no attention has a part in, as keys and values of the prompt. They wait for the last attention in tiles:
+    for a parallel path to every layer TensorRT-RTX keeps, on Turing, two tensors of each layer to the end."""
+    after: set[Node] = set()
+    found = set()
+    for node in module.graph.nodes:
+        if node.target is TILED_ATTENTION or not after.isdisjoint(node.all_input_nodes):
+            after.add(node)
+        elif node.target is aten.linear.default:
+            found.add(node)
+    return found
 
 
 def largest_size(size: Any, bounds: Mapping[str, int]) -> int:
@@ -367,7 +385,8 @@ def tiled_attention(interpreter: Interpreter, args: Any, kwargs: Any) -> Any:
     rowwise = mask is not None and mask.shape[2] != 1
     queries = _padded(interpreter, query, tiles * rows)
     mask = _padded(interpreter, mask, tiles * rows) if rowwise else mask
-    return _first_rows(interpreter, way(interpreter, queries, key, value, mask, rows), query)
+    interpreter.answer = _first_rows(interpreter, way(interpreter, queries, key, value, mask, rows), query)
+    return interpreter.answer
 
 
 def _tile_count(tokens: int, rows: int) -> int:

@@ -198,6 +198,13 @@ def test_the_summary_says_when_nothing_was_verified(seen: dict[str, Any], monkey
     assert "NOT verified: switched off" in run("export").stdout
 
 
+def test_the_summary_says_the_form_that_was_built(seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    component = MANIFEST.components[0].model_copy(update={"metadata": {"form": "attention in loops"}})
+    built = MANIFEST.model_copy(update={"components": (component,)})
+    monkeypatch.setattr(exporter, "export_model", lambda *_, **__: built)
+    assert "form of the network  attention in loops" in run("export").stdout
+
+
 def test_inspect_shows_everything_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sam3x.artifact.artifact.load_any", lambda folder: MANIFEST)
     text = run("inspect", "out").stdout

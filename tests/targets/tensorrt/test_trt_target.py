@@ -16,6 +16,7 @@ from sam3x.capture.capture import capture
 from sam3x.errors import LoweringError, Step, TargetUnavailableError, VerificationError
 from sam3x.pipeline.request import resolve
 from sam3x.sources.encoder import default_source
+from sam3x.targets.tensorrt.driver import import_torch_tensorrt, named_device
 from sam3x.targets.tensorrt.target import TrtTarget
 from support.attention_styles import STYLES, Attention
 from support.trt import GPU, NO_GPU, SIZES, SMALL, captured, legal, lower, with_unknown, zeros_of
@@ -119,6 +120,17 @@ def test_scores_in_float32_keep_the_budget(encoder: nn.Module, tmp_path: Path) -
 def test_a_dynamic_batch_is_built_in_loops_over_images(tmp_path: Path) -> None:
     found = lower(captured("select"), tmp_path / "x.engine", attention_memory="20KB")
     assert found["form"].startswith("attention in loops") and "notes" not in found and found["tiled_attention_loops"] == 2
+
+
+def test_keys_of_the_prompt_wait_for_the_attention_before_them() -> None:
+    """What the grid's activations for sm75 show in full: 498 MB without, 295 MB with it."""
+    with named_device((8, 9)):
+        import_torch_tensorrt()
+        from sam3x.targets.tensorrt.interpreter import independent_products
+    program, _ = legal(captured("select"), compute_capability="sm75", attention_memory="20KB")
+    found = independent_products(program.program.module(check_guards=False))
+    places = [str(node.args[1]).removeprefix("encoder_").rsplit("_in_proj")[0] for node in found]
+    assert sorted(places) == ["layers_0_cross_attn_image", *["layers_0_self_attn"] * 3, "layers_1_cross_attn_image"]
 
 
 def test_masks_of_image_tokens_and_dynamic_tokens_in_tiles(tmp_path: Path) -> None:
