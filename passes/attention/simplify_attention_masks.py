@@ -36,7 +36,7 @@ class SimplifyAttentionMasksPass(NodePass):
             return None
         if any(dim and dim != tuple(leaves(whole)) for dim, whole in zip(slim, layout, strict=True)):
             return None  # one dimension holds the batch and its copies: without them it would not broadcast
-        new, padding = source, _padding(source)
+        new, padding = source, hiding(source)
         if padding is not None:
             if len(shape_of(padding[0])) != len(shape_of(source)):
                 return None
@@ -85,7 +85,7 @@ def _moved(node: Node, layout: Layout) -> Layout | None:
     return regrouped(layout, shape)
 
 
-def _padding(node: Node) -> tuple[Node, bool] | None:
+def hiding(node: Node) -> tuple[Node, bool] | None:
     """(m, visible) for ``where(m, -inf, 0)``, visible False, or ``where(m, 0, -inf)``, visible True."""
     if node.target is not aten.where.self:
         return None

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from sam3x.capture.program import CapturedProgram, erase_dead
+from sam3x.passes.attention.split_scores import SplitScoresPass
 from sam3x.passes.base import Pass, PassResult
 from sam3x.passes.graph.aten_nodes import aten, expression, slice_args
 from sam3x.passes.graph.emitter import fake_mode_of
@@ -171,7 +172,8 @@ def write(captured: CapturedProgram, path: Path, delegate: str, precision: str, 
         from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
         from executorch.exir.passes import MemoryPlanningPass
 
-    captured, _ = PassPipeline((UnifyDimensionsPass(captured),)).run(captured)
+    split = SplitScoresPass(captured.dim_names, captured.ranges)
+    captured, _ = PassPipeline((UnifyDimensionsPass(captured), *((split,) if delegate == "xnnpack" else ()))).run(captured)
     names = {"inputs": captured.input_names, "outputs": captured.output_names}
     plain = delegate == "xnnpack" and is_plain(captured.program)
     with torch.no_grad(), _bounded(captured), _graph_order(), dynamic_slices(), suppressed_output():

@@ -107,8 +107,9 @@ def _elements(value: torch.Tensor) -> int:
 
 
 def _largest(size: Any) -> int:
-    """The upper end of a dynamic size; what was traced where there is none."""
+    """A dynamic size where every symbol is at its upper end; what was traced where there is none."""
     if isinstance(size, int):
         return size
-    upper = size.node.shape_env.bound_sympy(size.node.expr).upper
-    return int(upper) if upper.is_Integer else int(size.node.hint or 1)
+    env, value = size.node.shape_env, size.node.expr
+    value = value.xreplace({symbol: env.bound_sympy(symbol).upper for symbol in value.free_symbols})
+    return int(value) if value.is_Integer else int(size.node.hint or 1)

@@ -129,6 +129,55 @@ def test_attention_without_projections_is_cut_by_head_all_the_same() -> None:
     assert torch.allclose(program.graph_module(x)[0], Attend()(x), atol=1e-6)
 
 
+def hidden_pairs(*shape: int) -> torch.Tensor:
+    """Numbers of which some are -inf, in the second row all."""
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    numbers = numbers.masked_fill(numbers > 1, float("-inf"))
+    numbers[..., 1 % shape[-2], :] = float("-inf") if shape[-2] > 1 else 0.0
+    return numbers
+
+
+SUMS: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {
+    "pairs and keys, heads in the batch": (
+        lambda a, b: (a + b).view(2, 3, 5, 5),
+        (hidden_pairs(1, 5, 5), hidden_pairs(6, 1, 5)),
+    ),
+    "pairs of each head, and keys": (lambda a, b: a + b, (hidden_pairs(1, 3, 5, 5), hidden_pairs(2, 1, 1, 5))),
+    "pairs without dimensions in front": (lambda a, b: a + b, (hidden_pairs(5, 5), hidden_pairs(2, 1, 1, 5))),
+    "both are bool": (lambda a, b: (a > -9) & (b > -9), (hidden_pairs(5, 5), hidden_pairs(2, 1, 1, 5))),
+    "as large as the sum": (lambda a, b: a + b, (hidden_pairs(2, 3, 5, 5), hidden_pairs(2, 1, 1, 5))),
+    "ones and zeros are added": (lambda a, b: a + (b > -9), (hidden_pairs(5, 5), hidden_pairs(2, 1, 1, 5))),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_sum_of_masks_that_is_larger_than_each_is_never_made(name: str) -> None:
+    """A row that no mask alone hides, but both together do, gets zeros, too."""
+    total, (first, second) = SUMS[name]
+    first[..., 2, :] = float("-inf")
+    first[..., 2, 3], second[..., 3] = 0.5, float("-inf")
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("first", first)
+            self.register_buffer("second", second)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=total(self.first, self.second))
+
+    result, program = run_alone(Masked(), LegalizeAttentionForPtePass(), 2, 3, 5, 8)
+    x = torch.randn(2, 3, 5, 8)
+    module = program.graph_module
+    given = [first, second][: len(program.graph_signature.buffers)]
+    assert result.rewrites == 1
+    assert torch.allclose(module(*given, x)[0], Masked()(x).nan_to_num(0.0), atol=1e-6)
+    kept = name in ("as large as the sum", "ones and zeros are added")
+    sums = module.graph.find_nodes(op="call_function", target=aten.add.Tensor)
+    assert kept is any(node.meta["val"].dim() == 4 for node in sums)
+    assert not any(node.target is aten.bitwise_and.Tensor for node in module.graph.nodes)
+
+
 def test_a_norm_over_two_dimensions_is_left_alone() -> None:
     class Norm(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
