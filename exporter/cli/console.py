@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def shown_steps(quiet: bool) -> Iterator[Steps]:
+    """Show the steps of an export as they begin and end, on stderr; nothing where ``quiet``."""
     from sam3x.cli.views import Steps
 
     with Steps(quiet=quiet) as steps:

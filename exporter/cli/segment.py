@@ -126,9 +126,10 @@ def run(
 def _clicks(
     segmenter: Segmenter, points: list[Any], away: list[Any], boxes: list[Any], most: int | None
 ) -> Callable[[Any], Masks]:
-    """What answers for a picture: the best mask of the object that all points and a box mean, or of each box's, else ``most``.
+    """Return what maps an encoded picture to masks: the best one of each object, or the best ``most`` of all.
 
-    As upstream advises, one point has three masks to choose from, more of a prompt has one.
+    All points and a box mean one object; without points each box is an object. As upstream advises, one point has three
+    masks to choose from, more of a prompt has one.
     """
     own = [*points, *away]
     if own and len(boxes) > 1:

@@ -166,7 +166,7 @@ class _Work:
 
 
 def measured(model: Model, request: Request) -> TypeGuard[ImageModel]:
-    """Whether masks are compared with fp32: those of a whole detector below it, which runs here."""
+    """Return whether masks are compared with fp32's: of a whole detector, in a precision below fp32, that runs here."""
     made = {item.name for item in model.components if item.name in request.components}
     whole = isinstance(model, ImageModel) and made >= set(DETECTOR)
     return whole and request.numerics.below is not None and request.unverified is None

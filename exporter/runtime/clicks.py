@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from sam3x.errors import SpecError
-from sam3x.runtime.prompts import items_of, label_of, refused, short
+from sam3x.runtime.prompts import items_of, read_labels, refused, short
 
 _POINTS = "points are pairs x, y in pixels, a list of them for one object or a list of lists for several"
 _BOX = "a box is four numbers x0, y0, x1, y1 in pixels with x0 < x1 and y0 < y1"
-_WANTED, _CORNERS, _NONE = 1, (2, 3), -1
-"""Labels of the interactive head; a point outside the object has 0."""
+_CORNERS, _NONE = (2, 3), -1
+"""Labels of the interactive head; a point of the object has 1, one outside 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -125,19 +125,7 @@ def _points(points: Any, labels: Any) -> tuple[list[np.ndarray] | None, list[np.
     items = items_of(points, _POINTS)
     nested = bool(items) and not _is_pair(items[0])
     objects = [_pairs(item, points) for item in items] if nested else [_pairs(items, points)]
-    if labels is None:
-        return objects, [np.full(len(item), _WANTED, dtype=np.int64) for item in objects]
-    rule = "labels are 1 for a point of the object and 0 for one outside, listed as the points are"
-    given = items_of(labels, rule)
-    lists = [items_of(item, rule) for item in given] if nested else [given]
-    if len(lists) != len(objects):
-        raise refused(f"labels of {len(lists)} objects for points of {len(objects)}", "Give a list for each.")
-    found = []
-    for own, item in zip(lists, objects, strict=True):
-        if len(own) != len(item):
-            raise refused(f"{len(own)} labels for {len(item)} points", "Give one for each.")
-        found.append(np.array([label_of(value) for value in own], dtype=np.int64))
-    return objects, found
+    return objects, read_labels(labels, [len(item) for item in objects], nested, each="points")
 
 
 def _is_pair(item: Any) -> bool:
@@ -208,5 +196,5 @@ def _array(value: Any) -> np.ndarray | None:
         value = value.detach().cpu() if hasattr(value, "detach") else value  # a torch tensor
         array = np.asarray(value)
         return array.astype(np.float64) if array.dtype.kind in "iuf" or not array.size else None
-    except Exception:  # lists of different lengths, another library's own refusal
+    except (TypeError, ValueError):  # lists of different lengths; a kind of tensor that numpy has not
         return None

@@ -63,7 +63,7 @@ def read_prompts(
     count = len(texts) or (len(given) if nested else 1)
     if nested and len(given) != count:
         raise refused(f"{len(given)} lists of boxes for {count} texts", "Give a list for each, or one for all.")
-    own_labels = _labels(labels, given, nested)
+    own_labels = read_labels(labels, [len(item) for item in given], nested, each="boxes")
     thresholds = _thresholds(threshold, default_threshold, count)
     prompts = []
     for index in range(count):
@@ -203,20 +203,26 @@ def _checked_boxes(boxes: list[np.ndarray], given: Any) -> np.ndarray:
     return np.array(boxes, dtype=np.float64).reshape(-1, 4)
 
 
-def _labels(labels: Any, boxes: list[np.ndarray], nested: bool) -> list[np.ndarray]:
-    """int64 labels of every list of boxes."""
+def read_labels(labels: Any, counts: Sequence[int], nested: bool, *, each: str) -> list[np.ndarray]:
+    """Read 1 or 0 for everything given, int64 (N,) for each list; without labels all are 1.
+
+    Args:
+        counts: how many things each list holds. nested: whether labels are a list of lists. each: those things, in the plural.
+
+    Raises:
+        SpecError: there are more or fewer, or one is neither True nor False, 1 nor 0.
+    """
     if labels is None:
-        return [np.ones(len(item), dtype=np.int64) for item in boxes]
-    given = items_of(labels, "labels are True or False for each box, listed as the boxes are")
-    lists = (
-        [items_of(item, "labels are listed as the boxes are, a list for each prompt") for item in given] if nested else [given]
-    )
-    if len(lists) != len(boxes):
-        raise refused(f"{len(lists)} lists of labels for {len(boxes)} lists of boxes", "Give a list for each.")
+        return [np.ones(count, dtype=np.int64) for count in counts]
+    rule = f"labels are True or False, 1 or 0, for each of the {each}, listed as the {each} are"
+    given = items_of(labels, rule)
+    lists = [items_of(item, f"{rule}, a list for each list") for item in given] if nested else [given]
+    if len(lists) != len(counts):
+        raise refused(f"{len(lists)} lists of labels for {len(counts)} lists of {each}", "Give a list for each.")
     found = []
-    for own, item in zip(lists, boxes, strict=True):
-        if len(own) != len(item):
-            raise refused(f"{len(own)} labels for {len(item)} boxes", "Give one for each.")
+    for own, count in zip(lists, counts, strict=True):
+        if len(own) != count:
+            raise refused(f"{len(own)} labels for {count} {each}", "Give one for each.")
         found.append(np.array([label_of(value) for value in own], dtype=np.int64))
     return found
 

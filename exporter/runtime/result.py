@@ -1,4 +1,4 @@
-"""What a segmentation found, and what clicks gave."""
+"""Results of a segmentation and of clicks: masks, boxes and scores, drawn and written."""
 
 from __future__ import annotations
 

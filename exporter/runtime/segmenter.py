@@ -221,7 +221,7 @@ class Segmenter:
 
     @property
     def clickable(self) -> bool:
-        """Whether the pipeline has an interactive head."""
+        """Whether ``click`` works: the pipeline has an interactive head."""
         return self.manifest.clicks is not None
 
     def clicks(self, points: Any = None, labels: Any = None, box: Any = None, mask: Any = None) -> tuple[Click, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clicks:
-    """What the runtime must know to click.
+    """Say how many rows stand for no point, and how logits are clipped, thresholded and cleaned of holes and specks.
 
     Attributes:
         mask_threshold: logits above it are part of a mask.

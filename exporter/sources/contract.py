@@ -85,7 +85,7 @@ class Component:
 
     @property
     def scaled(self) -> bool:
-        """Whether outputs are judged by their largest value; what a fusion encoder gives is of unit scale."""
+        """Whether a difference is taken of the largest value of its output: of all but a fusion encoder, whose scale is one."""
         return not isinstance(self.module, FusionEncoder)
 
     def feed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

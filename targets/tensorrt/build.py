@@ -50,7 +50,7 @@ class UnreadableError(Exception):
 _REMEDY = "Allow attention more memory (--attention-memory 2GB), or take --precision fp16."
 """Where no form of attention builds."""
 FORMS = {
-    "loops": "attention in loops over tiles of queries",
+    "loops": "attention in loops over images or tiles of queries",
     "tiles": "attention in tiles of queries, one after another",
     "layers": "attention as TensorRT's own layers",
     "products": "attention as products and a softmax, all scores in memory at once",

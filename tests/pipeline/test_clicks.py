@@ -13,25 +13,10 @@ from torch import nn
 
 from sam3x.errors import ArtifactError, SpecError
 from sam3x.runtime import Clicked, EncodedImage, Segmenter
-from support.image_model import Predictor, iou, photograph
+from support.image_model import Predictor, iou
 
 POINT, SECOND, AWAY = [300.0, 200.0], [420.0, 330.0], [60.0, 40.0]
 BOX, OTHER_BOX = [120.0, 90.0, 480.0, 400.0], [20.0, 30.0, 700.0, 200.0]
-
-
-@pytest.fixture(scope="module")
-def picture() -> Image.Image:
-    return photograph()
-
-
-@pytest.fixture(scope="module")
-def segmenter(tiny_pipeline: Path) -> Segmenter:
-    return Segmenter(tiny_pipeline)
-
-
-@pytest.fixture(scope="module")
-def encoded(segmenter: Segmenter, picture: Image.Image) -> EncodedImage:
-    return segmenter.encode(picture)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +126,7 @@ def test_a_result_of_clicks_is_drawn_and_told_like_another(segmenter: Segmenter,
         ({"points": [[1, 2], [[3, 4]]]}, "points are pairs"),
         ({"points": [[1, 2]], "labels": [2]}, "True for what is wanted"),
         ({"points": [[1, 2]], "labels": [1, 0]}, "2 labels for 1 points"),
-        ({"points": [[[1, 2]], [[3, 4]]], "labels": [[1]]}, "labels of 1 objects for points of 2"),
+        ({"points": [[[1, 2]], [[3, 4]]], "labels": [[1]]}, "1 lists of labels for 2 lists of points"),
         ({"points": [[641, 2]]}, "lies outside the picture, which is 640 x 427"),
         ({"points": [[1, -0.5]]}, "lies outside"),
         ({"points": [[1, 2]] * 64}, "at most 63 points of an object"),

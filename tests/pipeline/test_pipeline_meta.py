@@ -22,22 +22,7 @@ from sam3x.runtime import EncodedImage, Segmenter
 from sam3x.runtime.manifest import load_manifest
 from sam3x.sources.names import COMPONENTS
 from support.folders import write_export
-from support.image_model import between, iou, photograph, processor_result, tiny_image_model
-
-
-@pytest.fixture(scope="module")
-def picture() -> Image.Image:
-    return photograph()
-
-
-@pytest.fixture(scope="module")
-def segmenter(tiny_pipeline: Path) -> Segmenter:
-    return Segmenter(tiny_pipeline)
-
-
-@pytest.fixture(scope="module")
-def encoded(segmenter: Segmenter, picture: Image.Image) -> EncodedImage:
-    return segmenter.encode(picture)
+from support.image_model import between, iou, processor_result, tiny_image_model
 
 
 def test_every_component_is_within_1e_4_of_eager(tiny_pipeline: Path) -> None:

@@ -45,7 +45,7 @@ FACTS: list[tuple[str, dict[str, Any]]] = [
     ("a label is True", {"boxes": [BOX], "labels": [None]}),
     ("a label is True", {"boxes": [BOX], "labels": ["yes"]}),
     ("a label is True", {"boxes": [BOX], "labels": [1.0]}),
-    ("a list for each prompt, got True", {"text": ["a", "b"], "boxes": [[BOX], [BOX]], "labels": [True, True]}),
+    ("a list for each list, got True", {"text": ["a", "b"], "boxes": [[BOX], [BOX]], "labels": [True, True]}),
     ("1 lists of labels for 2 lists", {"text": ["a", "b"], "boxes": [[BOX], [BOX]], "labels": [[True]]}),
     ("2 labels for 1 boxes", {"boxes": [BOX], "labels": [True, False]}),
     ("1 labels for 0 boxes", {"text": "a", "labels": [True]}),

@@ -25,24 +25,7 @@ def filled(x: Tensor, mask: Tensor) -> Tensor:
 ARGS = (torch.rand(2, 5), torch.tensor([[True] * 5, [False, True, False, False, True]]))
 
 
-@pytest.mark.parametrize(
-    "lowering",
-    [ConvertToHalfPass(), ConvertPrecisionPass(torch.float16), ConvertPrecisionPass(torch.bfloat16)],
-    ids=["pte", "fp16", "bf16"],
-)
-def test_a_fill_that_overflows_is_the_lowest_of_the_precision(lowering: Pass) -> None:
-    program = capture(Module(filled), ARGS)
-    lowering.call(program)
-    program.graph_module.recompile()
-    torch.testing.assert_close(evaluate(program, ARGS).float(), filled(*ARGS), atol=0.05, rtol=0.05)
-
-
-class Attended(nn.Module):
-    def forward(self, x: Tensor, some_mask: Tensor) -> Tensor:
-        return (x + some_mask).softmax(-1)
-
-
-@pytest.mark.parametrize(
+LOWERINGS = pytest.mark.parametrize(
     ("dtype", "lowering"),
     [
         (torch.float16, ConvertToHalfPass()),
@@ -51,6 +34,28 @@ class Attended(nn.Module):
     ],
     ids=["pte", "fp16", "bf16"],
 )
+
+
+def assert_within_a_step(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    """The distance between neighbours of the precision; a quarter to a half of it was measured."""
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.float(), wanted, atol=step, rtol=step)
+
+
+@LOWERINGS
+def test_a_fill_that_overflows_is_the_lowest_of_the_precision(dtype: torch.dtype, lowering: Pass) -> None:
+    program = capture(Module(filled), ARGS)
+    lowering.call(program)
+    program.graph_module.recompile()
+    assert_within_a_step(evaluate(program, ARGS), filled(*ARGS), dtype)
+
+
+class Attended(nn.Module):
+    def forward(self, x: Tensor, some_mask: Tensor) -> Tensor:
+        return (x + some_mask).softmax(-1)
+
+
+@LOWERINGS
 def test_a_mask_that_is_given_hides_with_the_lowest_of_the_precision(dtype: torch.dtype, lowering: Pass) -> None:
     """A row of the lowest float32 is what it is to eager, and −∞ beside it hides."""
     args = torch.rand(3, 4), torch.tensor([[LOW] * 4, [0.0, LOW, -torch.inf, 1.0], [LOW, -torch.inf, LOW, LOW]])
@@ -59,14 +64,14 @@ def test_a_mask_that_is_given_hides_with_the_lowest_of_the_precision(dtype: torc
     assert clamp.call(program).rewrites == 1 and not clamp.call(program).modified
     lowering.call(program)
     program.graph_module.recompile()
-    torch.testing.assert_close(evaluate(program, args).float(), Attended()(*args), atol=0.01, rtol=0.01)
+    assert_within_a_step(evaluate(program, args), Attended()(*args), dtype)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_emulation_clamps_fills_as_the_passes_do(precision: str) -> None:
+@pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_emulation_clamps_fills_as_the_passes_do(precision: str, dtype: torch.dtype) -> None:
     with torch.no_grad(), eager_in(precision):
         emulated = filled(*ARGS)
-    torch.testing.assert_close(emulated, filled(*ARGS), atol=0.05, rtol=0.05)
+    assert_within_a_step(emulated, filled(*ARGS), dtype)
 
 
 def test_emulation_keeps_the_bits_of_what_overflows_and_what_is_infinite() -> None:
