@@ -14,7 +14,7 @@ from sam3x.sources.clicks import Clicks
 from sam3x.sources.names import FUSION_ENCODER
 from sam3x.verify.record import Record, TensorSpec, VerificationRecord
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 SEGMENTER = "segmenter"
 """The component that ``--fuse`` joins from those that run for every prompt."""
@@ -272,13 +272,14 @@ def read_manifest(folder: Path, command: str = "sam3x export") -> Manifest:
         raise _no_manifest(path, "it tells no schema_version")
     pipeline = values.get("kind") == "pipeline"
     remedy = _again(folder, "sam3x export --pipeline" if pipeline else command)
-    if version not in (2, SCHEMA_VERSION):
+    if version not in (2, 3, SCHEMA_VERSION):
         fact = f"{path} has manifest schema {version}, this sam3x reads {SCHEMA_VERSION}"
         raise ArtifactError(fact, remedy=remedy)
     if values.get("manifest_sha256") != seal:
         raise ArtifactError(f"{path} was changed after the export (its own sha256 differs)", remedy=remedy)
     try:
-        values = values if pipeline or version == SCHEMA_VERSION else _of_one_component(values)
+        values = values if pipeline or version > 2 else _of_one_component(values)
+        values = values if version == SCHEMA_VERSION else _stored(values)
         return (PipelineManifest if pipeline else Manifest).model_validate_json(json.dumps(values))
     except (ValidationError, LookupError, TypeError, AttributeError) as error:
         raise _no_manifest(path, str(error).partition("\n")[0]) from error
@@ -297,6 +298,14 @@ def _of_one_component(values: dict[str, Any]) -> dict[str, Any]:
     }
     kept = {*Manifest.model_fields, "figures"}  # read as metrics
     return {**{name: value for name, value in values.items() if name in kept}, "components": [component]}
+
+
+def _stored(values: dict[str, Any]) -> dict[str, Any]:
+    """Up to schema 3 ``precision`` of ONNX was that of the stored weights alone, which is ``weights`` now."""
+    options = values["target_options"]
+    if values["target"] != "onnx" or "precision" not in options:
+        return values
+    return {**values, "target_options": {**options, "precision": "fp32", "weights": options["precision"]}}
 
 
 def _again(folder: Path, command: str) -> str:

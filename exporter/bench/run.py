@@ -172,7 +172,7 @@ def _static_metadata(kind: str, path: str) -> dict[str, Any]:
     folder = Path(path)
     manifest = read_manifest(folder)
     asked = {**manifest.spec, **manifest.target_options}
-    names = ("dac", "pre_norm", "branches", "attention", "precision")
+    names = ("dac", "pre_norm", "branches", "attention", "precision", "weights")
     known: dict[str, Any] = {
         "options": {"target": manifest.target, **{name: _word(asked[name]) for name in names if asked.get(name) is not None}},
         "file_bytes": sum(

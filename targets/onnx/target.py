@@ -38,7 +38,9 @@ class OnnxOptions(AttentionMemory):
         external_data: write weights beside the graph file; past 1 GB that happens anyway.
         attention: ``portable`` (opset 18, a tile of queries at a time), ``ort`` (ONNX Runtime's own operator) or
             ``decomposed`` (plain products, all scores in memory).
-        precision: of the weights in the file (``int8``: a scale an output channel); inputs, outputs, arithmetic stay float32.
+        precision: what is computed in.
+        weights: how the file stores weights that are rounded to less (``int8``: a scale an output channel); inputs, outputs
+            and arithmetic stay float32.
         attention_memory: a whole number and a unit, as in ``256MB``: what the scores of one attention may take. ``ort`` needs
             it only for masked attention over many keys, ``decomposed`` not at all.
         layout: ``triton``: the folder is a model repository for Triton Inference Server.
@@ -48,7 +50,8 @@ class OnnxOptions(AttentionMemory):
     attention: Literal["portable", "ort", "decomposed"] = Field(
         "portable", description="opset 18 in tiles (portable), ONNX Runtime's operator, or plain."
     )
-    precision: Literal["fp32", "fp16", "int8"] = Field("fp32", description="of the weights alone.")
+    precision: Literal["fp32"] = Field("fp32", description="of the arithmetic.")
+    weights: Literal["fp32", "fp16", "int8"] = Field("fp32", description="storage alone; what computes stays float32.")
     layout: Layout = Field("flat", description=DESCRIPTION)
 
 
@@ -110,7 +113,7 @@ class OnnxTarget(Target):
         )
 
     def numerics(self, options: OnnxOptions) -> Numerics:
-        return Numerics(weights=None if options.precision == "fp32" else options.precision)
+        return Numerics(weights=None if options.weights == "fp32" else options.weights)
 
     def file_name(self, stem: str, options: OnnxOptions) -> str:
         return model_path(stem, self.suffix) if options.layout == "triton" else f"{stem}{self.suffix}"
@@ -142,10 +145,10 @@ class OnnxTarget(Target):
                 model = _core._exported_program_to_onnx_program(
                     captured.program, registry=registry, lower="at_conversion"
                 ).model
-                onnx_optimize.optimize(model, fold_norms=options.precision == "fp32")
+                onnx_optimize.optimize(model, fold_norms=options.weights == "fp32")
                 _name(model, captured, path.stem)
                 _make_plain(model)
-                metadata = onnx_weights.store(model, options.precision)
+                metadata = onnx_weights.store(model, options.weights)
                 _set_opset(model, self.opset, onnx_attention.domains(options.attention))
         except Exception as error:
             root: BaseException = error

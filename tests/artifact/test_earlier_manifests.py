@@ -55,6 +55,19 @@ def test_a_pipeline_of_schema_2_is_a_pipeline(tiny_pipeline: Path, tmp_path: Pat
     assert old.components == new.components and old.kind == "pipeline"
 
 
+def test_a_precision_of_schema_3_is_that_of_the_weights(default_artifact: Path, tmp_path: Path) -> None:
+    """What ONNX called ``precision`` until schema 4; ExecuTorch's and TensorRT's was arithmetic then too."""
+    shutil.copytree(default_artifact, tmp_path / "out")
+    values = json.loads((default_artifact / MANIFEST).read_text())
+    del values["target_options"]["weights"]
+    for target, weights in (("onnx", "int8"), ("pte", None)):
+        old = {**values, "schema_version": 3, "target": target}
+        old["target_options"] = {**values["target_options"], "precision": "int8"}
+        (tmp_path / "out" / MANIFEST).write_text(json.dumps({**old, "manifest_sha256": _seal_of(old)}))
+        options = load_any(tmp_path / "out").target_options
+        assert options["precision"] == ("fp32" if weights else "int8") and options.get("weights") == weights
+
+
 def test_what_schema_2_never_was_is_told(folder: Path) -> None:
     values = json.loads((folder / MANIFEST).read_text())
     for change in ({"files": {}}, {"inputs": 3}, {"passes": [{}]}, {"files": None}):

@@ -138,7 +138,7 @@ def test_a_shared_weight_is_exported_and_stored_once(precision: str, tmp_path: P
     apart, encoder = encoder_of(2, dim_feedforward=512), encoder_of(2, dim_feedforward=512)
     encoder.layers[1].linear1.weight = encoder.layers[0].linear1.weight
     before = {name: value.data_ptr() for name, value in encoder.named_parameters(remove_duplicate=False)}
-    options: dict[str, Any] = {**PLAIN, "precision": precision, "verify": "final"}
+    options: dict[str, Any] = {**PLAIN, "weights": precision, "verify": "final"}
     artifact = sam3x.export(encoder, output=tmp_path / "shared", **options)
     assert artifact.manifest.verified
     other = sam3x.export(apart, output=tmp_path / "apart", **{**options, "verify": "off"})

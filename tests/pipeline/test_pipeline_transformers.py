@@ -169,6 +169,6 @@ def test_a_tokenizer_that_cannot_be_read_is_told(
 
 def test_convolutions_with_batch_norms_are_stored_in_int8_too(tmp_path: Path) -> None:
     given = module_image_source(tiny("Sam3LiteTextModel"))
-    manifest = export_pipeline(given, output=tmp_path / "out", components=["text_encoder"], precision="int8")
+    manifest = export_pipeline(given, output=tmp_path / "out", components=["text_encoder"], weights="int8")
     metadata = manifest.components[0].metadata
     assert manifest.verified and metadata["narrow_tensors"] >= 16 and metadata["float32_bytes"] < 0.2 * metadata["narrow_bytes"]

@@ -1,4 +1,4 @@
-"""``--precision fp16|int8`` for ONNX: which weights are rounded, how they are stored, and that nothing else changes."""
+"""``--weights fp16|int8`` for ONNX: which weights are rounded, how they are stored, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ BRANCHES = [dict(zip(("dac", "pre_norm"), pair, strict=True)) for pair in iterto
 def test_encoder_is_eager_with_rounded_weights(precision: str, attention: str, tmp_path: Path) -> None:
     encoder = encoder_of(2)
     before = copy.deepcopy(encoder.state_dict())
-    options: dict[str, Any] = {"precision": precision, "attention": attention, "attention_memory": "20KB"}
+    options: dict[str, Any] = {"weights": precision, "attention": attention, "attention_memory": "20KB"}
     artifact = sam3x.export(encoder, output=tmp_path / "out", **options)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     spec = make_spec(**artifact.manifest.spec)
@@ -285,7 +285,7 @@ def test_encoder_is_eager_with_rounded_weights(precision: str, attention: str, t
 @pytest.mark.parametrize(("precision", "most"), [("fp16", 0.52), ("int8", 0.28)])
 def test_the_file_shrinks_as_the_precision_does(precision: str, most: float, tmp_path: Path) -> None:
     encoder = encoder_of(1, d_model=256, num_heads=8, dim_feedforward=2048)
-    options: dict[str, Any] = {"verify": "off", "branches": "select", "precision": precision}
+    options: dict[str, Any] = {"verify": "off", "branches": "select", "weights": precision}
     manifest = sam3x.export(encoder, output=tmp_path / "out", **options).manifest
     weights = sum(value.nbytes for value in encoder.layers.parameters())
     assert (tmp_path / "out" / "fusion_encoder.onnx").stat().st_size <= most * weights
@@ -294,7 +294,7 @@ def test_the_file_shrinks_as_the_precision_does(precision: str, most: float, tmp
 
 def test_feature_maps_and_external_data(tmp_path: Path) -> None:
     options: dict[str, Any] = {"interface": "feature_maps", "feature_sizes": ((5, 6),), "pre_norm": "per-layer"}
-    artifact = sam3x.export(encoder_of(1), output=tmp_path / "out", precision="int8", external_data=True, **options)
+    artifact = sam3x.export(encoder_of(1), output=tmp_path / "out", weights="int8", external_data=True, **options)
     assert artifact.manifest.verified and "fusion_encoder.onnx.data" in artifact.manifest.files
 
 
@@ -302,10 +302,10 @@ def test_a_planted_wrong_scale_is_caught(tmp_path: Path, monkeypatch: pytest.Mon
     right = onnx_weights.as_int8
     monkeypatch.setattr(onnx_weights, "as_int8", lambda values: (p := right(values)) and (p[0], p[1] * np.float32(1.002)))
     with pytest.raises(VerificationError, match="from eager"):
-        sam3x.export(encoder_of(1), output=tmp_path / "out", precision="int8", branches="select")
+        sam3x.export(encoder_of(1), output=tmp_path / "out", weights="int8", branches="select")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_precision_that_onnx_has_not_is_refused() -> None:
-    with pytest.raises(SpecError, match="precision"):
-        checked(OnnxOptions, {"precision": "bf16"})
+    with pytest.raises(SpecError, match="weights"):
+        checked(OnnxOptions, {"weights": "bf16"})

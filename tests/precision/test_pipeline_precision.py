@@ -28,7 +28,7 @@ from support.image_model import photograph, taken_from
 @pytest.fixture(scope="module")
 def folder(tiny_model: nn.Module, tiny_vocabulary: Path, made_once: MadeOnce) -> Path:
     def write(folder: Path) -> None:
-        export_pipeline(module_image_source(tiny_model), output=folder, tokenizer=tiny_vocabulary, precision="int8")
+        export_pipeline(module_image_source(tiny_model), output=folder, tokenizer=tiny_vocabulary, weights="int8")
 
     return made_once("int8_pipeline", write)  # at its end tiny_model says whether the export changed it
 
@@ -89,7 +89,7 @@ def test_a_joined_file_has_rounded_weights_too(
 ) -> None:
     parts = load_manifest(folder)
     monkeypatch.setattr(ComponentJob, "export", taken_from(folder))
-    export_pipeline(module_image_source(tiny_model), output=tmp_path / "out", fuse=True, precision="int8")
+    export_pipeline(module_image_source(tiny_model), output=tmp_path / "out", fuse=True, weights="int8")
     manifest = load_manifest(tmp_path / "out")
     records = manifest.component(SEGMENTER).verification
     assert manifest.fused and records and all(record.passed and record.max_rel < 2e-5 for record in records)
@@ -105,12 +105,12 @@ def test_a_planted_wrong_scale_is_caught(tiny_model: nn.Module, tmp_path: Path, 
     monkeypatch.setattr(onnx_weights, "as_int8", lambda values: (p := right(values)) and (p[0], p[1] * np.float32(1.002)))
     export = partial(export_pipeline, module_image_source(tiny_model), output=tmp_path / "out", components=["text_encoder"])
     with pytest.raises(VerificationError, match="text_encoder"):
-        export(precision="int8")
+        export(weights="int8")
 
 
 def test_a_part_of_a_pipeline_has_no_masks_to_compare(tiny_model: nn.Module, tmp_path: Path) -> None:
     manifest = export_pipeline(
-        module_image_source(tiny_model), output=tmp_path / "out", components=["text_encoder"], precision="fp16"
+        module_image_source(tiny_model), output=tmp_path / "out", components=["text_encoder"], weights="fp16"
     )
     assert manifest.quality is None and manifest.verified
     assert all(record.from_unrounded is None or record.from_unrounded < 0.01 for record in manifest.components[0].verification)

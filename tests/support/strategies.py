@@ -243,7 +243,7 @@ def cases(draw: st.DrawFn, target: str = "onnx") -> Case:
     lowerings = draw(st.lists(LOWERINGS.get(target, st.just({})), min_size=1, max_size=7, unique_by=str))
     if target == "onnx":  # one for all: weights are rounded before what the lowerings share, the capture
         precision = draw(st.sampled_from(["fp32", "fp32", "fp16", "int8"]))
-        lowerings = [{**item, "precision": precision} for item in lowerings]
+        lowerings = [{**item, "weights": precision} for item in lowerings]
     relation = draw(st.sampled_from(RELATIONS))
     # by the seed and not drawn, so that the draws above stay what they are
     turned = encoder.styles == ("meta", "meta") and not maps and (dac is False or dac_dim == 1) and encoder.seed % 3 != 2

@@ -41,7 +41,7 @@ def test_a_target_without_a_base_class_has_the_defaults(monkeypatch: pytest.Monk
     ("target", "options", "expected"),
     [
         ("onnx", {}, Numerics()),
-        ("onnx", {"precision": "int8"}, Numerics(weights="int8")),
+        ("onnx", {"weights": "int8"}, Numerics(weights="int8")),
         ("pte", {"precision": "int8"}, Numerics(arithmetic="int8")),
         ("pte", {"precision": "fp16", "delegate": "coreml"}, Numerics(arithmetic="fp16")),
         ("trt", {"precision": "tf32"}, Numerics(arithmetic="tf32")),
@@ -51,4 +51,4 @@ def test_a_target_without_a_base_class_has_the_defaults(monkeypatch: pytest.Monk
 def test_what_is_stored_and_computed_in(target: str, options: dict[str, Any], expected: Numerics) -> None:
     back_end = get_target(target)
     assert back_end.numerics(back_end.options_type(**options)) == expected
-    assert expected.below == options.get("precision")
+    assert expected.below == options.get("precision", options.get("weights"))
