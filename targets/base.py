@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -65,6 +65,36 @@ class AttentionMemory(TargetOptions):
         """``attention_memory`` in bytes."""
         number, unit = re.fullmatch(r"([0-9]+)(.*)", self.attention_memory).groups()  # type: ignore[union-attr]
         return int(number) * _UNITS[unit]
+
+
+class Float32Operations(TargetOptions):
+    """Operations that stay in float32 where the precision is lower, separated by commas.
+
+    A kind (``layer_norm``), a place (``layers.3.linear2``), or a pattern with ``*``; ``sam3x doctor`` names them.
+    """
+
+    fp32_ops: str = Field(
+        "",
+        description="operations that stay in float32: kinds, places, patterns; see sam3x doctor.",
+        json_schema_extra={"metavar": "A,B,C"},
+    )
+
+    @property
+    def fp32_names(self) -> tuple[str, ...]:
+        """``fp32_ops`` one by one."""
+        return tuple(name.strip() for name in self.fp32_ops.split(",") if name.strip())
+
+    def refuse_idle(self, idle: Sequence[str], remedy: str) -> None:
+        """Refuse operations in float32 where everything is.
+
+        Args:
+            idle: precisions that have no others.
+
+        Raises:
+            SpecError: operations are named, and the precision is one of ``idle``.
+        """
+        if self.fp32_names and getattr(self, "precision", "fp32") in idle:
+            raise SpecError("everything is float32 already", subject="--fp32-ops", remedy=remedy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

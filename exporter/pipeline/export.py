@@ -144,7 +144,7 @@ class _Work:
             samples=samples,
             answers=eager_answers(model, request.spec.seed) if measured(model, request) else [],
             joined=joined,
-            joined_samples=[] if joined is None else joined.samples(samples),
+            joined_samples=[] if joined is None else joined.samples(samples, request.numerics),
         )
 
     def done(self, job: ComponentJob) -> tuple[tuple[ComponentSpec, ...], Quality | None]:

@@ -18,6 +18,7 @@ from sam3x.pipeline.request import PARTS
 from sam3x.pipeline.samples import branch_of
 from sam3x.precision.component import rounded
 from sam3x.sources.contract import Component, Port
+from sam3x.targets.base import Numerics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +31,8 @@ FOUND = ("found_prompts", "found_scores", "found_boxes", "found_masks")
 _OF_ONE_PICTURE = ("image_tokens", "image_pos")
 _NOTHING = 2.0  # no score is above it
 _FEW = 12  # most masks that a case of the verification computes, where the scores allow
-_CLEAR = 1e-4  # scores this far apart are on the same side of a threshold between them, in the artifact and in eager
+_CLEAR, _CLEAR_BELOW = 1e-4, 1e-2
+"""Scores this far apart are on the same side of a threshold between them, in the artifact and in eager; below float32."""
 
 _Call = Callable[[Component, Mapping[str, Tensor]], dict[str, Tensor]]
 
@@ -69,8 +71,13 @@ class FusedComponent(Component):
         found = torch.cat(masks)[: len(rows)]
         return dict(zip(FOUND, (rows, scores[above], tensors["pred_boxes"][rows, columns], found), strict=True))
 
-    def samples(self, traced: Mapping[str, Sequence[Sample]]) -> list[Sample]:
-        """The components' samples as those of the joined file: one threshold that few are above, one that nothing is."""
+    def samples(self, traced: Mapping[str, Sequence[Sample]], numerics: Numerics = Numerics()) -> list[Sample]:  # noqa: B008
+        """The components' samples as those of the joined file: one threshold that few are above, one that nothing is.
+
+        Args:
+            numerics: of the file, which may move scores.
+        """
+        gap = _CLEAR if numerics.arithmetic is None else _CLEAR_BELOW
         found: list[Sample] = []
         for position, prompt in enumerate(traced[PARTS[0]]):
             tensors: dict[str, Tensor] = {}
@@ -80,7 +87,7 @@ class FusedComponent(Component):
                     tensors.setdefault(port.tensor, sample.inputs[port.name])
                 tensors.update({part.renamed.get(name, name): value for name, value in (sample.expected or {}).items()})
             scores = _scores(tensors)
-            for threshold in (_between(scores), *((_NOTHING,) if position == 0 else ())):
+            for threshold in (_between(scores, gap), *((_NOTHING,) if position == 0 else ())):
                 given = {**tensors, "threshold": torch.tensor([threshold])}
                 words = f"{prompt.case.rpartition(', ')[0]}, {int((scores > threshold).sum())} found"
                 inputs = {port.name: given[port.name] for port in self.inputs}
@@ -201,9 +208,9 @@ def _scores(tensors: Mapping[str, Tensor]) -> Tensor:
     return tensors["pred_logits"].sigmoid() * tensors["presence_logit_dec"].sigmoid()
 
 
-def _between(scores: Tensor) -> float:
+def _between(scores: Tensor, gap: float) -> float:
     """A threshold that some scores are above, a few if they allow, and none is near; where they leave no gap, all are above."""
     ordered = scores.flatten().sort(descending=True).values
-    clear = (ordered[:-1] - ordered[1:] > _CLEAR).nonzero().flatten().tolist()
+    clear = (ordered[:-1] - ordered[1:] > gap).nonzero().flatten().tolist()
     at = max((index for index in clear if index < _FEW), default=clear[0] if clear else None)
     return -1.0 if at is None else float(ordered[at] + ordered[at + 1]) / 2

@@ -45,7 +45,7 @@ def verify_model(
     if request.fuse:
         whole = fused(components)
         components.append(whole)
-        samples[whole.name] = whole.samples(samples)
+        samples[whole.name] = whole.samples(samples, request.numerics)
     found: dict[str, tuple[VerificationRecord, ...]] = {}
     files = {item.name: Path(folder) / item.file for item in manifest.components}
     for component in (item for item in components if item.name in files):

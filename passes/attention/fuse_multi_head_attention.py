@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from sam3x.passes.attention.guard import Sdpa, additive, guarded, read_sdpa, zeroed
+from sam3x.passes.attention.guard import Sdpa, additive, guarded, is_finite, read_sdpa, zeroed
 from sam3x.passes.attention.operators import MULTI_HEAD_ATTENTION
 from sam3x.passes.base import NoMatchError
-from sam3x.passes.graph.aten_nodes import SDPA, aten, same_size, shape_of
+from sam3x.passes.graph.aten_nodes import SDPA, aten, dtype_of, same_size, shape_of
 from sam3x.passes.graph.emitter import Emitter
 from sam3x.passes.graph.node_pass import NodePass
 
@@ -60,6 +60,9 @@ def _check(found: Sdpa) -> None:
         raise NoMatchError("keys or values broadcast over batch or heads")
     if q[3] != v[3]:
         raise NoMatchError("the values are wider or narrower than the queries")
+    mask = found.mask
+    if mask is not None and dtype_of(mask) not in (torch.bool, dtype_of(found.query)) and not is_finite(mask):
+        raise NoMatchError("its float mask may hide with numbers that only float32 has")
 
 
 def _split(emit: Emitter, mask: Node | None, found: Sdpa) -> tuple[Node | None, Node | None]:

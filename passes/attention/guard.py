@@ -99,8 +99,12 @@ def guarded(emit: Emitter, mask: Node | None) -> tuple[Node | None, Node | None]
 
 def additive(emit: Emitter, mask: Node, like: Node) -> Node:
     """A mask as numbers to add to the scores of ``like``."""
+    dtype = like.meta["val"].dtype
     if mask.meta["val"].dtype is not torch.bool:
-        return emit.cast(mask, like.meta["val"].dtype)
+        if dtype.itemsize < mask.meta["val"].dtype.itemsize:  # what is finite and lower than ``dtype`` stays finite
+            lowest = emit(aten.clamp.default, mask, torch.finfo(dtype).min)
+            mask = emit(aten.where.self, emit(aten.isinf.default, mask), mask, lowest)
+        return emit.cast(mask, dtype)
     return emit(aten.where.self, mask, emit.number(0.0, like), emit.number(float("-inf"), like))
 
 

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from sam3x.errors import PreconditionError
 from sam3x.passes.base import Pass, PassResult, graph_modules
-from sam3x.passes.graph.aten_nodes import FILLS, NOOPS, PERMUTES, RESHAPES, aten
+from sam3x.passes.graph.aten_nodes import FILLS, NOOPS, PERMUTES, RESHAPES, SDPA, argument, aten
 from sam3x.passes.graph.cond_graph import is_cond, outputs, placeholders, read_cond
 from sam3x.passes.graph.constants import Constants
 from sam3x.passes.graph.emitter import Emitter, fake_mode_of, following, quietly
@@ -60,16 +60,22 @@ class ConvertPrecisionPass(Pass):
     Args:
         dtype: ``torch.float16`` or ``torch.bfloat16``.
         fp32_ops: operations that stay in float32, by the names of ``op_paths.matching``.
-        stays: tells of a node whether the back end has it in float32 alone.
+        stays: tells of a node whether it is float32, as where the back end has it in that alone.
+        follows: tells of a node whether it computes in the widest dtype of what it is given, constants aside; None: only what
+            moves numbers does, and its constants count.
     """
 
     name = "convert_precision"
     run_after = ("canonicalize_attention", "simplify_attention_masks")
 
     def __init__(
-        self, dtype: torch.dtype, fp32_ops: Sequence[str] = (), stays: Callable[[Node], bool] = lambda _: False
+        self,
+        dtype: torch.dtype,
+        fp32_ops: Sequence[str] = (),
+        stays: Callable[[Node], bool] = lambda _: False,
+        follows: Callable[[Node], bool] | None = None,
     ) -> None:
-        self.dtype, self.fp32_ops, self.stays = dtype, tuple(fp32_ops), stays
+        self.dtype, self.fp32_ops, self.stays, self.follows = dtype, tuple(fp32_ops), stays, follows
 
     def requires(self, program: ExportedProgram) -> None:
         paths = op_paths(program)
@@ -91,9 +97,14 @@ class ConvertPrecisionPass(Pass):
             *in_float32,
             *(node for _, module in graph_modules(program) for node in module.graph.nodes if self.stays(node)),
         }
-        rewrites = _Converter(program.graph_module, self.dtype, in_float32).run()
+        rewrites = _Converter(program.graph_module, self.dtype, in_float32, self.follows).run(_constants(program))
         _restore_outputs(program)
         return PassResult(rewrites=rewrites)
+
+
+def _constants(program: ExportedProgram) -> set[Node]:
+    inputs = {item.arg.name for item in program.graph_signature.input_specs if item.kind is InputKind.USER_INPUT}
+    return {node for node in program.graph.nodes if node.op == "placeholder" and node.name not in inputs}
 
 
 def _float_values(program: ExportedProgram) -> list[torch.Tensor]:
@@ -116,16 +127,23 @@ def _restore_outputs(program: ExportedProgram) -> None:
 class _Converter:
     """One graph; branches of a conditional are graphs of their own."""
 
-    def __init__(self, module: GraphModule, dtype: torch.dtype, in_float32: set[Node]) -> None:
-        self.module, self.dtype, self.in_float32 = module, dtype, in_float32
+    def __init__(
+        self, module: GraphModule, dtype: torch.dtype, in_float32: set[Node], follows: Callable[[Node], bool] | None
+    ) -> None:
+        self.module, self.dtype, self.in_float32, self.follows = module, dtype, in_float32, follows
         self.casts: dict[tuple[Node, torch.dtype], Node] = {}
+        self.constants: set[Node] = set()
         self.rewrites = 0
 
-    def run(self) -> int:
+    def run(self, constants: set[Node]) -> int:
+        """How many operations are in the low precision now. ``constants``: placeholders that hold weights."""
+        self.constants = set(constants)
         for node in list(self.module.graph.nodes):
             if node.op != "call_function":
                 continue
-            if is_cond(node):
+            if self.follows is not None and _is_constant(node, self.constants):
+                self.constants.add(node)
+            elif is_cond(node):
                 self._branches(node)
             elif _floats(node.meta.get("val")):
                 self._convert(node)
@@ -138,7 +156,9 @@ class _Converter:
             wanted = self.dtype
         elif node.target in _RANGES:
             wanted = node.meta["val"].dtype
-        elif node.target in MOVES:
+        elif self.follows is not None and node not in self.in_float32 and (node.target in MOVES or self.follows(node)):
+            wanted = _widest([item for item in given if item not in self.constants])
+        elif self.follows is None and node.target in MOVES:
             wanted = _widest(given)
         else:
             wanted = torch.float32 if node in self.in_float32 else self.dtype
@@ -147,8 +167,9 @@ class _Converter:
             clamp_numbers(node, wanted)
         if node.target is aten._to_copy.default and node.kwargs.get("dtype") is not None:
             node.kwargs = {**node.kwargs, "dtype": wanted}
+        mask = argument(node, 3, "attn_mask") if self.follows is not None and node.target is SDPA else None
         for item in given:
-            if node.target is not operator.getitem and item.meta["val"].dtype is not wanted:
+            if node.target is not operator.getitem and item is not mask and item.meta["val"].dtype is not wanted:
                 node.replace_input_with(item, self.cast(item, wanted))
         node.meta["val"] = _in(node.meta["val"], wanted)
 
@@ -156,16 +177,24 @@ class _Converter:
         """``value`` in ``dtype``, once for all that read it."""
         known = self.casts.get((value, dtype))
         if known is None:
-            known = self.casts[value, dtype] = Emitter(self.module, following(value)).cast(value, dtype)
+            known = Emitter(self.module, following(value)).cast(value, dtype)
+            if value.target in FILLS:
+                known.target, known.args = value.target, value.args
+                known.kwargs = {**value.kwargs, "dtype": dtype}
+                clamp_numbers(known, dtype)
+            self.casts[value, dtype] = known
         return known
 
     def _branches(self, node: Node) -> None:
         cond = read_cond(self.module, node)
         for branch in cond.branches:
+            constants = set()
             for inner, operand in zip(placeholders(branch), cond.operands, strict=True):
                 if isinstance(operand, Node) and _floats(operand.meta.get("val")):
                     inner.meta["val"] = _in(inner.meta["val"], operand.meta["val"].dtype)
-            self.rewrites += _Converter(branch, self.dtype, self.in_float32).run()
+                if operand in self.constants:
+                    constants.add(inner)
+            self.rewrites += _Converter(branch, self.dtype, self.in_float32, self.follows).run(constants)
         kept = []
         for index, pair in enumerate(zip(*(outputs(branch) for branch in cond.branches), strict=True)):
             value = node.meta["val"][index]
@@ -194,7 +223,17 @@ def _floats(value: Any) -> bool:
 
 
 def _in(value: Any, dtype: torch.dtype) -> Any:
-    return type(value)(_in(item, dtype) for item in value) if isinstance(value, (tuple, list)) else value.to(dtype)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_in(item, dtype) for item in value)
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _is_constant(node: Node, constants: set[Node]) -> bool:
+    """Whether it fills, or is made of constants and sizes alone."""
+    if not _floats(node.meta.get("val")):
+        return False
+    tensors = [item for item in node.all_input_nodes if not isinstance(item.meta.get("val"), (int, float, torch.SymInt))]
+    return node.target in FILLS or (bool(tensors) and all(item in constants for item in tensors))
 
 
 def _widest(nodes: list[Node]) -> torch.dtype:

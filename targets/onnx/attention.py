@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sam3x.targets.onnx.linear import opset
 from sam3x.targets.onnx.loop import Tiles, ints, node
-from sam3x.targets.onnx.scores import plain, scan
+from sam3x.targets.onnx.scores import SCORE_BYTES, plain, scan
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -18,11 +18,10 @@ if TYPE_CHECKING:
     from sam3x.passes.base import Pass
 
 CONTRIB = "com.microsoft"
-LOWEST = -3.4028234663852886e38
 
 
-def passes(mode: str, budget: int) -> tuple[Pass, ...]:
-    """What lowers canonical attention for ``--attention mode``."""
+def passes(mode: str, budget: int, precision: Sequence[Pass] = ()) -> tuple[Pass, ...]:
+    """What lowers canonical attention for ``--attention mode``; ``precision``: passes that make the graph one below float32."""
     from sam3x.passes.attention.decompose_attention import DecomposeAttentionPass
     from sam3x.passes.attention.fuse_multi_head_attention import FuseMultiHeadAttentionPass
     from sam3x.passes.attention.simplify_attention_masks import SimplifyAttentionMasksPass
@@ -31,17 +30,19 @@ def passes(mode: str, budget: int) -> tuple[Pass, ...]:
     from sam3x.passes.linear.sink_permutes import SinkPermutesPass
     from sam3x.passes.linear.split_linears import SplitLinearsPass
 
+    decompose = DecomposeAttentionPass(float32_softmax=True)
     if mode == "decomposed":
-        return (DecomposeAttentionPass(),)
+        return (*precision, decompose)
     fused = (FuseMultiHeadAttentionPass(budget),) if mode == "ort" else ()
     return (
         SimplifyAttentionMasksPass(),
+        *precision,
         *fused,
         SplitLinearsPass(),
         UnweaveChannelsPass(),
         SinkPermutesPass(),
         TileAttentionPass(budget),
-        DecomposeAttentionPass(),
+        decompose,
     )
 
 
@@ -72,12 +73,12 @@ def register(registry: Any, captured: CapturedProgram) -> None:
     largest = _bounds(captured)
 
     def tiled(query: Any, key: Any, value: Any, mask: Any, scale: float, budget: int) -> Any:
-        if _score_bytes(query.dtype, (*query.shape[:-1], key.shape[-2]), largest) <= budget:
+        if _score_bytes((*query.shape[:-1], key.shape[-2]), largest) <= budget:
             return plain(query, key, value, mask, scale)
         return scan(query, key, value, mask, scale, budget)
 
     def packed(query: Any, key: Any, value: Any, key_mask: Any, bias: Any, num_heads: int, scale: float, budget: int) -> Any:
-        size = _score_bytes(query.dtype, (*query.shape[:2], num_heads, key.shape[1]), largest)
+        size = _score_bytes((*query.shape[:2], num_heads, key.shape[1]), largest)
         return _multi_head(query, key, value, key_mask, bias, num_heads, scale, size > budget, budget)
 
     for target, function in ((TILED_ATTENTION, tiled), (MULTI_HEAD_ATTENTION, packed)):
@@ -89,9 +90,9 @@ def register(registry: Any, captured: CapturedProgram) -> None:
         )
 
 
-def _score_bytes(dtype: ir.DataType, sizes: Sequence[Any], largest: Mapping[str, float]) -> float:
+def _score_bytes(sizes: Sequence[Any], largest: Mapping[str, float]) -> float:
     """The most bytes the scores can take; ∞ where a size has no known bound."""
-    return math.prod(_largest(size, largest) for size in sizes) * dtype.itemsize
+    return math.prod(_largest(size, largest) for size in sizes) * SCORE_BYTES
 
 
 def _largest(dim: Any, largest: Mapping[str, float]) -> float:
@@ -117,7 +118,7 @@ def _multi_head(
 
     op = opset()
     padding = None if key_mask is None else op.Cast(key_mask, to=ir.DataType.INT32)
-    attributes = {"num_heads": num_heads, "scale": float(scale), "mask_filter_value": LOWEST}
+    attributes = {"num_heads": num_heads, "scale": float(scale), "mask_filter_value": float(query.dtype.min)}
 
     def inputs(rows: ir.Value, of_bias: ir.Value | None) -> list[ir.Value | None]:
         given = [rows, key, value, None, padding, of_bias]
@@ -126,8 +127,8 @@ def _multi_head(
     if not large or (key_mask is None and bias is None):
         return node("MultiHeadAttention", inputs(query, bias), domain=CONTRIB, version=1, **attributes)
     batch = op.Shape(query, start=0, end=1)
-    scores = op.Mul(op.Mul(batch, ints(num_heads)), op.Shape(key, start=1, end=2))
-    tiles = Tiles(batch, op.Shape(query, start=1, end=2), scores, budget, query.dtype, rank=3)
+    row = op.Mul(op.Mul(batch, ints(num_heads * SCORE_BYTES)), op.Shape(key, start=1, end=2))
+    tiles = Tiles(batch, op.Shape(query, start=1, end=2), row, budget, query.dtype, rank=3)
 
     def body(tile: Callable[[ir.Value, int], ir.Value]) -> ir.Value:
         given = inputs(tile(query, 1), None if bias is None else tile(bias, 2))

@@ -66,7 +66,7 @@ def _feed_forward(x: Any, first: tuple[Any, Any], activate: Any, second: tuple[A
         rows = x if rank == 2 else op.Reshape(x, ints(-1, width))
         rows.dtype, rows.shape = x.dtype, ir.Shape([None, width])
         count = op.Shape(rows, start=0, end=1)
-        tiles = onnx_loop.Tiles(None, count, ints(hidden), 2 * onnx_loop.TILE_BYTES, x.dtype, rank=2)
+        tiles = onnx_loop.Tiles(None, count, ints(hidden * int(x.dtype.itemsize)), 2 * onnx_loop.TILE_BYTES, x.dtype, rank=2)
         made = tiles.run(lambda tile: of_rows(tile(rows, 0)), ints(last))
         if rank == 2:
             return made

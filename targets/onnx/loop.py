@@ -101,9 +101,9 @@ class Tiles:
     Args:
         lead: the sizes before the queries, (rank - 2,); None where there are none.
         queries: how many there are, (1,).
-        scores: how many scores a query has, (1,).
-        budget: bytes that the scores may take.
-        dtype: of the scores and the result.
+        row: bytes that the scores of a query take, (1,).
+        budget: bytes that all scores may take.
+        dtype: of the result.
         single: whether there is one tile, or ``lead`` is ones, whenever the graph runs.
     """
 
@@ -111,7 +111,7 @@ class Tiles:
         self,
         lead: ir.Value | None,
         queries: ir.Value,
-        scores: ir.Value,
+        row: ir.Value,
         budget: int,
         dtype: ir.DataType,
         *,
@@ -121,7 +121,6 @@ class Tiles:
         op = opset()
         self.lead, self.queries, self.dtype, self.rank, self.single = lead, queries, dtype, rank, single or lead is None
         one = ints(1)
-        row = op.Mul(scores, ints(int(dtype.itemsize)))
         allowed = op.Div(ints(budget // 2), row)  # scores and probabilities of a tile are there at once
         wanted = op.Max(op.Div(ints(TILE_BYTES), row), ints(TILE_ROWS))
         rows = op.Max(op.Min(allowed, wanted, queries), one)

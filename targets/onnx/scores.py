@@ -1,4 +1,7 @@
-"""Attention in ONNX's own operators: all scores at once, or in a ``Loop`` over heads, tiles of queries, or both."""
+"""Attention in ONNX's own operators: all scores at once, or in a ``Loop`` over heads, tiles of queries, or both.
+
+Masks are added and softmax is taken in float32, where the products are in float16 too.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,18 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def _scalar(value: float, like: ir.Value) -> ir.Value:
+SCORE_BYTES = 4
+"""Of one score."""
+
+
+def _scalar(value: float, like: ir.Value | None = None) -> ir.Value:
+    """In the dtype of ``like``, else in float32."""
     import numpy as np
     import onnx_ir as ir
 
     op = opset()
-    assert like.dtype is not None
-    return op.Constant(value=ir.tensor(np.array(value, dtype=like.dtype.numpy())))
+    dtype = ir.DataType.FLOAT if like is None else _dtype(like)
+    return op.Constant(value=ir.tensor(np.array(value, dtype=dtype.numpy())))
 
 
 def _is_bool(mask: ir.Value) -> bool:
@@ -45,34 +53,51 @@ def _swapped(key: ir.Value) -> ir.Value:
     return made
 
 
-def _additive(mask: ir.Value, like: ir.Value) -> ir.Value:
-    op = opset()
+def _additive(mask: ir.Value) -> ir.Value:
+    import onnx_ir as ir
+
     if not _is_bool(mask):
-        return mask
-    made = op.Where(mask, _scalar(0.0, like), _scalar(-math.inf, like))
-    made.dtype, made.shape = like.dtype, mask.shape
+        return _cast(mask, ir.DataType.FLOAT)
+    made = opset().Where(mask, _scalar(0.0), _scalar(-math.inf))
+    made.dtype, made.shape = ir.DataType.FLOAT, mask.shape
+    return made
+
+
+def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    if value.dtype == dtype:
+        return value
+    made = opset().Cast(value, to=dtype.value)
+    made.dtype, made.shape = dtype, value.shape
     return made
 
 
 def plain(query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | None, scale: float) -> ir.Value:
     """(…, N, D), (…, S, D), (…, S, E), a mask that broadcasts to (…, N, S) → (…, N, E), all scores at once."""
-    return _whole(_scaled(query, scale), _swapped(key), value, None if mask is None else _additive(mask, query))
+    return _whole(_scaled(query, scale), _swapped(key), value, None if mask is None else _additive(mask))
 
 
 def _whole(scaled: ir.Value, swapped: ir.Value, value: ir.Value, mask: ir.Value | None) -> ir.Value:
     """Scaled query (…, N, D), transposed key (…, D, S), value (…, S, E), float mask → (…, N, E)."""
-    op = opset()
-    scores = op.MatMul(scaled, swapped)
-    if mask is not None:
-        scores = op.Add(scores, mask)
-    return op.MatMul(op.Softmax(scores, axis=-1), value)
+    return _weighted(opset().MatMul(scaled, swapped), value, mask)
+
+
+def _weighted(scores: ir.Value, value: ir.Value, mask: ir.Value | None) -> ir.Value:
+    """Scores (…, N, S) in the dtype of value (…, S, E), float32 mask → (…, N, E)."""
+    import onnx_ir as ir
+
+    op, dtype = opset(), _dtype(value)
+    scores.dtype = dtype
+    scores = _cast(scores, ir.DataType.FLOAT)
+    weights = op.Softmax(scores if mask is None else op.Add(scores, mask), axis=-1)
+    weights.dtype = ir.DataType.FLOAT
+    return op.MatMul(_cast(weights, dtype), value)
 
 
 def scan(query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | None, scale: float, budget: int) -> ir.Value:
     """As ``plain``, with at most ``budget`` bytes for scores and probabilities."""
     scaled = _scaled(query, scale)
     if mask is not None and not _varies(mask):
-        mask = _additive(mask, query)
+        mask = _additive(mask)
     if _head_by_head(query, key, value, mask):
         return _heads(scaled, key, value, mask, budget)
     return _tiled(scaled, _swapped(key), value, mask, budget)
@@ -85,7 +110,7 @@ def _tiled(scaled: ir.Value, swapped: ir.Value, value: ir.Value, mask: ir.Value 
     lead = op.Shape(scaled, start=0, end=rank - 2)
     scores = op.Mul(op.ReduceProd(lead, keepdims=1), op.Shape(swapped, start=rank - 1, end=rank))
     queries = op.Shape(scaled, start=rank - 2, end=rank - 1)
-    tiles = Tiles(lead, queries, scores, budget, _dtype(scaled), rank=rank)
+    tiles = Tiles(lead, queries, op.Mul(scores, ints(SCORE_BYTES)), budget, _dtype(scaled), rank=rank)
     return _in_tiles(tiles, scaled, swapped, value, mask, op.Shape(value, start=-1))
 
 
@@ -94,14 +119,17 @@ def _in_tiles(
 ) -> ir.Value:
     """As ``_whole``, ``tiles`` of queries after each other; ``width``: E, (1,)."""
     op = opset()
-    zero, hide = _scalar(0.0, scaled), _scalar(-math.inf, scaled)
+    zero, hide = _scalar(0.0), _scalar(-math.inf)
+    if mask is not None and not _is_bool(mask):
+        mask = _additive(mask)
 
     def body(tile: Callable[[ir.Value, int], ir.Value]) -> ir.Value:
         scores = op.MatMul(tile(scaled, len(scaled.shape) - 2), swapped)  # type: ignore[arg-type]
+        rows = None
         if mask is not None:
             rows = tile(mask, len(mask.shape) - 2) if _varies(mask) else mask  # type: ignore[arg-type]
-            scores = op.Add(scores, op.Where(rows, zero, hide) if _is_bool(mask) else rows)
-        return op.MatMul(op.Softmax(scores, axis=-1), value)
+            rows = op.Where(rows, zero, hide) if _is_bool(mask) else rows
+        return _weighted(scores, value, rows)
 
     return tiles.run(body, width)
 
@@ -135,11 +163,12 @@ def _heads(scaled: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | No
         shape = ints(-1, few)
     else:
         heads, keys = op.ReduceProd(lead, keepdims=1), op.Shape(key, start=rank - 2, end=rank - 1)
-        size = op.Mul(op.Mul(op.Mul(heads, queries), keys), ints(int(_dtype(scaled).itemsize)))
+        size = op.Mul(op.Mul(op.Mul(heads, queries), keys), ints(SCORE_BYTES))
         group = op.Where(op.LessOrEqual(size, ints(min(TILE_BYTES, budget // 2))), heads, ints(1))
         shape = op.Concat(op.Div(heads, group), group, axis=0)
         # made here, so that its arithmetic is done once and not for each head; a group of heads has scores for one tile
-        tiles = Tiles(group, queries, op.Mul(group, keys), budget, _dtype(scaled), rank=3, single=True)
+        row = op.Mul(op.Mul(group, keys), ints(SCORE_BYTES))
+        tiles = Tiles(group, queries, row, budget, _dtype(scaled), rank=3, single=True)
 
     def grouped(x: ir.Value) -> ir.Value:
         made = op.Reshape(x, op.Concat(shape, op.Shape(x, start=-2), axis=0))
@@ -150,7 +179,7 @@ def _heads(scaled: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | No
     looped = [grouped(scaled), _swapped(grouped(key)), grouped(value)]
     if mask is not None and all(dim == 1 for dim in mask.shape[:-2]):  # type: ignore[index]
         mask = _of_all_heads(mask)
-        mask = _additive(mask, scaled) if few else mask
+        mask = _additive(mask) if few else mask
     elif mask is not None:
         of_all = op.Expand(mask, op.Concat(lead, ints(1, 1), axis=0))
         of_all.dtype, of_all.shape = mask.dtype, ir.Shape([*scaled.shape[:-2], *mask.shape[-2:]])  # type: ignore[index]
@@ -161,7 +190,7 @@ def _heads(scaled: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | No
         hidden = given[0] if len(given) > 3 else mask
         if tiles is not None:
             return _in_tiles(tiles, scaled, swapped, value, hidden, width)
-        result: Any = _whole(scaled, swapped, value, None if hidden is None else _additive(hidden, scaled))
+        result: Any = _whole(scaled, swapped, value, None if hidden is None else _additive(hidden))
         result.dtype, result.shape = value.dtype, ir.Shape([few, *scaled.shape[-2:-1], *value.shape[-1:]])  # type: ignore[index]
         return result
 
@@ -174,7 +203,7 @@ def _heads_that_fit(scaled: ir.Value, key: ir.Value, limit: int) -> int:
     queries, keys = scaled.shape[-2], key.shape[-2]  # type: ignore[index]
     if not isinstance(queries, int) or not isinstance(keys, int):
         return 0
-    fit = limit // (queries * keys * int(scaled.dtype.itemsize))  # type: ignore[union-attr]
+    fit = limit // (queries * keys * SCORE_BYTES)
     known: int = math.prod(dim for dim in scaled.shape[:-2] if isinstance(dim, int))  # type: ignore[index, misc]
     return largest_divisor(known, fit)
 

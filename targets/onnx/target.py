@@ -8,14 +8,15 @@ import importlib.util
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sam3x.errors import LoweringError
-from sam3x.targets.base import AttentionMemory, Numerics, Target, TargetStatus
+from sam3x.targets.base import AttentionMemory, Float32Operations, Numerics, Target, TargetStatus
 from sam3x.targets.quiet import errors_only
 from sam3x.targets.triton import DESCRIPTION, Layout, model_path, write_config
 
@@ -31,14 +32,15 @@ _EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 _CHATTY = ("onnxscript", "torch.onnx._internal.exporter._core")  # a warning for each Split, each node without a stack trace
 
 
-class OnnxOptions(AttentionMemory):
+class OnnxOptions(AttentionMemory, Float32Operations):
     """Options of an export to ONNX.
 
     Attributes:
         external_data: write weights beside the graph file; past 1 GB that happens anyway.
         attention: ``portable`` (opset 18, a tile of queries at a time), ``ort`` (ONNX Runtime's own operator) or
             ``decomposed`` (plain products, all scores in memory).
-        precision: what is computed in.
+        precision: what is computed in. ``fp16``: products, convolutions and attention, and what lies between them; sums (norms,
+            softmax), positions, boxes and scores stay float32, inputs and outputs too.
         weights: how the file stores weights that are rounded to less (``int8``: a scale an output channel); inputs, outputs
             and arithmetic stay float32.
         attention_memory: a whole number and a unit, as in ``256MB``: what the scores of one attention may take. ``ort`` needs
@@ -50,9 +52,15 @@ class OnnxOptions(AttentionMemory):
     attention: Literal["portable", "ort", "decomposed"] = Field(
         "portable", description="opset 18 in tiles (portable), ONNX Runtime's operator, or plain."
     )
-    precision: Literal["fp32"] = Field("fp32", description="of the arithmetic.")
+    precision: Literal["fp32", "fp16"] = Field("fp32", description="of the arithmetic (fp16: sums, boxes, scores stay fp32).")
     weights: Literal["fp32", "fp16", "int8"] = Field("fp32", description="storage alone; what computes stays float32.")
     layout: Layout = Field("flat", description=DESCRIPTION)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> OnnxOptions:
+        if self.precision != "fp32" and self.weights != "fp32":
+            raise ValueError(f"precision {self.precision} stores its weights so; leave weights out")
+        return self
 
 
 def _torchlib() -> Any:
@@ -102,7 +110,7 @@ class OnnxTarget(Target):
         tiled = options.attention != "decomposed"
         return (
             *([] if options.attention == "ort" else [DecomposeRoiAlignPass()]),  # TensorRT-RTX has no such operator
-            *onnx_attention.passes(options.attention, options.attention_bytes),
+            *onnx_attention.passes(options.attention, options.attention_bytes, _precision_passes(options)),
             UnsliceRowsPass(),
             FuseAlternativesPass(),
             *([TileFeedForwardPass(onnx_loop.TILE_BYTES)] if tiled else []),
@@ -113,7 +121,11 @@ class OnnxTarget(Target):
         )
 
     def numerics(self, options: OnnxOptions) -> Numerics:
-        return Numerics(weights=None if options.weights == "fp32" else options.weights)
+        weights = None if options.weights == "fp32" else options.weights
+        return replace(super().numerics(options), weights=weights)
+
+    def check(self, ranges: Mapping[str, tuple[int, int]], options: OnnxOptions) -> None:
+        options.refuse_idle(("fp32",), "Choose --precision fp16.")
 
     def file_name(self, stem: str, options: OnnxOptions) -> str:
         return model_path(stem, self.suffix) if options.layout == "triton" else f"{stem}{self.suffix}"
@@ -178,6 +190,20 @@ class OnnxTarget(Target):
     def versions(self) -> dict[str, Any]:
         names = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
         return {name: version(name) for name in names}
+
+
+def _precision_passes(options: OnnxOptions) -> tuple[Pass, ...]:
+    """What makes a graph in float32 one in ``options.precision``."""
+    if options.precision != "fp16":
+        return ()
+    import torch
+
+    from sam3x.passes.cleanup.fold_constants import FoldConstantsPass
+    from sam3x.passes.precision import autocast
+    from sam3x.passes.precision.convert_precision import ConvertPrecisionPass
+
+    convert = ConvertPrecisionPass(torch.float16, options.fp32_names, autocast.stays_in_float32, autocast.follows)
+    return (convert, FoldConstantsPass())
 
 
 class OnnxRunner:

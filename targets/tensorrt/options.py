@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from sam3x.errors import SpecError
-from sam3x.targets.base import AttentionMemory
+from sam3x.targets.base import AttentionMemory, Float32Operations
 from sam3x.targets.triton import DESCRIPTION, Layout
 
 CAPABILITIES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
@@ -22,7 +22,7 @@ DIMENSIONS = {"batch": "opt_batch", "tokens": "opt_tokens", "prompt_length": "op
 _USUAL = {"batch": 1, "tokens": 5184, "prompt_length": 32}
 
 
-class TrtOptions(AttentionMemory):
+class TrtOptions(AttentionMemory, Float32Operations):
     """Options of an export to TensorRT.
 
     Attributes:
@@ -31,8 +31,6 @@ class TrtOptions(AttentionMemory):
             for ``trtexec``, proven to build).
         precision: of weights, products and attention. Inputs and outputs stay float32. ``tf32``: everything is float32, but the
             GPU may round the factors of products to 11 bits (``BuilderFlag.TF32``), which TensorRT by itself does.
-        fp32_ops: operations that stay in float32, separated by commas: a kind (``layer_norm``), a place
-            (``layers.3.linear2``), or a pattern with ``*``.
         attention_memory: what the scores of one attention in float32 may take, in which TensorRT-RTX fuses none; not
             ``plan-onnx``.
         layout: ``triton``: the folder is a model repository for Triton Inference Server.
@@ -46,11 +44,6 @@ class TrtOptions(AttentionMemory):
         "engine", description="a serialized engine, a torch program with the engine, or ONNX for trtexec."
     )
     precision: Literal["fp32", "tf32", "fp16", "bf16"] = Field("fp32", description="of weights, products and attention.")
-    fp32_ops: str = Field(
-        "",
-        description="operations that stay in float32: kinds, places, patterns; see sam3x doctor.",
-        json_schema_extra={"metavar": "A,B,C"},
-    )
     attention_memory: str = Field(
         "64MB", description=AttentionMemory.model_fields["attention_memory"].description, json_schema_extra={"metavar": "SIZE"}
     )
@@ -74,11 +67,6 @@ class TrtOptions(AttentionMemory):
         if name not in CAPABILITIES:
             raise ValueError(f"no GPU '{value}'; TensorRT-RTX builds for {', '.join(CAPABILITIES)}")
         return name
-
-    @property
-    def fp32_names(self) -> tuple[str, ...]:
-        """``fp32_ops`` one by one."""
-        return tuple(name.strip() for name in self.fp32_ops.split(",") if name.strip())
 
 
 def capability_of(name: str) -> tuple[int, int]:

@@ -68,8 +68,7 @@ class TrtTarget(Target):
         from sam3x.targets.tensorrt.driver import gpu_count
 
         optima(ranges, options)
-        if options.fp32_names and options.precision in ("fp32", "tf32"):
-            raise SpecError("everything is float32 already", subject="--fp32-ops", remedy="Choose --precision fp16 or bf16.")
+        options.refuse_idle(("fp32", "tf32"), "Choose --precision fp16 or bf16.")
         if options.layout == "triton" and options.format == "ep":
             raise SpecError("Triton serves an engine or ONNX", subject="--layout triton", remedy="Choose another --format.")
         if gpu_count() == 0 and distribution() is not None:
