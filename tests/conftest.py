@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 # torch's threads, here and in what tests start: at these sizes, beside other workers, two threads take 30 times the CPU of one
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.set_threshold(50_000, 20, 20)  # traces make millions of objects that live: a tenth of the time went into counting them
 
 SMALL = {"d_model": 32, "num_layers": 1, "num_heads": 4, "dim_feedforward": 64}
 """``FusionConfig`` fields of the encoder that is quick to export."""

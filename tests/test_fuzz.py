@@ -235,6 +235,7 @@ def test_autocast_inside_an_attention_must_be_refused() -> None:
     assert (COUNTS - before)["onnx refusals"] == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("encoder", "spec", "lowering", "other"),
     [

@@ -44,8 +44,9 @@ def run(code: str, folder: Path) -> str:
 def test_export_verify_load_and_run(tmp_path: Path) -> None:
     code = """
 out = Path(sys.argv[2])
-artifact = sam3x.export(encoder_of(1), output=out, batch=1, dac=False, tokens=(16, 64))
-sam3x.export(encoder_of(1), output=out, batch=1, dac=False, tokens=(16, 64))  # over an earlier one
+sizes = {"batch": 1, "pre_norm": True, "tokens": 16, "prompt_length": 4}
+artifact = sam3x.export(encoder_of(1), output=out, **sizes)
+sam3x.export(encoder_of(1), output=out, **sizes)  # over an earlier one
 api.verify(out, encoder_of(1))
 print(artifact.manifest.verified, sorted(os.listdir(out)))
 """

@@ -245,7 +245,7 @@ def test_a_large_fixed_image_is_verified_at_both_ends_and_with_an_all_padded_ima
 @pytest.mark.parametrize(("delegate", "precision"), [("coreml", "fp16"), ("vulkan", "fp32")])
 def test_delegates_of_other_machines_are_built_and_said_to_be_unverified(delegate: str, precision: str, tmp_path: Path) -> None:
     level = logging.getLogger().level, logging.root.manager.disable
-    options: dict[str, Any] = {"tokens": 36, "batch": (1, 2), "delegate": delegate, "precision": precision}
+    options: dict[str, Any] = {"tokens": 36, "batch": (1, 2), "dac": False, "delegate": delegate, "precision": precision}
     manifest = sam3x.export(encoder_of(1, num_heads=2), target="pte", output=tmp_path / "out", **options).manifest
     assert (
         not manifest.verified and "has no " in str(manifest.verified_reason) and "sam3x verify" in str(manifest.verified_reason)
