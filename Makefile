@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 OUT ?= out
 MINUTES ?= 20
 
-.PHONY: install export test test-long fuzz lint docs typing clean
+.PHONY: install export test test-long test-grid fuzz lint docs typing clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -18,11 +18,14 @@ export: $(STAMP)
 	$(BIN)/sam3x export --target onnx -o $(OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not long" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not long and not grid" $(PYTEST_ARGS)
 
 test-long: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[all,tools]"
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m long $(PYTEST_ARGS)
+
+test-grid: $(STAMP)
+	$(BIN)/python -m pytest -q -n 0 -s -m grid $(PYTEST_ARGS)
 
 fuzz: $(STAMP)
 	$(BIN)/python -W ignore tests/fuzz.py --minutes $(MINUTES) $(FUZZ_ARGS)

@@ -31,7 +31,9 @@ def test_a_component_to_executorch_is_verified_and_a_part_does_not_run_alone(tmp
         Segmenter(tmp_path / "out")
 
 
-@pytest.mark.parametrize(("component", "precision"), [("vision_encoder", "fp32"), ("decoder", "fp16")])
+@pytest.mark.parametrize(
+    ("component", "precision"), [("vision_encoder", "fp32"), pytest.param("decoder", "fp16", marks=pytest.mark.long)]
+)
 def test_a_component_to_tensorrt_is_one_engine(component: str, precision: str, tmp_path: Path) -> None:
     """Windows of a ViT, whose sizes TensorRT must know; queries repeated for each picture, frequencies counted in float32."""
     options: dict[str, Any] = {"target": "trt", "compute_capability": "sm89", "precision": precision}

@@ -336,7 +336,6 @@ MASKS = ("tgt", "memory", "tgt_mask", "memory_mask", "tgt_key_padding_mask", "me
     [
         (1, True, 8, "runtime", "float32"),
         (2, True, (2, 40), "runtime", "bool"),
-        (2, True, (2, 40), "per-layer", "float32"),
         (1, False, (2, 40), "per-layer", "bool"),
         (4, False, 8, "module", "bool"),
     ],

@@ -42,13 +42,13 @@ def metadata_of(encoder: nn.Module, folder: Path, **options: Any) -> tuple[dict[
     [
         {"prompt_length": 9},
         {"prompt_length": 9, "batch": 2, "dac": True, "pre_norm": True},
-        {"prompt_length": 9, "tokens": (16, TOKENS), **ONE_BRANCH},
-        {"prompt_length": 9, "precision": "int8", **ONE_BRANCH},
         {"prompt_length": 9, "inputs": ALL_MASKS, **ONE_BRANCH},
         *(
             pytest.param(options, marks=pytest.mark.long)
             for options in (
                 {},
+                {"prompt_length": 9, "tokens": (16, TOKENS), **ONE_BRANCH},
+                {"prompt_length": 9, "precision": "int8", **ONE_BRANCH},
                 {"prompt_length": 9, "batch": 1, "dac": False, "pre_norm": True},
                 {"prompt_length": 9, "precision": "fp16"},
             )

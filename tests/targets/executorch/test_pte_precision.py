@@ -242,7 +242,9 @@ def test_a_large_fixed_image_is_verified_at_both_ends_and_with_an_all_padded_ima
 # ---- delegates that cannot run here
 
 
-@pytest.mark.parametrize(("delegate", "precision"), [("coreml", "fp16"), ("vulkan", "fp32")])
+@pytest.mark.parametrize(
+    ("delegate", "precision"), [("coreml", "fp16"), pytest.param("vulkan", "fp32", marks=pytest.mark.long)]
+)
 def test_delegates_of_other_machines_are_built_and_said_to_be_unverified(delegate: str, precision: str, tmp_path: Path) -> None:
     level = logging.getLogger().level, logging.root.manager.disable
     options: dict[str, Any] = {"tokens": 36, "batch": (1, 2), "dac": False, "delegate": delegate, "precision": precision}

@@ -29,8 +29,8 @@ def default_encoder(flags: str) -> CapturedProgram:
     return capture(default_source(0).module, resolve("trt", {"compute_capability": "sm89", **FLAGS[flags]}).spec)
 
 
-@pytest.mark.long
-@pytest.mark.timeout(3600)
+@pytest.mark.grid
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize(("flags", "precision"), itertools.product(FLAGS, ("fp32", "tf32", "fp16", "bf16")))
 def test_the_default_encoder_builds_for_every_gpu_three_times_in_a_row(
     flags: str, precision: str, record_property: Any, capsys: pytest.CaptureFixture[str]
