@@ -107,11 +107,13 @@ class Numerics:
             closely as float32 must.
         arithmetic: what the artifact computes in (``fp16``, ``bf16``, ``tf32``, ``int8``); None: float32.
         half_sums: whether its kernels keep the sums of products in float16 on this machine.
+        row_scales: of ``int8``: whether each row of activations has a scale of its own, or the whole tensor has one.
     """
 
     weights: str | None = None
     arithmetic: str | None = None
     half_sums: bool = False
+    row_scales: bool = True
 
     @property
     def below(self) -> str | None:

@@ -21,10 +21,12 @@ class Low(str, Enum):
 
     FP16 = "fp16"
     BF16 = "bf16"
+    INT8 = "int8"
 
 
 Bound = Annotated[
-    float | None, typer.Option(help="Largest absolute error against eager float32; default 0.02 for fp16, 0.15 for bf16.")
+    float | None,
+    typer.Option(help="Largest absolute error against eager float32; default 0.02 for fp16, 0.15 for bf16, 0.5 for int8."),
 ]
 Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as one page.")]
 Tokens = Annotated[int, typer.Option(min=4, max=9216, help="Image tokens of the runs, where the export left them free.")]

@@ -37,6 +37,7 @@ METADATA = {
     "planned_bytes": "memory planned outside delegates",
     "workspace_bytes": "memory inside the largest delegate",
     "bundled_cases": "test sets of the .bpte",
+    "int8_products": "products in int8",
     "narrow_tensors": "weights stored below float32",
     "narrow_bytes": "what they take",
     "float32_bytes": "everything else in the file's tensors",

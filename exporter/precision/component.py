@@ -35,7 +35,7 @@ def reduced(component: Component, numerics: Numerics) -> Eager | None:
         return None
 
     def eager(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with eager_in(precision, half_sums=numerics.half_sums):
+        with eager_in(precision, half_sums=numerics.half_sums, row_scales=numerics.row_scales):
             return component.eager(inputs)
 
     return eager

@@ -1,7 +1,8 @@
 """Which operations lose what in a lower precision, and the fewest that must stay in float32 to hold a bound.
 
 Every operation's precision is emulated in torch: its inputs and its result are rounded, as a strongly typed engine does between
-its layers. The numbers are compared with eager float32, in every branch.
+its layers; in int8 the operands of linears are, activations with one scale for the tensor. The numbers are compared with eager
+float32, in every branch.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ from sam3x.errors import ArtifactError, SpecError, Step, VerificationError
 from sam3x.fusion.encoder import FusionEncoder
 from sam3x.passes.attention.simplify_attention_masks import SimplifyAttentionMasksPass
 from sam3x.passes.default_pipeline import default_pipeline
+from sam3x.passes.graph.aten_nodes import aten
 from sam3x.passes.graph.op_paths import float_ops, op_name
 from sam3x.passes.precision.convert_precision import MOVES
 from sam3x.precision.doctor_report import BOUNDS, DoctorReport, OperationReport, Precision
 from sam3x.sources.encoder import Source, source_for
 from sam3x.spec import ExportSpec
 from sam3x.targets.tensorrt.check import distance
+from sam3x.verify.emulate import activations_int8, columns_int8
 
 Tell = Callable[[str], None]
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 def doctor(
@@ -93,7 +96,7 @@ def examine(probe: Probe, *, precision: Precision, bound: float, origin: str, te
     tell("float32 operations")
     fp32_ops = fewest_fp32_ops(ranked, lambda kept: probe.error(everything - frozenset(kept))["max_abs"] <= bound)
     after = probe.error(everything - frozenset(fp32_ops))
-    limit = torch.finfo(probe.dtype).max
+    limit = torch.finfo(probe.dtype).max if probe.dtype.is_floating_point else math.inf
     rows = tuple(
         OperationReport(
             path=path,
@@ -149,7 +152,7 @@ class Probe:
 
     def __init__(self, program: CapturedProgram, samples: Sequence[Sample], dtype: torch.dtype) -> None:
         self.program, self.samples, self.dtype = program, tuple(samples), dtype
-        self.nodes = {node: path for node, path in float_ops(program.program) if node.target not in MOVES}
+        self.nodes = {node: path for node, path in float_ops(program.program) if self._rounds(node)}
         self.paths = tuple(dict.fromkeys(path for node, path in self.nodes.items() if not _is_constant(node)))
         self.kinds = {path: op_name(node) for node, path in reversed(self.nodes.items())}
         self.expected = [program.eager(sample.inputs) for sample in self.samples]
@@ -157,6 +160,9 @@ class Probe:
         for sample in self.samples:
             self._run(sample, frozenset(), self.peaks)
         self._known: dict[frozenset[str], dict[str, float]] = {}
+
+    def _rounds(self, node: Node) -> bool:
+        return node.target not in MOVES and (self.dtype is not torch.int8 or node.target is aten.linear.default)
 
     def error(self, low: frozenset[str]) -> dict[str, float]:
         """The worst of all branches and outputs, with the operations of ``low`` in the low precision."""
@@ -200,6 +206,9 @@ class _Emulated(Interpreter):
                 self.peaks[path] = max(self.peaks[path], float(result.detach().abs().nan_to_num(0.0, 0.0).max()))
             return result
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if self.dtype is torch.int8:
+            x, weight, *bias = args
+            return n.target(activations_int8(x, False), columns_int8(weight.t()).t(), *bias)  # type: ignore[operator]
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, self._rounded, (args, kwargs))
         return n.target(*args, **kwargs).float()  # type: ignore[operator]
 

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Precision = Literal["fp16", "bf16"]
-BOUNDS: dict[str, float] = {"fp16": 2e-2, "bf16": 1.5e-1}
+Precision = Literal["fp16", "bf16", "int8"]
+BOUNDS: dict[str, float] = {"fp16": 2e-2, "bf16": 1.5e-1, "int8": 5e-1}
 """Largest absolute error by default: what six layers of unit scale keep with every operation in that precision, doubled."""
 
 

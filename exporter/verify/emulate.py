@@ -27,14 +27,15 @@ _LINEAR = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}
 
 
 @contextlib.contextmanager
-def eager_in(precision: str, *, half_sums: bool = False) -> Iterator[None]:
+def eager_in(precision: str, *, half_sums: bool = False, row_scales: bool = True) -> Iterator[None]:
     """Within it, torch's own float32 operators round as ``tf32``, ``fp16``, ``bf16`` or ``int8`` would; sums stay float32.
 
     ``fp16``, ``bf16``: weights and every result, those inside attention too. ``tf32``: the factors of products and
     convolutions. ``int8``: the operands of ``linear``, weights with a symmetric scale a row, activations with a scale and zero
-    point for each row (Jacob et al., 2018).
+    point (Jacob et al., 2018).
 
     Args:
+        row_scales: of ``int8``: each row of activations has a scale of its own, or the whole tensor has one.
         half_sums: of ``fp16``: sums of products and convolutions are kept in float16 (``half_summed`` of each).
     """
     fast, threads = torch.backends.mha.get_fastpath_enabled(), torch.get_num_threads()
@@ -42,17 +43,17 @@ def eager_in(precision: str, *, half_sums: bool = False) -> Iterator[None]:
     if half_sums:
         torch.set_num_threads(1)  # its steps are too small to share: threads would wait for each other
     try:
-        with _mode(precision, half_sums):
+        with _mode(precision, half_sums, row_scales):
             yield
     finally:
         torch.set_num_threads(threads)
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _mode(precision: str, half_sums: bool) -> TorchDispatchMode:
+def _mode(precision: str, half_sums: bool, row_scales: bool) -> TorchDispatchMode:
     kernels: tuple[Product, Convolution]
     if precision == "int8":
-        return _Int8()
+        return _Int8(row_scales)
     if precision == "tf32":
         return _Rounding(None, products.tf32, convolutions.tf32)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
@@ -131,21 +132,28 @@ class _Rounding(TorchDispatchMode):
 
 
 class _Int8(TorchDispatchMode):
+    def __init__(self, row_scales: bool) -> None:
+        super().__init__()
+        self.row_scales = row_scales
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LINEAR:
             rows, weight = _LINEAR[func]
             args = list(args)
-            args[rows], args[weight] = _rows_int8(args[rows]), _columns_int8(args[weight])
+            args[rows], args[weight] = activations_int8(args[rows], self.row_scales), columns_int8(args[weight])
         return func(*args, **(kwargs or {}))
 
 
-def _rows_int8(value: Tensor) -> Tensor:
-    low, high = value.amin(-1, keepdim=True).clamp(max=0), value.amax(-1, keepdim=True).clamp(min=0)
+def activations_int8(value: Tensor, row_scales: bool) -> Tensor:
+    """(…, in) through 8 bits, with a scale and zero point for each row or for all of it."""
+    low, high = (value.amin(-1, True), value.amax(-1, True)) if row_scales else (value.min(), value.max())
+    low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
     zero = (-128 - low / scale).round()
     return ((value / scale).round().add_(zero).clamp_(-128, 127) - zero) * scale
 
 
-def _columns_int8(weight: Tensor) -> Tensor:
+def columns_int8(weight: Tensor) -> Tensor:
+    """(in, out) through int8 with a symmetric scale for each column."""
     scale = (weight.abs().amax(0, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     return (weight / scale).round() * scale

@@ -52,6 +52,20 @@ def lowered(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(value.isinf(), value, value.clamp(bounds.min, bounds.max)).to(dtype)
 
 
+def require_known(program: ExportedProgram, fp32_ops: Sequence[str]) -> None:
+    """Raise ``PreconditionError`` for a name that is no operation of ``program``."""
+    paths = op_paths(program)
+    idle = matching(paths, fp32_ops)[1]
+    if idle:
+        known = sorted({path for path in paths.values() if "." in path})
+        shown = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
+        raise PreconditionError(
+            f"'{idle[0]}' names no operation of this graph",
+            subject="--fp32-ops",
+            remedy=f"Name one by its kind (layer_norm, attention), by its place ({shown}), or with *.",
+        )
+
+
 class ConvertPrecisionPass(Pass):
     """Every operation computes in ``dtype``; inputs and outputs of the graph stay as they are.
 
@@ -78,16 +92,7 @@ class ConvertPrecisionPass(Pass):
         self.dtype, self.fp32_ops, self.stays, self.follows = dtype, tuple(fp32_ops), stays, follows
 
     def requires(self, program: ExportedProgram) -> None:
-        paths = op_paths(program)
-        idle = matching(paths, self.fp32_ops)[1]
-        if idle:
-            known = sorted({path for path in paths.values() if "." in path})
-            shown = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
-            raise PreconditionError(
-                f"'{idle[0]}' names no operation of this graph",
-                subject="--fp32-ops",
-                remedy=f"Name one by its kind (layer_norm, attention), by its place ({shown}), or with *.",
-            )
+        require_known(program, self.fp32_ops)
 
     def call(self, program: ExportedProgram) -> PassResult:
         if any(value.dtype is self.dtype for value in _float_values(program)):

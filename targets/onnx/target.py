@@ -40,7 +40,8 @@ class OnnxOptions(AttentionMemory, Float32Operations):
         attention: ``portable`` (opset 18, a tile of queries at a time), ``ort`` (ONNX Runtime's own operator) or
             ``decomposed`` (plain products, all scores in memory).
         precision: what is computed in. ``fp16``: products, convolutions and attention, and what lies between them; sums (norms,
-            softmax), positions, boxes and scores stay float32, inputs and outputs too.
+            softmax), positions, boxes and scores stay float32. ``int8``: products with constants, a scale an output channel,
+            activations as they come. Inputs and outputs stay float32.
         weights: how the file stores weights that are rounded to less (``int8``: a scale an output channel); inputs, outputs
             and arithmetic stay float32.
         attention_memory: a whole number and a unit, as in ``256MB``: what the scores of one attention may take. ``ort`` needs
@@ -52,7 +53,9 @@ class OnnxOptions(AttentionMemory, Float32Operations):
     attention: Literal["portable", "ort", "decomposed"] = Field(
         "portable", description="opset 18 in tiles (portable), ONNX Runtime's operator, or plain."
     )
-    precision: Literal["fp32", "fp16"] = Field("fp32", description="of the arithmetic (fp16: sums, boxes, scores stay fp32).")
+    precision: Literal["fp32", "fp16", "int8"] = Field(
+        "fp32", description="of the arithmetic (fp16: sums and boxes stay fp32; int8: linears)."
+    )
     weights: Literal["fp32", "fp16", "int8"] = Field("fp32", description="storage alone; what computes stays float32.")
     layout: Layout = Field("flat", description=DESCRIPTION)
 
@@ -101,12 +104,13 @@ class OnnxTarget(Target):
         from sam3x.passes.cleanup.legalize_operators import LegalizeOperatorsPass
         from sam3x.passes.decompose.decompose_roi_align import DecomposeRoiAlignPass
         from sam3x.passes.linear.tile_feed_forward import TILED_FEED_FORWARD, TileFeedForwardPass
+        from sam3x.passes.precision.keep_float32 import FLOAT32_WEIGHT
         from sam3x.targets.onnx import attention as onnx_attention
         from sam3x.targets.onnx import loop as onnx_loop
 
         words = set(_decomp.get_onnx_implemented_overloads(_torchlib()))
         table = _decomp.create_onnx_friendly_decomposition_table(words)
-        own = {*onnx_attention.operators(), TILED_FEED_FORWARD}
+        own = {*onnx_attention.operators(), TILED_FEED_FORWARD, FLOAT32_WEIGHT}
         tiled = options.attention != "decomposed"
         return (
             *([] if options.attention == "ort" else [DecomposeRoiAlignPass()]),  # TensorRT-RTX has no such operator
@@ -122,10 +126,10 @@ class OnnxTarget(Target):
 
     def numerics(self, options: OnnxOptions) -> Numerics:
         weights = None if options.weights == "fp32" else options.weights
-        return replace(super().numerics(options), weights=weights)
+        return replace(super().numerics(options), weights=weights, row_scales=options.precision != "int8")
 
     def check(self, ranges: Mapping[str, tuple[int, int]], options: OnnxOptions) -> None:
-        options.refuse_idle(("fp32",), "Choose --precision fp16.")
+        options.refuse_idle(("fp32",), "Choose --precision fp16 or int8.")
 
     def file_name(self, stem: str, options: OnnxOptions) -> str:
         return model_path(stem, self.suffix) if options.layout == "triton" else f"{stem}{self.suffix}"
@@ -141,6 +145,7 @@ class OnnxTarget(Target):
         from sam3x.targets.onnx import linear as onnx_linear
         from sam3x.targets.onnx import norm as onnx_norm
         from sam3x.targets.onnx import optimize as onnx_optimize
+        from sam3x.targets.onnx import quantize as onnx_quantize
         from sam3x.targets.onnx import weights as onnx_weights
 
         try:
@@ -152,6 +157,7 @@ class OnnxTarget(Target):
                 onnx_attention.register(registry, captured)
                 onnx_linear.register(registry)
                 onnx_norm.register(registry)
+                onnx_quantize.register(registry)
                 onnx_gelu.register(registry)
                 onnx_feed_forward.register(registry)  # takes the activations from the registry
                 model = _core._exported_program_to_onnx_program(
@@ -161,6 +167,8 @@ class OnnxTarget(Target):
                 _name(model, captured, path.stem)
                 _make_plain(model)
                 metadata = onnx_weights.store(model, options.weights)
+                if options.precision == "int8":
+                    metadata |= onnx_quantize.quantize(model)
                 _set_opset(model, self.opset, onnx_attention.domains(options.attention))
         except Exception as error:
             root: BaseException = error
@@ -194,7 +202,7 @@ class OnnxTarget(Target):
 
 def _precision_passes(options: OnnxOptions) -> tuple[Pass, ...]:
     """What makes a graph in float32 one in ``options.precision``."""
-    if options.precision != "fp16":
+    if options.precision == "fp32":
         return ()
     import torch
 
@@ -202,6 +210,10 @@ def _precision_passes(options: OnnxOptions) -> tuple[Pass, ...]:
     from sam3x.passes.precision import autocast
     from sam3x.passes.precision.convert_precision import ConvertPrecisionPass
 
+    if options.precision == "int8":
+        from sam3x.passes.precision.keep_float32 import KeepFloat32Pass
+
+        return (KeepFloat32Pass(options.fp32_names), FoldConstantsPass())
     convert = ConvertPrecisionPass(torch.float16, options.fp32_names, autocast.stays_in_float32, autocast.follows)
     return (convert, FoldConstantsPass())
 

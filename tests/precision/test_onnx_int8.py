@@ -1,0 +1,151 @@
+"""``--precision int8`` for ONNX: products in whole numbers inside conditionals and loops too, as eager emulates them."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from torch import nn
+
+import sam3x
+from sam3x import api
+from sam3x.errors import PreconditionError, VerificationError
+from sam3x.pipeline import export_pipeline, module_image_source
+from sam3x.pipeline.compatibility import SMALL
+from sam3x.precision.doctor import doctor
+from sam3x.sources.image import random_image_source
+from sam3x.targets.onnx import quantize as onnx_quantize
+from support.upstream import encoder_of
+
+BRANCHES = {f"dac={dac} pre_norm={pre}" for dac, pre in itertools.product((False, True), repeat=2)}
+
+
+def nodes_of(graph: onnx.GraphProto, depth: int = 0) -> Iterator[tuple[int, onnx.NodeProto]]:
+    for node in graph.node:
+        yield depth, node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from nodes_of(attribute.g, depth + 1)
+
+
+@pytest.mark.parametrize("attention", ["portable", "ort"])
+def test_an_encoder_is_the_emulation_in_every_branch(attention: str, tmp_path: Path) -> None:
+    """Row by row XNNPACK is nearer; here a tensor has one scale, and the emulation too."""
+    encoder = encoder_of(2)
+    options: dict[str, Any] = {"precision": "int8", "attention": attention, "attention_memory": "20KB"}
+    artifact = sam3x.export(encoder, output=tmp_path / "out", **options)
+    records = artifact.manifest.verification
+    assert {record.branch for record in records} >= BRANCHES
+    for record in records:
+        assert record.passed and 1e-3 < record.rms_rel < 1.1 * record.eager_rms_rel  # type: ignore[operator]
+    found = list(nodes_of(onnx.load(artifact.path).graph))
+    assert artifact.manifest.metadata["int8_products"] == Counter(node.op_type for _, node in found)["MatMulInteger"] == 18
+    inside = Counter(node.op_type for depth, node in found if depth)
+    assert inside["MatMulInteger"] == inside["DynamicQuantizeLinear"] == 4, "feed-forward blocks are in loops"
+    assert "Gemm" not in {node.op_type for _, node in found} and any("VNNI" in note for note in artifact.manifest.notes)
+    assert api.verify(tmp_path / "out", encoder)
+
+
+def test_a_quarter_of_the_bytes(tmp_path: Path) -> None:
+    encoder = encoder_of(1, d_model=256, num_heads=8, dim_feedforward=2048)
+    artifact = sam3x.export(encoder, output=tmp_path / "out", precision="int8", verify="off", branches="select")
+    assert artifact.path.stat().st_size <= 0.28 * sum(value.nbytes for value in encoder.layers.parameters())
+
+
+def test_a_wrong_scale_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = onnx_quantize.channels
+    monkeypatch.setattr(onnx_quantize, "channels", lambda values: (right(values)[0], right(values)[1] * np.float32(1.1)))
+    with pytest.raises(VerificationError, match="from eager"):
+        sam3x.export(encoder_of(1), output=tmp_path / "out", precision="int8", dac=False, pre_norm="module")
+
+
+def test_named_linears_stay_in_float32(tmp_path: Path) -> None:
+    """One of a loop, and a packed projection that is cut."""
+    options: dict[str, Any] = {"precision": "int8", "verify": "off", "dac": False, "pre_norm": "module"}
+    names = "layers.0.linear1,layers.0.self_attn.in_proj"
+    artifact = sam3x.export(encoder_of(1), output=tmp_path / "out", fp32_ops=names, **options)
+    found = Counter(node.op_type for _, node in nodes_of(onnx.load(artifact.path).graph))
+    assert found["MatMulInteger"] == 9 - 4 and found["Gemm"] == 4
+    with pytest.raises(PreconditionError, match="names no operation"):
+        sam3x.export(encoder_of(1), output=tmp_path / "out", fp32_ops="linear9", **options)
+
+
+@pytest.mark.parametrize("kind", ["MatMul", "Gemm"])
+def test_numbers_and_nodes_are_those_of_onnxruntimes_quantizer(kind: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weight, bias = rng.standard_normal((40, 24)).astype(np.float32), rng.standard_normal(40).astype(np.float32)
+    product = (
+        [onnx.helper.make_node("Gemm", ["x", "w", "b"], ["y"], "gemm", transB=1)]
+        if kind == "Gemm"
+        else [
+            onnx.helper.make_node("MatMul", ["x", "w"], ["p"], "matmul"),
+            onnx.helper.make_node("Add", ["p", "b"], ["y"], "a"),
+        ]
+    )
+    values = {"w": weight if kind == "Gemm" else weight.T.copy(), "b": bias}
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        product,
+        "g",
+        [info("x", onnx.TensorProto.FLOAT, ["n", 24])],
+        [info("y", onnx.TensorProto.FLOAT, ["n", 40])],
+        [onnx.numpy_helper.from_array(value, name) for name, value in values.items()],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    onnx.save(model, tmp_path / "float.onnx")
+    quantize_dynamic(tmp_path / "float.onnx", tmp_path / "theirs.onnx", per_channel=True, weight_type=QuantType.QInt8)
+    mine = ir.serde.deserialize_model(model)
+    assert onnx_quantize.quantize(mine)["int8_products"] == 1
+    ir.save(mine, tmp_path / "mine.onnx")
+    onnx.checker.check_model(str(tmp_path / "mine.onnx"), full_check=True)
+    x = rng.standard_normal((7, 24)).astype(np.float32)
+    got, wanted = (
+        ort.InferenceSession(tmp_path / name, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+        for name in ("mine.onnx", "theirs.onnx")
+    )
+    assert np.abs(got - wanted).max() < 1e-5
+    stored = [
+        [onnx.numpy_helper.to_array(item) for item in onnx.load(tmp_path / name).graph.initializer if item.data_type == 3]
+        for name in ("mine.onnx", "theirs.onnx")
+    ]
+    theirs = next(item for item in stored[1] if item.size == weight.size)
+    assert np.array_equal(stored[0][0], theirs)
+
+
+def test_the_doctor_finds_what_int8_ruins(tmp_path: Path) -> None:
+    """Two hidden features of one layer are a thousand times the others, and their scale is everybody's."""
+    encoder = encoder_of(2)
+    with torch.no_grad():
+        encoder.layers[1].linear1.bias[:2] += 3000.0
+        encoder.layers[1].linear2.weight[:, :2] *= 1e-3
+    options: dict[str, Any] = {"verify": "off", "dac": False, "pre_norm": "module", "branches": "select"}
+    sam3x.export(encoder, output=tmp_path / "out", **options)
+    report = doctor(tmp_path / "out", encoder, precision="int8", bound=0.5, tokens=16)
+    assert report.operations[0].path == "layers.1.linear2" and report.fp32_ops == ("layers.1.linear2",)
+    assert {row.kind for row in report.operations} == {
+        "linear"
+    } and report.option == "--precision int8 --fp32-ops layers.1.linear2"
+
+
+def test_a_component_of_a_pipeline(tiny_model: nn.Module, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"components": ["text_encoder"], "precision": "int8"}
+    manifest = export_pipeline(module_image_source(tiny_model), output=tmp_path / "out", **options)
+    assert manifest.verified and manifest.component("text_encoder").metadata["int8_products"] > 4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_whole_pipeline_has_nearly_eagers_masks(fuse: bool, tmp_path: Path) -> None:
+    manifest = export_pipeline(random_image_source(SMALL), output=tmp_path / "out", precision="int8", fuse=fuse)
+    assert manifest.verified and manifest.quality is not None
+    assert manifest.quality.precision == "int8" and manifest.quality.mean_iou > 0.97
