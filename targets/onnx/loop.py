@@ -10,7 +10,7 @@ from sam3x.targets.onnx.linear import opset
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-TILE_BYTES = 4 << 20
+TILE_BYTES = 2 << 20
 """Scores (or hidden layer) of one tile, where the budget leaves a choice: what stays in a core's share of the cache."""
 TILE_ROWS = 96
 """Fewest queries of a tile, where the budget leaves a choice: below, the products lose more than the cache gains."""
