@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,15 +22,27 @@ def samples_of(model: Model, request: Request, tell: Callable[[str], None] = lam
     """Component → samples at several sizes, the first of a common kind.
 
     Those of an image model come with their eager outputs; a fusion encoder whose flags are inputs has some for every branch.
+    Nothing runs that ``request.components`` do not need.
     """
     found: dict[str, list[Sample]] = {component.name: [] for component in model.components}
     if isinstance(model, ImageModel):
         tell("eager components")
         found = _walked(model, request)
-    for component in model.components:
+    for component in (item for item in model.components if item.name in request.components):
         if isinstance(component.module, FusionEncoder) and (component.module.flag_names or not found[component.name]):
             found[component.name] += _of_branches(component.module, peaked=request.numerics.below is not None)
     return found
+
+
+def feeding(components: Sequence[Component], chosen: Collection[str]) -> list[Component]:
+    """Return ``chosen`` and those whose outputs they read, directly or through others, in the order they run."""
+    needed: list[Component] = []
+    read: set[str] = set()
+    for component in reversed(components):
+        if component.name in chosen or read & {component.renamed.get(name, name) for name in component.outputs}:
+            needed.append(component)
+            read |= {port.tensor for port in component.inputs}
+    return needed[::-1]
 
 
 def _of_branches(encoder: FusionEncoder, *, peaked: bool) -> list[Sample]:
@@ -42,7 +54,7 @@ def _of_branches(encoder: FusionEncoder, *, peaked: bool) -> list[Sample]:
 
 def _walked(model: ImageModel, request: Request) -> dict[str, list[Sample]]:
     """Many prompts, one prompt, boxes that are padding, as far as the ranges allow."""
-    spec = request.spec
+    spec, needed = request.spec, feeding(model.components, request.components)
     sizes = [(3, min(5, model.context_length), 2, 4), (1, model.context_length, 1, 1)]
     if spec.verify == "full":
         sizes.append((4, max(2, model.context_length // 2), 5, 3))
@@ -53,15 +65,15 @@ def _walked(model: ImageModel, request: Request) -> dict[str, list[Sample]]:
         length = model.context_length if model.fixed_length else length
         case = f"{prompts} prompts, length {length}, {boxes} boxes, {queries} queries"
         given = _given(model, prompts, length, boxes, spec.seed + index)
-        trace = walk(model.components, given, lambda value, count=queries: value[:, :count], vision)  # type: ignore[misc]
-        for component in (item for item in model.components if item.name in trace):
+        trace = walk(needed, given, lambda value, count=queries: value[:, :count], vision)  # type: ignore[misc]
+        for component in (item for item in needed if item.name in trace):
             if component.name != "vision_encoder" or vision is None:
                 inputs, outputs = trace[component.name]
                 found[component.name].append(
                     Sample(branch=branch_of(component), case=case, inputs=inputs, expected=outputs, large=True)
                 )
-        vision = trace["vision_encoder"]
-    for component in model.components:
+        vision = trace.get("vision_encoder")
+    for component in needed:
         if component.name == INTERACTIVE_HEAD and vision is not None:
             found[component.name] = list(_clicked(component, vision[1], model, spec.seed))
     return found
