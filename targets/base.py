@@ -211,6 +211,15 @@ class Target(ABC):
             raise SpecError(fact, step=Step.LOAD)
         return {}
 
+    def fallbacks(self, path: Path, providers: Any) -> tuple[int, Mapping[str, int]]:
+        """How many nodes a file has, and those, by operator, that a provider of its runtime leaves to another.
+
+        Raises:
+            SpecError: the target has no providers. TargetUnavailableError: one that is not installed.
+        """
+        self.session_settings(providers=providers)
+        return 0, {}
+
     def versions(self) -> dict[str, Any]:
         """Versions of the packages that made the artifact."""
         return {}

@@ -88,11 +88,26 @@ def verify(
 
 
 @app.command()
-def inspect(folder: Folder, verbose: Verbose = False, as_json: Json = False) -> None:
+def inspect(
+    folder: Folder,
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[:KEY=VALUE,…]", help="Show instead which nodes it leaves to the CPU, as in cuda or openvino."
+        ),
+    ] = None,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
     """Show what an exported folder holds: inputs, outputs, passes, branches, figures. Needs no torch."""
     with reporting(verbose):
         from sam3x.artifact.artifact import load_any
 
+        if provider is not None:
+            from sam3x.cli.placement import show_placement
+
+            show_placement(load_any(folder), folder, provider, as_json=as_json)
+            return
         show_manifest(load_any(folder), folder, as_json=as_json, verbose=verbose, everything=True)
 
 

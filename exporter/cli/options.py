@@ -7,12 +7,30 @@ from typing import Annotated
 
 import typer
 
+from sam3x.errors import SpecError, Step
+
 
 def named_path(value: str | Path) -> Path:
     """A path that is written to; an empty name, as of a variable that is not set, would be the current folder."""
     if not str(value).strip():
         raise typer.BadParameter("it is empty; the current folder is '.'")
     return Path(value)
+
+
+def parsed_providers(given: list[str] | None) -> list[str | tuple[str, dict[str, str]]]:
+    """``cuda:device_id=1,arena_extend_strategy=kSameAsRequested`` → a name with its options; ``cuda`` → the name.
+
+    Raises:
+        SpecError: an option without a value.
+    """
+    found: list[str | tuple[str, dict[str, str]]] = []
+    for text in given or ():
+        name, colon, rest = text.partition(":")
+        options = dict(item.partition("=")[::2] for item in rest.split(",") if item)
+        if colon and (not options or not all(options.values())):
+            raise SpecError(f"expected NAME:KEY=VALUE,KEY=VALUE, got {text!r}", subject="--provider", step=Step.LOAD)
+        found.append((name, options) if colon else name)
+    return found
 
 
 Folder = Annotated[Path, typer.Argument(help="An exported folder.", metavar="FOLDER")]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sam3x.cli.console import reporting
+from sam3x.cli.options import parsed_providers
 from sam3x.errors import SpecError, Step
 
 if TYPE_CHECKING:
@@ -85,7 +86,10 @@ def run(
     ] = None,
     provider: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Execution provider of ONNX Runtime, as in cuda; repeatable, the preferred first."),
+        typer.Option(
+            metavar="NAME[:KEY=VALUE,…]",
+            help="What runs it: an execution provider of ONNX Runtime, with options, as in cuda:device_id=1; repeatable.",
+        ),
     ] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare every file with its sha256 first.")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
@@ -103,7 +107,9 @@ def run(
         found = list(_pictures(pictures))
         from sam3x.runtime import Segmenter
 
-        with Segmenter(folder, check=check, threads=threads, providers=provider or None, max_pixels=max_pixels) as segmenter:
+        with Segmenter(
+            folder, check=check, threads=threads, providers=parsed_providers(provider) or None, max_pixels=max_pixels
+        ) as segmenter:
             ask: Callable[[Any], Masks]
             if points or away or (boxes and not texts and not others and segmenter.clickable):
                 _refuse_beside_clicks({"--text and --ids": texts, "--not-box": others, "--threshold": threshold})

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import sam3x.targets.onnx.openvino as openvino
 from sam3x.errors import SpecError, Step, TargetUnavailableError, did_you_mean
 
 Provider = str | tuple[str, dict[str, Any]]
 """A provider's full name, alone or with its options, as ``onnxruntime.InferenceSession`` takes it."""
 
 _SUFFIX = "ExecutionProvider"
+OPENVINO = "OpenVINOExecutionProvider"
 _PACKAGES = {
     "CUDA": "onnxruntime-gpu",
     "Tensorrt": "onnxruntime-gpu",
     "NvTensorRTRTX": "onnxruntime-trt-rtx",
     "Dml": "onnxruntime-directml",
-    "OpenVINO": "onnxruntime-openvino",
+    "OpenVINO": "openvino",
     "MIGraphX": "onnxruntime-migraphx",
     "ROCM": "onnxruntime-rocm",
     "QNN": "onnxruntime-qnn",
@@ -66,26 +69,51 @@ def _checked(item: Any) -> Provider:
     if not isinstance(name, str) or not (options is None or isinstance(options, Mapping)):
         raise SpecError(f"a provider is a name, or a name and its options, got {item!r}", step=Step.LOAD)
     known = {full.removesuffix(_SUFFIX).lower(): full for full in (*ort.get_all_providers(), *_full_names())}
+    known["directml"] = f"Dml{_SUFFIX}"
     full = known.get(name.removesuffix(_SUFFIX).lower())
     if full is None:
         hint = did_you_mean(name.lower(), known) or f"There are {', '.join(sorted(known))}."
         raise SpecError(f"ONNX Runtime has no provider {name!r}", remedy=hint, step=Step.LOAD)
-    if full not in ort.get_available_providers():
+    if full not in ort.get_available_providers() and not (full == OPENVINO and openvino.installed()):
         package = _PACKAGES.get(full.removesuffix(_SUFFIX))
+        beside = "" if full == OPENVINO else ", in place of onnxruntime"
         raise TargetUnavailableError(
             f"the installed ONNX Runtime {ort.__version__} comes without {full}",
-            remedy=f"Install the package that brings it, in place of onnxruntime: pip install {package}" if package else "",
+            remedy=f"Install the package that brings it{beside}: pip install {package}" if package else "",
             step=Step.LOAD,
         )
     return full if options is None else (full, {str(key): value for key, value in options.items()})
+
+
+def options_of_openvino(providers: Sequence[Provider]) -> dict[str, Any] | None:
+    """Its options where OpenVINO's own runtime is to run a file: it is preferred, and this ONNX Runtime comes without it."""
+    name, options = (providers[0], {}) if providers and isinstance(providers[0], str) else (*(providers or [("", {})])[0],)
+    return dict(options) if name == OPENVINO and OPENVINO not in _onnxruntime().get_available_providers() else None
+
+
+def fallbacks(path: Path, providers: Sequence[Provider]) -> tuple[int, Counter[str]]:
+    """How many nodes a file has, and those that the preferred provider leaves to others, by operator.
+
+    Nodes are those after ONNX Runtime has optimized the graph, in sub-graphs too.
+    """
+    options = options_of_openvino(providers)
+    if options is not None:
+        return openvino.left_out(path, options)
+    session = open_session(path, None, providers, assignment=True)
+    first = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    parts = [(part.ep_name, node.op_type) for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()]
+    return len(parts), Counter(op_type for name, op_type in parts if name != first)
 
 
 def _full_names() -> list[str]:
     return [f"{name}{_SUFFIX}" for name in _PACKAGES]
 
 
-def open_session(path: Path, threads: int | None, providers: Sequence[Provider]) -> Any:
+def open_session(path: Path, threads: int | None, providers: Sequence[Provider], *, assignment: bool = False) -> Any:
     """An ``onnxruntime.InferenceSession``.
+
+    Args:
+        assignment: remember which provider has which node.
 
     Raises:
         TargetUnavailableError: onnxruntime is not installed, or a provider could not be started and would be left out.
@@ -94,6 +122,8 @@ def open_session(path: Path, threads: int | None, providers: Sequence[Provider])
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.enable_mem_pattern = False  # it plans a second run's memory beside that of the first and keeps both
+    if assignment:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if threads is not None:
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     wanted = list(providers) or ["CPUExecutionProvider"]

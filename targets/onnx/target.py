@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from sam3x.errors import LoweringError
 from sam3x.targets.base import AttentionMemory, Float32Operations, Numerics, Target, TargetStatus
+from sam3x.targets.onnx.openvino import OpenVinoRunner
 from sam3x.targets.quiet import errors_only
 from sam3x.targets.triton import DESCRIPTION, Layout, model_path, write_config
 
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
     from sam3x.capture.program import CapturedProgram
     from sam3x.passes.base import Pass
+    from sam3x.targets.onnx import device as onnx_device
     from sam3x.targets.onnx import session as onnx_session
+    from sam3x.verify.record import Runner
 
 _EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 _CHATTY = ("onnxscript", "torch.onnx._internal.exporter._core")  # a warning for each Split, each node without a stack trace
@@ -183,6 +186,7 @@ class OnnxTarget(Target):
 
     def session_settings(self, *, threads: Any = None, providers: Any = None) -> dict[str, Any]:
         """Checked: ``threads`` a whole number, ``providers`` names or (name, options) that this ONNX Runtime has."""
+        from sam3x.targets.onnx import device as onnx_device
         from sam3x.targets.onnx import session as onnx_session
 
         settings: dict[str, Any] = {}
@@ -190,10 +194,22 @@ class OnnxTarget(Target):
             settings["threads"] = onnx_session.checked_threads(threads)
         if providers is not None:
             settings["providers"] = onnx_session.checked_providers(providers)
+            settings["memory"] = onnx_device.memory_of(settings["providers"])
         return settings
 
-    def load_runner(self, path: Path, **settings: Any) -> OnnxRunner:
+    def load_runner(self, path: Path, **settings: Any) -> Runner:
+        from sam3x.targets.onnx import session as onnx_session
+
+        providers = settings.get("providers", ())
+        options = onnx_session.options_of_openvino(providers) if providers else None
+        if options is not None:
+            return OpenVinoRunner(path, settings.get("threads"), options)
         return OnnxRunner(path, **settings)
+
+    def fallbacks(self, path: Path, providers: Any) -> tuple[int, Mapping[str, int]]:
+        from sam3x.targets.onnx import session as onnx_session
+
+        return onnx_session.fallbacks(path, onnx_session.checked_providers(providers))
 
     def versions(self) -> dict[str, Any]:
         names = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
@@ -219,15 +235,28 @@ def _precision_passes(options: OnnxOptions) -> tuple[Pass, ...]:
 
 
 class OnnxRunner:
-    """An ONNX Runtime session, on the CPU unless ``providers`` says otherwise."""
+    """An ONNX Runtime session, on the CPU unless ``providers`` says otherwise.
 
-    def __init__(self, path: Path, threads: int | None = None, providers: Sequence[onnx_session.Provider] = ()) -> None:
+    Args:
+        memory: of the device that sessions share; None: the host's.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        threads: int | None = None,
+        providers: Sequence[onnx_session.Provider] = (),
+        memory: onnx_device.DeviceMemory | None = None,
+    ) -> None:
         from sam3x.targets.onnx import session as onnx_session
 
+        self._memory = memory
         self._session = onnx_session.open_session(path, threads, providers)
         self._outputs = [item.name for item in self._session.get_outputs()]
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self._memory is not None:
+            return dict(zip(self._outputs, self._memory.run(self._session, self._outputs, inputs), strict=True))
         return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
 
 
