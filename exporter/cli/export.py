@@ -31,7 +31,11 @@ def export(
         ImageSource | None, typer.Option(help="With --pipeline: whose model; default: what the checkpoint looks like.")
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --pipeline: bpe_simple_vocab_16e6.txt.gz or a tokenizer.json.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --pipeline: bpe_simple_vocab_16e6.txt.gz or tokenizer.json. None: the source's, or that of sam3.",
+        ),
     ] = None,
     components: Annotated[
         str | None, typer.Option(metavar="A,B", help="With --pipeline: only these; see docs/compatibility.md.")

@@ -17,6 +17,9 @@ from torch import nn
 from sam3x.errors import SourceError
 from sam3x.fusion.config import FusionConfig
 from sam3x.sources.encoder import Source, build_encoder, default_source, factory_source, module_source, weights_hash
+from sam3x.sources.image import random_image_source
+from sam3x.spec import make_spec
+from support.image_model import TINY, write_vocabulary
 
 SMALL = FusionConfig(d_model=16, num_layers=2, dim_feedforward=24)
 
@@ -262,3 +265,16 @@ def test_factory_refusals(here: Path, name: str, fact: str) -> None:
     message = str(caught.value)
     assert message.startswith("step 1/4 source: ") and "\n" not in message and message.endswith(".")
     assert fact in message
+
+
+def test_the_vocabulary_of_the_installed_package_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it has one, for a text encoder of its size; Meta's wheel has none."""
+    import sam3
+
+    whole = random_image_source(TINY.model_copy(update={"vocab_size": 49408}))
+    assert whole(make_spec()).tokenizer is None
+    (tmp_path / "assets").mkdir()
+    vocabulary = write_vocabulary(tmp_path / "assets" / "bpe_simple_vocab_16e6.txt.gz")
+    monkeypatch.setattr(sam3.__spec__, "submodule_search_locations", [str(tmp_path)])
+    assert whole(make_spec()).tokenizer == vocabulary
+    assert random_image_source(TINY)(make_spec()).tokenizer is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ _PARTS = (
     "transformer.decoder",
     "segmentation_head",
 )
+_VOCABULARY, _WORDS = "assets/bpe_simple_vocab_16e6.txt.gz", 49408
+"""Where ``sam3.model_builder`` looks for its vocabulary, and how many tokens that has."""
 
 
 def is_meta(model: nn.Module) -> bool:
@@ -80,6 +84,7 @@ def meta_model(
     }
     if tracker is not None:
         modules[INTERACTIVE_HEAD] = meta.InteractiveHead(tracker)
+    vocab_size = max(table.num_embeddings for table in text.modules() if isinstance(table, nn.Embedding))
     limits = {"tokens": (size * size,) * 2, "batch": ranges["prompts"], "prompt_length": ranges["prompt_length"]}
     fusion = fusion_component(shadow.transformer.encoder, spec.model_copy(update=limits), ranges)
     return ImageModel(
@@ -89,13 +94,21 @@ def meta_model(
         std=(0.5, 0.5, 0.5),
         context_length=text.context_length,
         fixed_length=fixed,
-        vocab_size=max(table.num_embeddings for table in text.modules() if isinstance(table, nn.Embedding)),
+        vocab_size=vocab_size,
         pad_id=0,
         box_text="visual",
         origin=origin,
         weights_sha256=weights_sha256,
+        tokenizer=_installed_vocabulary() if vocab_size == _WORDS else None,
         clicks=None if tracker is None else _clicks(predictor),
     )
+
+
+def _installed_vocabulary() -> Path | None:
+    """Return the list of merges of the installed ``sam3``: EfficientSAM3's package has one, Meta's wheel does not."""
+    package = importlib.util.find_spec("sam3")
+    places = (package.submodule_search_locations or ()) if package else ()
+    return next((path for path in (Path(place) / _VOCABULARY for place in places) if path.is_file()), None)
 
 
 def _for_pictures(model: nn.Module) -> nn.Module:
