@@ -6,13 +6,20 @@ STAMP := $(VENV)/.installed
 OUT ?= out
 MINUTES ?= 20
 
-.PHONY: install export test test-long test-grid fuzz lint docs typing clean
+.PHONY: install demo demo-model export test test-long test-grid fuzz lint docs typing clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[all]"
 	touch $@
+
+demo: $(STAMP)
+	$(BIN)/sam3x demo -o $(OUT)
+
+# hours on two cores; goes on where it was stopped
+demo-model: $(STAMP)
+	$(BIN)/python -m sam3x.demo.train $(TRAIN_ARGS)
 
 export: $(STAMP)
 	$(BIN)/sam3x export --target onnx -o $(OUT)

@@ -102,3 +102,16 @@ def tiny_pipeline(request: pytest.FixtureRequest, made_once: MadeOnce) -> Path:
         export_pipeline(module_image_source(model), output=folder, tokenizer=vocabulary)
 
     return made_once("tiny_pipeline", write)
+
+
+@pytest.fixture(scope="session")
+def demo_pipeline(made_once: MadeOnce) -> Path:
+    """Folder of the small trained model exported whole. Read only."""
+
+    def write(folder: Path) -> None:
+        from sam3x.demo import WEIGHTS
+        from sam3x.pipeline import export_pipeline, transformers_image_source
+
+        export_pipeline(transformers_image_source(WEIGHTS), output=folder)
+
+    return made_once("demo_pipeline", write)

@@ -11,13 +11,15 @@ from sam3x.cli.bench import bench
 from sam3x.cli.bench_pipeline import bench_pipeline
 from sam3x.cli.compatibility import compatibility
 from sam3x.cli.console import reporting, shown_steps, suppressed_output
+from sam3x.cli.demo import demo as demo_command
 from sam3x.cli.doctor import doctor
 from sam3x.cli.export import export
+from sam3x.cli.fidelity import fidelity
 from sam3x.cli.field_options import FieldOptionsCommand
-from sam3x.cli.options import Checkpoint, Folder, Json, Module, Quiet, Verbose, WeightsKey
+from sam3x.cli.options import Checkpoint, Demo, Folder, Json, Module, Quiet, Verbose, WeightsKey
 from sam3x.cli.run import lint, show_manifest
 from sam3x.cli.segment import run
-from sam3x.cli.source_options import exclusive
+from sam3x.cli.source_options import chosen_checkpoint
 from sam3x.sources.named import named_factory
 
 app = typer.Typer(
@@ -54,6 +56,7 @@ def verify(
     checkpoint: Checkpoint = None,
     weights_key: WeightsKey = None,
     module: Module = None,
+    demo: Demo = False,
     full: Annotated[bool, typer.Option("--full", help="Also at 72x72 tokens.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -61,7 +64,7 @@ def verify(
 ) -> None:
     """Run an artifact, or every component of a pipeline, against the eager source again."""
     with reporting(verbose):
-        exclusive(checkpoint, module)
+        checkpoint = chosen_checkpoint(checkpoint, module, demo=demo)
         from sam3x.artifact.artifact import load_any
 
         manifest = load_any(folder)  # a damaged folder is told before torch is imported
@@ -128,8 +131,10 @@ def targets(as_json: Json = False, verbose: Verbose = False) -> None:
             cli_views.show([cli_views.targets_table(statuses)])
 
 
+app.command(name="demo")(demo_command)
 app.command()(doctor)
 app.command()(bench)
+app.command()(fidelity)
 app.command()(run)
 app.command(name="bench-pipeline")(bench_pipeline)
 app.command()(compatibility)

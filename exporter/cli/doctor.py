@@ -11,7 +11,7 @@ import typer
 
 from sam3x.cli.console import reporting, shown_steps, suppressed_output
 from sam3x.cli.options import Checkpoint, Folder, Json, Module, Quiet, Verbose, WeightsKey
-from sam3x.cli.source_options import exclusive
+from sam3x.cli.source_options import chosen_checkpoint
 from sam3x.errors import SpecError, Step
 from sam3x.sources.named import encoder_source
 
@@ -50,7 +50,7 @@ def doctor(
     Each is run in that precision alone, emulated in torch, in every branch. --checkpoint or --module as in the export.
     """
     with reporting(verbose):
-        exclusive(checkpoint, module)
+        chosen_checkpoint(checkpoint, module)
         _check_page(html)
         import sam3x
 

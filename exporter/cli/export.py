@@ -9,9 +9,9 @@ import typer
 
 from sam3x.cli.console import reporting, shown_steps, suppressed_output
 from sam3x.cli.field_options import given_options
-from sam3x.cli.options import Checkpoint, Json, Module, Quiet, Verbose, WeightsKey, named_path
+from sam3x.cli.options import Checkpoint, Demo, Json, Module, Quiet, Verbose, WeightsKey, named_path
 from sam3x.cli.run import show_manifest
-from sam3x.cli.source_options import exclusive
+from sam3x.cli.source_options import chosen_checkpoint
 from sam3x.errors import SpecError
 from sam3x.pipeline.request import check_available, resolve, resolve_pipeline
 from sam3x.sources.named import ImageSource, named_factory
@@ -27,6 +27,7 @@ def export(
     weights_key: WeightsKey = None,
     module: Module = None,
     pipeline: Annotated[bool, typer.Option("--pipeline", help="The whole image model: words in, masks out.")] = False,
+    demo: Demo = False,
     source: Annotated[
         ImageSource | None, typer.Option(help="With --pipeline: whose model; default: what the checkpoint looks like.")
     ] = None,
@@ -57,10 +58,10 @@ def export(
     """
     with reporting(verbose):
         options = given_options(context)
-        exclusive(checkpoint, module)
-        if not pipeline and (tokenizer is not None or source is not None or components is not None or fuse):
+        checkpoint = chosen_checkpoint(checkpoint, module, demo=demo)
+        if not pipeline and (tokenizer is not None or source is not None or components is not None or fuse or demo):
             raise SpecError(
-                "--tokenizer, --source, --components and --fuse belong to --pipeline",
+                "--tokenizer, --source, --components, --fuse and --demo belong to --pipeline",
                 remedy="Add --pipeline, or leave them out.",
             )
         passes: dict[str, Any] = {"disable_pass": disable_pass or (), "dump_graphs": dump_graphs}

@@ -45,6 +45,7 @@ Module = Annotated[
     str | None,
     typer.Option("--module", metavar="PKG.MOD:FACTORY", help="A callable that returns the encoder, or the encoder itself."),
 ]
+Demo = Annotated[bool, typer.Option("--demo", help="The small trained model that sam3x brings, with its vocabulary.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more, and the traceback of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; progress goes to stderr.")]

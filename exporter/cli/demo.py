@@ -1,0 +1,51 @@
+"""``sam3x demo``: the small trained model, exported, run without torch, and a picture of what it found."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sam3x.cli.console import reporting
+from sam3x.cli.options import Quiet, Verbose, named_path
+
+PIPELINE, PICTURE, SCENE = "demo", "demo.png", "demo-scene.png"
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", parser=named_path, metavar="FOLDER", help="Folder to write.")
+    ] = Path("out"),
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Export the small trained model that sam3x brings, run it without torch, and draw what it found.
+
+    Writes FOLDER/demo (the exported pipeline), FOLDER/demo-scene.png (the picture) and FOLDER/demo.png (the answers).
+    """
+    with reporting(verbose):
+        folder = output / PIPELINE
+        flags = [flag for flag, given in (("--quiet", quiet), ("--verbose", verbose)) if given]
+        command = [sys.executable, "-m", "sam3x", "export", "--pipeline", "--demo", "-o", str(folder), *flags]
+        code = subprocess.run(command).returncode  # a process of its own: this one runs the files and has no torch
+        if code:
+            raise typer.Exit(code)
+        from sam3x.demo import show
+        from sam3x.runtime.segmenter import Segmenter
+
+        picture = show.scene()
+        with Segmenter(folder) as segmenter:
+            found = show.answers(segmenter, picture)
+        from PIL import Image
+
+        show.write(Image.fromarray(picture.pixels), output / SCENE)
+        show.write(show.sheet(found), output / PICTURE)
+        if not quiet:
+            for asked, result in found:
+                scores = ", ".join(f"{score:.2f}" for score in result.scores)
+                typer.echo(f"{asked}: {f'{len(result)} found, scores {scores}' if len(result) else 'nothing found'}")
+            typer.echo(f"The answers are drawn in {output / PICTURE}. Ask your own, without torch:")
+            typer.echo(f'  sam3x run {folder} {output / SCENE} --text "blue circle" -o {output / "blue.png"}')

@@ -1,0 +1,66 @@
+"""How good a model in training is: its answers on pictures of the held-out set, in eager torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sam3x.demo.batches import pixels_of
+from sam3x.demo.held_out import Held
+from sam3x.demo.losses import corners
+from sam3x.demo.network import Asked, answer, masks, tokenize
+from sam3x.demo.scenes import SIZE
+from sam3x.fidelity.score import Answers, Figures, encode, score
+
+THRESHOLD = 0.3
+"""Of transformers' SAM3."""
+
+_FAINT = 0.02  # answers below count for nothing
+
+
+@torch.no_grad()
+def check(model: Any, held: Sequence[Held], pictures: int = 16) -> Figures:
+    """The figures of ``model`` on ``held``, ``pictures`` at a time."""
+    model.eval()
+    found: list[Answers] = []
+    for start in range(0, len(held), pictures):
+        part = held[start : start + pictures]
+        flat = [(picture, item.phrase) for picture, one in enumerate(part) for item in one.asked]
+        ids, valid = tokenize([phrase for _, phrase in flat])
+        none = torch.zeros((len(flat), 1), dtype=torch.bool)
+        asked = Asked(
+            ids=torch.from_numpy(ids),
+            valid=torch.from_numpy(valid),
+            boxes=torch.full((len(flat), 1, 4), 0.5),
+            labels=torch.zeros((len(flat), 1), dtype=torch.long),
+            given=none,
+            picture=torch.tensor([picture for picture, _ in flat]),
+        )
+        found += _answers(model, pixels_of([item.drawn for item in part]), asked)
+    return score([item for one in held for item in one.asked], found, THRESHOLD)
+
+
+def _answers(model: Any, pixels: Tensor, asked: Asked) -> list[Answers]:
+    answered = answer(model, pixels, asked)
+    scores = answered.logits[-1].sigmoid() * answered.presence[-1].sigmoid()[:, None]
+    order = scores.argsort(dim=1, descending=True)[:, :10]
+    every = torch.arange(len(scores))
+    logits, _ = masks(model, answered, asked.picture, every, order)
+    whole = functional.interpolate(logits.sigmoid(), size=(SIZE, SIZE), mode="bilinear", align_corners=False) > 0.5
+    boxes = corners(answered.boxes[-1]) * SIZE
+    found = []
+    for row in range(len(scores)):
+        kept = order[row][scores[row, order[row]] > _FAINT]
+        found.append(
+            Answers(
+                scores=scores[row, kept].numpy(),
+                boxes=boxes[row, kept].numpy().astype(np.float64),
+                masks=encode(whole[row, : len(kept)].numpy()),
+            )
+        )
+    return found

@@ -1,0 +1,1 @@
+"""How right an exported pipeline is: its answers against annotated pictures, and against those of another precision."""

@@ -1,0 +1,103 @@
+"""A user's own pictures and COCO annotations: what is asked of them, what is right, what is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam3x.demo.scenes import draw, scene
+from sam3x.errors import SpecError
+from sam3x.fidelity.cases import coco_cases
+from support.command_line import run
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> tuple[Path, list[Any]]:
+    """Three pictures, annotated by kind: polygons, run lengths, one crowd; the scenes as they were drawn."""
+    document: dict[str, list[Any]] = {"images": [], "annotations": [], "categories": []}
+    names = ["circle", "square", "triangle", "star", "cross", "fire_hydrant"]
+    document["categories"] = [{"id": 10 * index, "name": name} for index, name in enumerate(names)]
+    kept = []
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        made = scene(np.random.default_rng(number + 5))
+        drawn = draw(made, 96)
+        kept.append((made, drawn))
+        Image.fromarray(drawn.pixels).save(tmp_path / "pictures" / f"{number}.png")
+        document["images"].append({"id": number, "file_name": f"{number}.png", "width": 96, "height": 96})
+        for shape, mask, box in zip(made.shapes, drawn.masks, drawn.boxes.tolist(), strict=True):
+            runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[1 - mask.T.ravel()[0]], mask.T.ravel(), [2]]).astype(int))))
+            counts = ([0] if mask.T.ravel()[0] else []) + runs.tolist()
+            document["annotations"].append(
+                {
+                    "id": len(document["annotations"]) + 1,
+                    "image_id": number,
+                    "category_id": 10 * names.index(shape.kind),
+                    "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                    "area": int(mask.sum()),
+                    "iscrowd": 0,
+                    "segmentation": {"size": [96, 96], "counts": counts},
+                }
+            )
+    (tmp_path / "annotations.json").write_text(json.dumps(document))
+    return tmp_path, kept
+
+
+def test_a_picture_is_asked_its_own_categories_and_some_others(dataset: tuple[Path, list[Any]]) -> None:
+    folder, kept = dataset
+    found = coco_cases(folder / "annotations.json", folder / "pictures", absent=1)
+    assert [case.picture.name for case in found] == ["0.png", "1.png", "2.png"]
+    for case, (made, drawn) in zip(found, kept, strict=True):
+        kinds = {shape.kind for shape in made.shapes}
+        present = [item for item in case.asked if len(item.boxes)]
+        assert {item.phrase for item in present} == kinds and len(case.asked) == len(kinds) + 1
+        for item in present:
+            own = [index for index, shape in enumerate(made.shapes) if shape.kind == item.phrase]
+            np.testing.assert_allclose(item.boxes, drawn.boxes[own])
+    every = coco_cases(folder / "annotations.json", folder / "pictures", absent=99)
+    assert all("fire hydrant" in {item.phrase for item in case.asked} for case in every)
+    assert len(coco_cases(folder / "annotations.json", folder / "pictures", limit=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [
+        ("{", "cannot be read as COCO"),
+        ("[]", "lists images"),
+        ('{"images": 3}', "lists images"),
+        (None, "cannot be read as COCO"),
+    ],
+)
+def test_annotations_that_are_none_are_told(text: str | None, fact: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "a.json").write_text(text)
+    with pytest.raises(SpecError, match=fact):
+        coco_cases(tmp_path / "a.json", tmp_path)
+
+
+def test_what_is_missing_is_told(dataset: tuple[Path, list[Any]]) -> None:
+    folder, _ = dataset
+    with pytest.raises(SpecError, match=r"0\.png is missing.*--pictures"):
+        coco_cases(folder / "annotations.json", folder)
+    (folder / "none.json").write_text('{"images": [], "annotations": [], "categories": []}')
+    with pytest.raises(SpecError, match="no picture with categories"):
+        coco_cases(folder / "none.json", folder)
+
+
+def test_the_command_measures_folders_on_annotations(dataset: tuple[Path, list[Any]], demo_pipeline: Path) -> None:
+    folder, kept = dataset
+    given = ("--annotations", folder / "annotations.json", "--pictures", folder / "pictures", "--absent", "2")
+    done = run("fidelity", demo_pipeline, demo_pipeline, *given, "--markdown", folder / "page.md", "--json")
+    assert done.exit_code == 0, done.stderr
+    first, second = json.loads(done.stdout)
+    assert first["against"] is None and second["against"]["worst_iou"] == 1.0 and second["against"]["lost"] == 0
+    assert first["figures"] == second["figures"] and first["figures"]["pictures"] == 3
+    assert first["figures"]["objects"] == sum(len(made.shapes) for made, _ in kept)
+    assert "annotations.json: 3" in (folder / "page.md").read_text()
+    done = run("fidelity", demo_pipeline, "--pictures", folder)
+    assert done.exit_code == 2 and "--pictures belongs to --annotations" in done.stderr
