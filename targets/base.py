@@ -129,7 +129,6 @@ class Target(ABC):
         options_type: this target's own options.
         branches: the form of runtime flags it runs best.
         default_options: fields of the request (``ExportSpec``) whose defaults differ for it.
-        takes_no_rows: whether its files run on tensors without rows, as an interactive head is given for a mask alone.
     """
 
     name: str
@@ -138,7 +137,6 @@ class Target(ABC):
     options_type: type[TargetOptions] = TargetOptions
     branches: Branches = "cond"
     default_options: ClassVar[Mapping[str, Any]] = {}
-    takes_no_rows: bool = False
 
     @abstractmethod
     def availability(self) -> TargetStatus:

@@ -18,6 +18,7 @@ from sam3x.errors import ArtifactError, Sam3xError, Step
 from sam3x.runtime.manifest import ComponentSpec, load_manifest
 
 KINDS = {"pipeline": "pipeline", "eager": "pipeline-eager"}
+CLICK_KINDS = {"pipeline": "click", "eager": "click-eager"}
 
 
 class PipelineMetrics(BaseModel):
@@ -27,6 +28,7 @@ class PipelineMetrics(BaseModel):
         start_seconds: from the start of the process to open files (``pipeline``: every sha256 compared) or a loaded model.
         first_seconds: from there to the first result; a component's file is opened when it is first needed.
         seconds: of each timed run, picture and prompt in, masks out. detections: how many it found.
+        run_mb: highest memory of the runs, above what was loaded before the first; None where the system does not tell.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -35,6 +37,7 @@ class PipelineMetrics(BaseModel):
     first_seconds: float
     seconds: tuple[float, ...]
     peak_mb: float
+    run_mb: float | None = None
     detections: int
 
     @property
@@ -58,7 +61,7 @@ class PipelineReport(BaseModel):
 
     Attributes:
         export: the manifest's figures. files_mb: of all files of the folder, external data too.
-        picture: its path; None: noise.
+        picture: its path; None: noise. click: whether a click on the encoded picture was measured, in place of a search.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -70,6 +73,7 @@ class PipelineReport(BaseModel):
     components: dict[str, ComponentMetrics]
     machine: Machine
     picture: str | None
+    click: bool = False
     threads: int
     contenders: dict[str, PipelineMetrics]
     ratio: float | None = None
@@ -84,6 +88,7 @@ def bench_pipeline(
     eager: bool = True,
     picture: Path | None = None,
     threshold: float | None = None,
+    click: bool = False,
     threads: int = 2,
     repeat: int = 3,
     timeout: float = 900.0,
@@ -94,11 +99,14 @@ def bench_pipeline(
     Args:
         checkpoint, module: the pipeline's source. eager: whether to run it at all.
         picture: None: 1008x1008 of noise. threshold: see ``Segmenter.segment``.
+        click: encode the picture first, then measure a click on its middle.
 
     Raises:
         Sam3xError: a contender failed, found something else, or the source has other weights than the pipeline.
     """
     manifest, machine = load_manifest(folder, check=False), machine_of()
+    if click and manifest.clicks is None:
+        raise ArtifactError(f"{folder} has no interactive head", remedy="Leave --click out.", step=Step.BENCH)
     if eager and checkpoint is None and module is None and not manifest.origin.startswith("random weights"):
         fact = f"{folder} was exported from {manifest.origin}"
         raise ArtifactError(fact, remedy="Name that source: --checkpoint or --module.", step=Step.BENCH)
@@ -114,13 +122,14 @@ def bench_pipeline(
     starts: dict[str, tuple[float, float]] = {}
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as scratch, workers_closed(workers):
-        outputs = {name: Path(scratch) / f"{name}.npy" for name in KINDS}
-        names = [name for name in KINDS if eager or name == "pipeline"]
+        kinds = CLICK_KINDS if click else KINDS
+        outputs = {name: Path(scratch) / f"{name}.npy" for name in kinds}
+        names = [name for name in kinds if eager or name == "pipeline"]
         try:
             for name in names:
                 tell(f"{name}: start")
                 made = Worker(
-                    {**job, "kind": KINDS[name], "output": str(outputs[name])}, {"OMP_NUM_THREADS": str(threads)}, timeout
+                    {**job, "kind": kinds[name], "output": str(outputs[name])}, {"OMP_NUM_THREADS": str(threads)}, timeout
                 )
                 workers[name] = made
                 made.until("loaded")
@@ -131,7 +140,7 @@ def bench_pipeline(
                 for name in names:
                     tell(f"{name}: run {turn + 1} of {repeat}")
                     seconds.setdefault(name, []).append(workers[name].run()[0])
-            peaks = {name: workers[name].finish()["memory"]["peak"] for name in names}
+            memory = {name: workers[name].finish()["memory"] for name in names}
         except ContenderError as error:
             raise Sam3xError(str(error), subject=name, step=Step.BENCH) from error
         scores = {name: _scores(outputs[name]) for name in names}
@@ -140,7 +149,8 @@ def bench_pipeline(
             start_seconds=starts[name][0],
             first_seconds=starts[name][1],
             seconds=tuple(seconds[name]),
-            peak_mb=peaks[name],
+            peak_mb=memory[name]["peak"],
+            run_mb=memory[name]["peak_run"] - memory[name]["loaded"] if memory[name]["restarted"] else None,
             detections=len(scores[name]),
         )
         for name in names
@@ -159,6 +169,7 @@ def bench_pipeline(
         components={item.name: _component(folder, item) for item in manifest.components},
         machine=machine,
         picture=job["picture"],
+        click=click,
         threads=threads,
         contenders=found,
         ratio=ratio,

@@ -118,3 +118,50 @@ class EagerPipelineContender:
 
     def metadata(self) -> dict[str, Any]:
         return {"weights_sha256": self.model.weights_sha256}
+
+
+class ClickContender(PipelineContender):
+    """A click on the middle of a picture that is encoded already, by the runtime: three masks, the best stretched."""
+
+    def inputs(self) -> dict[str, Any]:
+        self.image = self.segmenter.encode(super().inputs()["picture"])
+        return {}
+
+    def _run(self, arrays: dict[str, Any]) -> np.ndarray:
+        width, height = self.image.picture.size
+        found = self.segmenter.click(self.image, [[width / 2, height / 2]])
+        assert len(found.best.masks) == 1  # masks are stretched when they are asked for
+        return found.scores
+
+
+class EagerClickContender(EagerPipelineContender):
+    """The same through upstream's own modules in torch: masks of the low resolution, not stretched."""
+
+    def inputs(self) -> dict[str, Any]:
+        import torch
+
+        from sam3x.runtime.pictures import open_picture, to_tensor
+        from sam3x.sources.names import INTERACTIVE_HEAD
+
+        model = self.model
+        self.head = next(item for item in model.components if item.name == INTERACTIVE_HEAD)
+        picture = open_picture(self.job["picture"] or noise_picture())
+        image = torch.from_numpy(to_tensor(picture, model.image_size, model.mean, model.std))
+        with torch.inference_mode():
+            vision = model.components[0].eager({"image": image})
+        size = vision["high_res_feats_0"].shape[-2:]
+        middle = [[[model.image_size / 2] * 2, [0.0, 0.0]]]
+        return {
+            **{name: vision[name] for name in ("image_embed", "high_res_feats_0", "high_res_feats_1")},
+            "point_coords": torch.tensor(middle),
+            "point_labels": torch.tensor([[1, -1]]),
+            "mask_input": torch.zeros((1, 1, *size)),
+            "has_mask_input": torch.tensor([False]),
+        }
+
+    def _run(self, arrays: dict[str, Any]) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            found = self.head.eager(arrays)
+        return found["iou_predictions"][0, 1:].numpy()

@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from sam3x.artifact.memory import memory_now, peak_memory
 from sam3x.bench.limits import limit_executorch, limit_onnxruntime
-from sam3x.bench.pipeline_contenders import EagerPipelineContender, PipelineContender
+from sam3x.bench.pipeline_contenders import (
+    ClickContender,
+    EagerClickContender,
+    EagerPipelineContender,
+    PipelineContender,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -230,6 +235,8 @@ CONTENDERS: dict[str, Any] = {
     "openvino": OpenvinoContender,
     "pipeline": PipelineContender,
     "pipeline-eager": EagerPipelineContender,
+    "click": ClickContender,
+    "click-eager": EagerClickContender,
 }
 
 

@@ -17,6 +17,7 @@ def bench_pipeline(
     module: Annotated[str | None, typer.Option(help="The same.", metavar="PACKAGE.MODULE:FACTORY")] = None,
     picture: Annotated[Path | None, typer.Option(help="Default: 1008x1008 pixels of noise.", metavar="PICTURE")] = None,
     threshold: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Detections score above it.")] = None,
+    click: Annotated[bool, typer.Option("--click", help="A click on the encoded picture, in place of a search.")] = False,
     eager: Annotated[bool, typer.Option("--eager/--no-eager", help="Run the source beside it.")] = True,
     threads: Annotated[int, typer.Option(min=1, help="Of both.")] = 2,
     repeat: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 3,
@@ -39,6 +40,7 @@ def bench_pipeline(
             eager=eager,
             picture=picture,
             threshold=threshold,
+            click=click,
             threads=threads,
             repeat=repeat,
             timeout=timeout,
@@ -64,6 +66,7 @@ def measure_pipeline(folder: Path, *, page: Path | None, as_json: bool, quiet: b
         own = ["--baseline", "eager"] if command == "bench" and options["eager"] else []
         words = ["sam3x", command, str(folder), *source, *own]
         asked = {name: options[name] for name in ("threads", "repeat", "picture", "threshold")}
+        words += ["--click"] if options.get("click") else []
         words += [str(word) for name, value in asked.items() if value is not None for word in (f"--{name}", value)]
         words += ["--markdown", str(page)]
         page.write_text(views.markdown(report, shlex.join(words), shlex.join(export)), encoding="utf-8")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from sam3x.bench.pipeline import PipelineMetrics, PipelineReport
 
-COLUMNS = ("contender", "start", "first result", "median run", "peak memory", "detections")
+COLUMNS = ("contender", "start", "first result", "median run", "peak memory", "above loaded", "detections")
 
 
 def summary(report: PipelineReport) -> list[str]:
@@ -48,7 +48,8 @@ def _page(report: PipelineReport, command: str, export_command: str) -> Iterator
     yield from ("Made by the commands below; a figure here is changed by running them again.", "")
     yield from ("```", export_command, command, "```", "")
     picture = report.picture or "A picture of noise, 1008×1008 pixels,"
-    yield f"{picture} and one prompt, {report.threads} threads. Each contender runs in a process of its own, loaded first, then"
+    what = "encoded before, and one click on its middle" if report.click else "and one prompt"
+    yield f"{picture} {what}, {report.threads} threads. Each contender runs in a process of its own, loaded first, then"
     yield from ("in turn; ratios are medians of the rounds' own.", "")
     yield f"- Machine: {machine_text(report.machine)}"
     yield f"- Versions: {versions_text(report.machine)}"
@@ -62,9 +63,11 @@ def _page(report: PipelineReport, command: str, export_command: str) -> Iterator
     yield from ("", "- **start**: from the start of the process to open files, every hash compared (eager: to a loaded model).")
     yield "- **first result**: from there; a component's file is opened when it is first needed."
     yield "- **peak memory**: highest resident memory of the process, from its start to its end."
+    yield "- **above loaded**: the same of the runs alone, above what was resident before the first."
     yield "- **export** of a component: capture, passes, lowering, verification."
 
 
 def _cells(item: PipelineMetrics) -> tuple[str, ...]:
     seconds = (f"{value:.2f} s" for value in (item.start_seconds, item.first_seconds, item.median))
-    return (*seconds, f"{item.peak_mb:,.0f} MB", str(item.detections))
+    above = "" if item.run_mb is None else f"{item.run_mb:,.0f} MB"
+    return (*seconds, f"{item.peak_mb:,.0f} MB", above, str(item.detections))

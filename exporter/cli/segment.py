@@ -54,14 +54,25 @@ def run(
     not_point: Annotated[
         list[str] | None, typer.Option("--not-point", metavar="X,Y", help="A point outside that object; repeatable.")
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--everything", help="Find everything: a grid of points, filtered and de-duplicated as by SAM.")
+    ] = False,
+    points_per_side: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --everything: points of a side of the grid. Default: 32.")
+    ] = None,
+    stability_score_thresh: Annotated[
+        float | None,
+        typer.Option(metavar="NUMBER", help="With --everything: masks are more stable than this, 0 to 1. Default: 0.95."),
+    ] = None,
     threshold: Annotated[
         list[float] | None,
         typer.Option(
-            metavar="NUMBER", help="Detections score above it, 0 to 1; repeat it for one a prompt. Default: the model's own."
+            metavar="NUMBER",
+            help="Detections score above it, 0 to 1; repeat it for one a prompt. Default: the model's own, 0.88 of everything.",
         ),
     ] = None,
     max_detections: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Keep the N best of each prompt. Default: all.")
+        int | None, typer.Option(min=1, metavar="N", help="Keep the N best of each prompt, or of everything. Default: all.")
     ] = None,
     output: Annotated[
         Path | None,
@@ -95,24 +106,46 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceback of an error.")] = False,
 ) -> None:
-    """Find what words describe in pictures, or the object that points and a box mean. Needs no torch."""
+    """Find what words describe in pictures, the object that points and a box mean, or everything. Needs no torch."""
     with reporting(verbose):
         boxes, others = _parsed("box", "--box", box), _parsed("box", "--not-box", not_box)
         points, away = _parsed("point", "--point", point), _parsed("point", "--not-point", not_point)
         texts = [*(text or ()), *_parsed("ids", "--ids", ids)]
-        if not (texts or boxes or others or points or away):
-            raise SpecError("nothing to look for", remedy="Give --text, --ids, --box or --point.", step=Step.RUN)
+        clicked = {"--box": boxes, "--point": points, "--not-point": away}
+        words = {"--text and --ids": texts, "--not-box": others}
+        of_everything = {"--points-per-side": points_per_side, "--stability-score-thresh": stability_score_thresh}
+        if not (everything or any(clicked.values()) or any(words.values())):
+            raise SpecError("nothing to look for", remedy="Give --text, --ids, --box, --point or --everything.", step=Step.RUN)
+        if everything:
+            _refuse({**clicked, **words}, "it says what to look for, and --everything looks for everything", "Leave one out.")
+            _refuse({"--threshold": (threshold or ())[1:]}, "--everything has one threshold", "Give it once.")
+        else:
+            _refuse(of_everything, "it belongs to --everything", "Leave it out.")
         several = len(pictures) > 1 or any(Path(name).is_dir() for name in pictures)
         _check_outputs([] if several else [output], [None if str(json_file) == STDIN else json_file, coco])
         found = list(_pictures(pictures))
         from sam3x.runtime import Segmenter
+        from sam3x.runtime.prompts import fraction
 
         with Segmenter(
             folder, check=check, threads=threads, providers=parsed_providers(provider) or None, max_pixels=max_pixels
         ) as segmenter:
             ask: Callable[[Any], Masks]
-            if points or away or (boxes and not texts and not others and segmenter.clickable):
-                _refuse_beside_clicks({"--text and --ids": texts, "--not-box": others, "--threshold": threshold})
+            if everything:
+                given = {
+                    "points_per_side": points_per_side,
+                    "stability_score_thresh": stability_score_thresh,
+                    "pred_iou_thresh": threshold[0] if threshold else None,
+                    "max_detections": max_detections,
+                }
+                chosen = {name: value for name, value in given.items() if value is not None}
+                for name in ("pred_iou_thresh", "stability_score_thresh"):
+                    fraction(chosen.get(name, 0), name)  # what is wrong with them is told once
+                ask = partial(segmenter.everything, **chosen)
+            elif points or away or (boxes and not texts and not others and segmenter.clickable):
+                fact = "it belongs to a search by words or examples, and this is a click on an object"
+                advice = "Leave it out; everything like a box is found with --text visual --box."
+                _refuse({**words, "--threshold": threshold}, fact, advice)
                 ask = _clicks(segmenter, points, away, boxes, max_detections)
             else:
                 asked: dict[str, Any] = {
@@ -150,15 +183,11 @@ def _clicks(
     return lambda picture: segmenter.click(picture, **asked).top(most or 1)
 
 
-def _refuse_beside_clicks(given: dict[str, Any]) -> None:
+def _refuse(given: dict[str, Any], fact: str, remedy: str) -> None:
+    """Refuse the options that were given."""
     for option, value in given.items():
-        if value:
-            raise SpecError(
-                "it belongs to a search by words or examples, and this is a click on an object",
-                subject=option,
-                remedy="Leave it out; everything like a box is found with --text visual --box.",
-                step=Step.RUN,
-            )
+        if value not in (None, [], ()):
+            raise SpecError(fact, subject=option, remedy=remedy, step=Step.RUN)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,9 @@ SMALL = ImageModelConfig(
 )
 """Meta's architecture with every kind of layer once or twice."""
 
+WITH_CLICKS = SMALL.model_copy(update={"interactive": True})
+"""The same with its interactive head."""
+
 TARGETS: Mapping[str, Mapping[str, Any]] = {"onnx": {}, "pte": {}, "trt": {"compute_capability": "sm89"}}
 """Target → options that an export without a GPU needs."""
 
@@ -66,7 +69,7 @@ def _row(name: str, options: Mapping[str, Any], tell: Callable[[str], None]) -> 
     if not status.available:
         return dict.fromkeys(COMPONENTS, Cell(False, f"{status.detail}; {status.install}"))
     request = resolve_pipeline(target, options)
-    model = random_image_source(SMALL)(request.spec)
+    model = random_image_source(WITH_CLICKS)(request.spec)
     samples, found = samples_of(model, request), {}
     for component in model.components:
         with tempfile.TemporaryDirectory() as folder:

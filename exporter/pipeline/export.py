@@ -46,7 +46,7 @@ def export_pipeline(
         source: what ``sam3x.sources.image`` returns.
         target: see ``sam3x targets``. output: folder; replaced as a whole once everything is verified.
         tokenizer: ``bpe_simple_vocab_16e6.txt.gz``, a ``tokenizer.json`` or a folder with one. None: the source's own, or none.
-        components: those to export; None: all, as far as ``resolve_pipeline`` says that the target takes them.
+        components: those to export; None: all that the source has.
         fuse: join what runs for every prompt as one ``segmenter.onnx`` (docs/decisions/0016-fused-pipeline.md).
         progress: told each step as it begins.
         disable_pass: passes to leave out. dump_graphs: folder for each component's graph after each pass.

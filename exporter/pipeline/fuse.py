@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sam3x.artifact.manifest import SEGMENTER, ComponentSpec
 from sam3x.capture.program import Sample
+from sam3x.errors import SourceError
 from sam3x.pipeline.job import ComponentJob, tensor_spec
 from sam3x.pipeline.request import PARTS
 from sam3x.pipeline.samples import branch_of
@@ -97,8 +98,14 @@ class FusedComponent(Component):
 
 
 def fused(components: Sequence[Component]) -> FusedComponent:
-    """The joined component's ports: whatever its parts read from outside of it, and the threshold."""
-    parts = tuple(next(item for item in components if item.name == name) for name in PARTS)
+    """The joined component's ports: whatever its parts read from outside of it, and the threshold.
+
+    Raises:
+        SourceError: the source answers clicks alone.
+    """
+    parts = tuple(item for item in components if item.name in PARTS)
+    if len(parts) != len(PARTS):
+        raise SourceError("it has nothing to join: it answers clicks alone", remedy="Leave --fuse out.")
     inside = {part.renamed.get(name, name) for part in parts for name in part.outputs}
     ports: dict[str, Port] = {}
     for part in parts:

@@ -24,6 +24,17 @@ def sam3() -> nn.Module:
     return model
 
 
+def interactive_sam3(depth: int = 1) -> nn.Module:
+    """SAM3's interactive head at full size, behind a trunk of ``depth`` layers: what a click takes is not the trunk's.
+
+    Args:
+        depth: 32 is SAM3's own.
+    """
+    model = build_image_model(ImageModelConfig(interactive=True, depth=depth, global_att_blocks=(0,), text_layers=1))
+    draw_image_weights(model, 0)
+    return model
+
+
 def efficient_sam3(trunk: str = "repvit_m0_9", text_layers: int = 6) -> nn.Module:
     """An image model of EfficientSAM3's shape: timm's RepViT as trunk, MobileCLIP's text encoder as transformers has it.
 

@@ -69,7 +69,7 @@ class Request:
             target=target,
             options=checked(target.options_type, manifest.target_options),
             spec=spec.model_copy(update={"verify": verify}),
-            components=DETECTOR if SEGMENTER in names else tuple(names),
+            components=tuple(name for name in COMPONENTS if name in names or (SEGMENTER in names and name in PARTS)),
             fuse=SEGMENTER in names,
         )
 
@@ -129,21 +129,20 @@ def resolve_pipeline(
 
     Args:
         options: as for ``resolve``. passes: ``disable_pass`` and ``dump_graphs``.
-        components: None: all; without the interactive head where the target does not take it, and in a file joined by ``fuse``.
+        components: None: all that the source has.
 
     Raises:
         SpecError: as ``resolve``; an option without a meaning for a whole model, what cannot be joined, no such component.
     """
     back_end = get_target(target) if isinstance(target, str) else target
-    every = COMPONENTS if back_end.takes_no_rows and not fuse else DETECTOR
-    chosen = every if components is None else tuple(components)
+    chosen = COMPONENTS if components is None else tuple(components)
     unknown = [name for name in chosen if name not in COMPONENTS]
     if unknown or not chosen:
         raise SpecError(f"no component {', '.join(unknown) or 'named'}; there are {', '.join(COMPONENTS)}")
     if fuse and back_end.name != "onnx":
         fact = f"--fuse joins ONNX files, the target is {back_end.name}"
         raise SpecError(fact, remedy="Leave --fuse out, or take --target onnx.")
-    if fuse and chosen != DETECTOR:
+    if fuse and not set(chosen) >= set(DETECTOR):
         raise SpecError("--fuse joins the components of a whole model", remedy="Leave --components out, or --fuse.")
     if options.get("layout", "flat") != "flat":
         fact = f"--layout {options['layout']} is for one model; a pipeline has six"

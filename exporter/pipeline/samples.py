@@ -12,7 +12,7 @@ from sam3x.capture.samples import clamped, samples_for, thinned, verification_si
 from sam3x.fusion.encoder import FusionEncoder
 from sam3x.pipeline.request import Request
 from sam3x.sources.contract import Component, ImageModel, Model, walk
-from sam3x.sources.names import INTERACTIVE_HEAD
+from sam3x.sources.names import INTERACTIVE_HEAD, PADDING
 
 _ATTEMPTS = 8
 _NEAR, _FAR = 1.001, 0.1  # a picture's features so near give answers no further apart, as fractions of the largest value
@@ -80,26 +80,33 @@ def _walked(model: ImageModel, request: Request) -> dict[str, list[Sample]]:
 
 
 def _clicked(head: Component, picture: Mapping[str, Tensor], model: ImageModel, seed: int) -> Iterator[Sample]:
-    """Objects with a box, points and some with a mask; one point; a mask alone."""
-    alone = 0 if model.clicks is None else model.clicks.rows_of_mask_alone
-    for count, labels, masks in ((3, (2, 3, 1, 0, -1), 2), (1, (1, -1), 0), (1, (-1,) * alone, 1)):
-        objects = clamped(count, head.ranges["prompts"])
+    """Objects of a box and points, a mask alone and a point; one point; a mask alone."""
+    alone = (-1,) * (0 if model.clicks is None else model.clicks.rows_of_mask_alone)
+    for given_labels, masks in ((((2, 3, 1, 0, -1), alone, (1, -1)), 2), (((1, -1),), 0), ((alone,), 1)):
+        objects = clamped(len(given_labels), head.ranges["prompts"])
+        rows = max(1, *(len(own) for own in given_labels))
+        labels = [(*own, *(PADDING,) * (rows - len(own))) for own in given_labels]
         size = picture["high_res_feats_0"].shape[-2:]
         for attempt in range(_ATTEMPTS):
             generator = torch.Generator().manual_seed(seed + attempt)
             given = {
-                "point_coords": torch.rand((objects, len(labels), 2), generator=generator) * model.image_size,
-                "point_labels": torch.tensor([labels] * objects, dtype=torch.long).reshape(objects, len(labels)),
+                "point_coords": torch.rand((objects, rows, 2), generator=generator) * model.image_size,
+                "point_labels": torch.tensor([labels[index % len(labels)] for index in range(objects)]),
                 "mask_input": torch.randn((objects, 1, *size), generator=generator) * 4,
                 "has_mask_input": torch.arange(objects) < masks,
             }
             inputs = head.feed({**{name: value[:1] for name, value in picture.items()}, **given})
             expected = head.eager(inputs)
-            near = head.eager({**inputs, "image_embed": inputs["image_embed"] * _NEAR})
-            if all(bool((near[name] - value).abs().max() < _FAR * value.abs().max()) for name, value in expected.items()):
-                break  # the choice by stability is not on the edge, where rounding turns it
-        case = f"{objects} objects, {len(labels)} points, {min(masks, objects)} masks"
+            if settled_choice(head, inputs, expected):
+                break
+        case = f"{objects} objects, {rows} points, {min(masks, objects)} masks"
         yield Sample(branch=branch_of(head), case=case, inputs=inputs, expected=expected, large=True)
+
+
+def settled_choice(head: Component, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Whether the interactive head's choice by stability is not on an edge, where rounding turns it."""
+    near = head.eager({**inputs, "image_embed": inputs["image_embed"] * _NEAR})
+    return all(bool((near[name] - value).abs().max() < _FAR * value.abs().max()) for name, value in expected.items())
 
 
 def branch_of(component: Component) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from sam3x.errors import SpecError
 from sam3x.runtime.prompts import items_of, read_labels, refused, short
+from sam3x.sources.names import PADDING
 
 _POINTS = "points are pairs x, y in pixels, a list of them for one object or a list of lists for several"
 _BOX = "a box is four numbers x0, y0, x1, y1 in pixels with x0 < x1 and y0 < y1"
@@ -90,16 +91,18 @@ def check_inside(clicks: Sequence[Click], width: int, height: int) -> None:
 
 
 def to_arrays(
-    clicks: Sequence[Click], rows: int, picture_size: tuple[int, int], image_size: int, mask_size: Sequence[int]
+    clicks: Sequence[Click], picture_size: tuple[int, int], image_size: int, mask_size: Sequence[int], alone: int
 ) -> dict[str, np.ndarray]:
-    """The interactive head's inputs for objects of as many rows.
+    """The interactive head's inputs; objects of fewer rows than another are padded.
 
     Args:
         picture_size: width and height. image_size: side of the square that the model sees; points are in its pixels.
+        alone: see ``Click.rows``.
     """
-    count = len(clicks)
-    coords = np.zeros((count, rows, 2), dtype=np.float32)
-    labels = np.full((count, rows), _NONE, dtype=np.int64)
+    rows = [click.rows(alone) for click in clicks]
+    count, longest = len(clicks), max(1, *rows)
+    coords = np.zeros((count, longest, 2), dtype=np.float32)
+    labels = np.where(np.arange(longest) < np.array(rows)[:, None], _NONE, PADDING)
     masks = np.zeros((count, 1, *mask_size), dtype=np.float32)
     for row, click in enumerate(clicks):
         corners = np.zeros((0, 2)) if click.box is None else click.box

@@ -244,21 +244,26 @@ def _thresholds(threshold: Any, default: float, count: int) -> list[float]:
     if threshold is None:
         return [default] * count
     if isinstance(threshold, Iterable) and not isinstance(threshold, str) and getattr(threshold, "ndim", 1) != 0:
-        given = [_threshold(value) for value in items_of(threshold, "a threshold is a number, or a list of them")]
+        given = [fraction(value, "a threshold") for value in items_of(threshold, "a threshold is a number, or a list of them")]
         if len(given) != count:
             raise refused(f"{len(given)} thresholds for {count} prompts", "Give one for each, or one for all.")
         return given
-    return [_threshold(threshold)] * count
+    return [fraction(threshold, "a threshold")] * count
 
 
-def _threshold(value: Any) -> float:
+def fraction(value: Any, name: str, most: float = 1) -> float:
+    """``value`` as a float.
+
+    Raises:
+        SpecError: it is no number from 0 to ``most``.
+    """
     try:
         scalar = _scalar(value)
         number = math.nan if isinstance(scalar, (str, bytes, bytearray, bool)) else float(scalar)
     except Exception:  # no number, or one that is too large
         number = math.nan
-    if not 0 <= number <= 1:
-        raise refused(f"a threshold is a number from 0 to 1, got {short(value)}")
+    if not 0 <= number <= most:
+        raise refused(f"{name} is a number from 0{f' to {most}' if most < math.inf else ''}, got {short(value)}")
     return number
 
 

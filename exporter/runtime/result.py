@@ -5,7 +5,7 @@ from __future__ import annotations
 import colorsys
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _BAND = 1 << 20  # pixels that are stretched at a time
+_OF_EACH = ("scores", "prompt", "small_masks", "logits")  # fields of ``Clicked`` with a row a mask
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -155,8 +156,11 @@ class Masks:
         return (slice(start, min(start + step, height)) for start in range(0, height, step))
 
     def _rows(self, index: int, rows: slice) -> np.ndarray:
+        return self._stretched(index, rows) > self.border
+
+    def _stretched(self, index: int, rows: slice) -> np.ndarray:
         width, height = self.picture.size
-        return resize_bilinear(self.small_masks[index : index + 1], height, width, rows)[0] > self.border
+        return resize_bilinear(self.small_masks[index : index + 1], height, width, rows)[0]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -200,9 +204,36 @@ class Clicked(Masks):
     def top(self, count: int) -> Clicked:
         """The ``count`` masks of each object that score highest, best first."""
         rows = [np.flatnonzero(self.prompt == index) for index in range(len(self.prompts))]
-        chosen = np.concatenate([own[np.argsort(-self.scores[own], kind="stable")[:count]] for own in rows])
-        names = ("scores", "prompt", "small_masks", "logits")
-        return replace(self, **{name: getattr(self, name)[chosen] for name in names}, _runs={})
+        return self.chosen(np.concatenate([own[np.argsort(-self.scores[own], kind="stable")[:count]] for own in rows]))
+
+    def chosen(self, indices: np.ndarray) -> Clicked:
+        """Those masks, in that order."""
+        return replace(self, **{name: getattr(self, name)[indices] for name in _OF_EACH}, _runs={})
+
+    def numbered(self) -> Clicked:
+        """The same masks, each of an object of its own."""
+        count = len(self)
+        return replace(self, prompt=np.arange(count), prompts=tuple(f"object {index + 1}" for index in range(count)))
+
+    def stability_score(self, index: int, offset: float) -> float:
+        """The share of a mask that is left where its border moves in, of what there is where it moves out; 0 of nothing.
+
+        SAM's measure, on the mask in the picture's pixels.
+
+        Args:
+            offset: by as many logits.
+        """
+        inner = outer = 0
+        for rows in self._bands():
+            values = self._stretched(index, rows)
+            inner += np.count_nonzero(values > self.border + offset)
+            outer += np.count_nonzero(values > self.border - offset)
+        return inner / outer if outer else 0.0
+
+
+def joined(parts: Sequence[Clicked]) -> Clicked:
+    """The masks of all ``parts``, which are of one picture and the same objects, as one result."""
+    return replace(parts[0], **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _OF_EACH}, _runs={})
 
 
 def _overlaid(result: Masks) -> Image.Image:

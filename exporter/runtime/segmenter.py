@@ -14,12 +14,14 @@ import numpy as np
 from sam3x.errors import ArtifactError, SpecError, Step
 from sam3x.runtime.clicks import Click, check_inside, read_clicks, to_arrays
 from sam3x.runtime.components import Components
+from sam3x.runtime.everything import Kept, grid
 from sam3x.runtime.manifest import SEGMENTER, load_manifest
 from sam3x.runtime.pictures import open_picture, sigmoid, to_tensor
 from sam3x.runtime.prompts import Limits, Prompt, boxes_to_fractions, boxes_to_pixels, read_prompts, whole_number
 from sam3x.runtime.regions import mended
-from sam3x.runtime.result import Clicked, Result
+from sam3x.runtime.result import Clicked, Result, joined
 from sam3x.runtime.text import Tokenizer, pad
+from sam3x.sources.clicks import Clicks
 from sam3x.sources.names import INTERACTIVE_HEAD
 from sam3x.warning_filters import warnings_not_raised
 
@@ -226,15 +228,10 @@ class Segmenter:
 
     def clicks(self, points: Any = None, labels: Any = None, box: Any = None, mask: Any = None) -> tuple[Click, ...]:
         """Read and check clicks, which ``click`` does before anything else; its arguments, and what it raises."""
-        if self.manifest.clicks is None:
-            raise ArtifactError(
-                f"{self.folder} was exported without an interactive head, so clicks cannot be answered",
-                remedy="Export a source that has one, with its interactive_head: leave --components out.",
-                step=Step.RUN,
-            )
+        head = self._head()
         clicks = read_clicks(points, labels, box, mask, mask_size=self._mask_size)
         most = self.manifest.component(INTERACTIVE_HEAD).ranges.get("points", (1, 1))[1]
-        rows = max(click.rows(self.manifest.clicks.rows_of_mask_alone) for click in clicks)
+        rows = max(click.rows(head.rows_of_mask_alone) for click in clicks)
         if rows > most:
             fact = f"the model takes at most {most - 1} points of an object, two of them for a box, got {rows - 1}"
             raise SpecError(fact, step=Step.RUN)
@@ -270,32 +267,84 @@ class Segmenter:
             ArtifactError: the pipeline has no interactive head, or a file cannot be run.
         """
         clicks = self.clicks(points, labels, box, mask)
-        head = self.manifest.clicks
-        assert head is not None
         encoded = self._checked(image) if isinstance(image, EncodedImage) else self.encode(image)
         check_inside(clicks, *encoded.picture.size)
-        chosen = slice(1, None) if multimask else slice(0, 1)
-        found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        rows = [click.rows(head.rows_of_mask_alone) for click in clicks]
-        for count in sorted(set(rows)):  # padding would take part in attention
-            alike = [index for index, own in enumerate(rows) if own == count]
-            for start in range(0, len(alike), self.batch):
-                batch = alike[start : start + self.batch]
-                own = [clicks[index] for index in batch]
-                given = to_arrays(own, count, encoded.picture.size, self.manifest.image_size, self._mask_size)
-                out = self._components.run(INTERACTIVE_HEAD, {**encoded.tensors, **given})
-                answers = zip(out["low_res_masks"][:, chosen], out["iou_predictions"][:, chosen], strict=True)
-                found.update(zip(batch, answers, strict=True))
-        masks, scores = (np.concatenate([found[index][part] for index in range(len(clicks))]) for part in (0, 1))
-        return Clicked(
-            small_masks=mended(masks, head.mask_threshold, head.max_hole_area, head.max_sprinkle_area),
-            border=head.mask_threshold,
-            logits=masks if head.largest_logit is None else masks.clip(-head.largest_logit, head.largest_logit),
-            scores=scores,
-            prompt=np.repeat(np.arange(len(clicks)), [len(found[index][1]) for index in range(len(clicks))]),
-            prompts=tuple(f"object {index + 1}" for index in range(len(clicks))),
-            picture=encoded.picture,
+        return joined(list(self._answers(encoded, clicks, multimask)))
+
+    @warnings_not_raised()
+    def everything(
+        self,
+        image: Any,
+        *,
+        points_per_side: int = 32,
+        pred_iou_thresh: float = 0.88,
+        stability_score_thresh: float = 0.95,
+        stability_score_offset: float = 1.0,
+        box_nms_thresh: float = 0.7,
+        max_detections: int | None = None,
+    ) -> Clicked:
+        """Masks of everything: three for each point of a grid, filtered and de-duplicated as SAM's automatic generator does.
+
+        Every mask is an object of its own, the one that scores highest first. Arguments and defaults are those of SAM's
+        ``SamAutomaticMaskGenerator`` and of transformers' ``mask-generation`` pipeline, without crops.
+
+        Args:
+            image: what ``encode`` returned, or anything it takes.
+            points_per_side: of the grid. ``batch`` of them go through the head together.
+            pred_iou_thresh: masks whose score, the IoU that the model predicts, is above it stay, 0 to 1.
+            stability_score_thresh: masks stay that are stable: their area where logits are above the threshold and
+                ``stability_score_offset`` is more than this share of that where they are above it less the offset.
+            stability_score_offset: in logits.
+            box_nms_thresh: of two masks whose boxes overlap by more, as IoU, the one that scores higher stays.
+            max_detections: keep as many, those that score highest. None: all.
+
+        Raises:
+            SpecError: a picture that cannot be read, an argument of another kind, or an ``EncodedImage`` of another pipeline.
+            ArtifactError: the pipeline has no interactive head, or a file cannot be run.
+        """
+        self._head()
+        rules = Kept(
+            pred_iou_thresh=pred_iou_thresh,
+            stability_score_thresh=stability_score_thresh,
+            stability_score_offset=stability_score_offset,
+            box_nms_thresh=box_nms_thresh,
         )
+        side = whole_number(points_per_side, "points_per_side")
+        most = None if max_detections is None else whole_number(max_detections, "max_detections")
+        encoded = self._checked(image) if isinstance(image, EncodedImage) else self.encode(image)
+        clicks = grid(side, *encoded.picture.size)
+        found = joined([item.chosen(rules.stable(item)) for item in self._answers(encoded, clicks, multimask=True)])
+        return found.chosen(rules.distinct(found)[:most]).numbered()
+
+    def _answers(self, encoded: EncodedImage, clicks: Sequence[Click], multimask: bool) -> Iterator[Clicked]:
+        """The masks of some objects after the other."""
+        head = self._head()
+        chosen = slice(1, None) if multimask else slice(0, 1)
+        for start in range(0, len(clicks), self.batch):
+            batch = clicks[start : start + self.batch]
+            given = to_arrays(batch, encoded.picture.size, self.manifest.image_size, self._mask_size, head.rows_of_mask_alone)
+            out = self._components.run(INTERACTIVE_HEAD, {**encoded.tensors, **given})
+            masks, scores = out["low_res_masks"][:, chosen], out["iou_predictions"][:, chosen]
+            count, masks = masks.shape[1], masks.reshape(-1, *masks.shape[2:])
+            yield Clicked(
+                small_masks=mended(masks, head.mask_threshold, head.max_hole_area, head.max_sprinkle_area),
+                border=head.mask_threshold,
+                logits=masks if head.largest_logit is None else masks.clip(-head.largest_logit, head.largest_logit),
+                scores=scores.ravel(),
+                prompt=np.repeat(np.arange(start, start + len(batch)), count),
+                prompts=tuple(f"object {index + 1}" for index in range(len(clicks))),
+                picture=encoded.picture,
+            )
+
+    def _head(self) -> Clicks:
+        """How the interactive head's logits become masks. Raises ``ArtifactError`` where there is none."""
+        if self.manifest.clicks is None:
+            raise ArtifactError(
+                f"{self.folder} was exported without an interactive head, so clicks cannot be answered",
+                remedy="Export a source that has one, with its interactive_head: leave --components out.",
+                step=Step.RUN,
+            )
+        return self.manifest.clicks
 
     @property
     def _mask_size(self) -> tuple[int, int]:

@@ -9,13 +9,14 @@ import contextlib
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 @contextlib.contextmanager
@@ -54,6 +55,53 @@ def answering(module: nn.Module, method: str, answer: Any) -> Iterator[None]:
         yield
     finally:
         del module.__dict__[method]
+
+
+class _Masked(TorchFunctionMode):
+    """Give ``scaled_dot_product_attention`` a mask."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if func is nn.functional.scaled_dot_product_attention:
+            options["attn_mask"] = self.mask
+        return func(*args, **options)
+
+
+@contextlib.contextmanager
+def keys_hidden(attentions: Iterable[nn.Module], hidden: Tensor) -> Iterator[None]:
+    """Attention of these modules (of a private shadow) gives no weight to the keys that are ``hidden``, (batch, keys) bool.
+
+    transformers' modules take a mask; Meta's do not, so theirs reaches ``scaled_dot_product_attention`` by itself.
+    """
+    modules = list(attentions)
+    seen = ~hidden[:, None, None]
+    for module in modules:
+        module.__dict__["forward"] = _masked(module.forward, seen)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.__dict__["forward"]
+
+
+def _masked(forward: Callable[..., Any], seen: Tensor) -> Callable[..., Any]:
+    if "attention_similarity" in inspect.signature(forward).parameters:
+
+        def called(query: Tensor, **options: Any) -> Any:
+            scores = torch.where(seen, 0.0, -torch.inf).to(query.dtype)  # added, as its own eager attention does
+            return forward(query=query, **{**options, "attention_similarity": scores})
+
+        return called
+
+    def called_masked(*args: Any, **options: Any) -> Any:
+        with _Masked(seen):
+            return forward(*args, **options)
+
+    return called_masked
 
 
 def every_mask(decoder: nn.Module) -> None:

@@ -22,7 +22,7 @@ def ranges_of(
         "text_length": (lowest, context_length),
         "prompt_length": (lowest + 2, context_length + MAX_BOXES + 1),
         "queries": (1, num_queries),
-        "points": (0, MAX_POINTS),
+        "points": (1, MAX_POINTS),
     }
 
 

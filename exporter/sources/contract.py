@@ -18,6 +18,7 @@ batch-first and masks True for padding, whatever the source uses.
 With an interactive head the vision encoder gives ``image_embed`` and ``high_res_feats_*`` too. A row of ``prompts`` is then one
 object: ``point_coords`` (objects, points, 2) in pixels of the square picture, ``point_labels`` 1 for a point of the object, 0
 for one outside, 2 and 3 for the corners of a box, -1 for none: the last row is one, as upstream's prompt encoder adds it.
+Rows of ``PADDING`` fill an object up to as many as another has, and have no part in anything; there is one row at least.
 ``mask_input`` (objects, 1, h, w) holds logits of an earlier answer where ``has_mask_input``. Of the four masks the first is the
 single one, upstream's choice by stability included, the others the three for a prompt that may mean several things.
 """

@@ -18,7 +18,7 @@ from sam3x.sources.image_model import build_image_model
 from sam3x.sources.lint import Judged, judge
 from sam3x.sources.meta.source import is_meta, meta_model
 from sam3x.sources.transformers.folder import read_folder
-from sam3x.sources.transformers.source import is_tracker, is_transformers, tracker_model, transformers_model
+from sam3x.sources.transformers.source import is_tracker, is_transformers, is_video, tracker_model, transformers_model
 from sam3x.spec import ExportSpec
 
 
@@ -32,14 +32,14 @@ def module_image_source(model: nn.Module, origin: str | None = None, image_size:
         SourceError: it has not the parts of a known image model.
     """
     name = origin or f"{type(model).__module__}.{type(model).__qualname__}"
-    if is_transformers(model):
+    if is_transformers(model) or is_video(model):
         return lambda spec, expected=None: transformers_model(model, name, spec, expected=expected)
     if is_tracker(model):
         return lambda spec, expected=None: tracker_model(model, name, spec, expected)
     if not is_meta(model):
         raise SourceError(
             f"{type(model).__name__} is no image model sam3x knows: it has {some_of(n for n, _ in model.named_children())}",
-            remedy="Give Meta's Sam3Image, or transformers' Sam3Model or Sam3TrackerModel.",
+            remedy="Give Meta's Sam3Image, or transformers' Sam3Model, Sam3TrackerModel or Sam3VideoModel.",
         )
     size = image_size or _image_size(model)
     return lambda spec, expected=None: meta_model(model, name, size, spec, expected)
@@ -91,8 +91,8 @@ def checkpoint_image_source(path: str | Path, weights_key: str | None = None) ->
 
 
 def transformers_image_source(folder: str | Path) -> ImageSourceFactory:
-    """A folder of transformers': ``Sam3Model`` or ``Sam3LiteTextModel``, alone or as the detector of a video model, or
-    ``Sam3TrackerModel``, which answers clicks.
+    """A folder of transformers': ``Sam3Model`` or ``Sam3LiteTextModel``, alone or as the detector of a video model,
+    ``Sam3TrackerModel``, which answers clicks, or ``Sam3VideoModel``, whose detector and tracker do for words and clicks.
 
     Raises:
         SourceError: it holds no such model, its weights are missing, unexpected or not finite, its tokenizer cannot be read, or

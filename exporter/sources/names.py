@@ -8,6 +8,9 @@ INTERACTIVE_HEAD = "interactive_head"
 COMPONENTS = (*DETECTOR, INTERACTIVE_HEAD)
 """All that an image model may have; not every source has the last."""
 
+PADDING = -10
+"""Label of a row of points that is not there for its object; transformers pads objects of fewer points with it, too."""
+
 MAX_PROMPTS = 16
 MAX_BOXES = 64
 MAX_POINTS = 64

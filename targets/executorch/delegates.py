@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.export import ExportedProgram
@@ -164,7 +164,12 @@ def _xnnpack(precision: str, plain: bool) -> list[Any]:
             whole = sum(flops_of(node) for group in groups for node in group)
             for index, node in enumerate(ep.graph.nodes):
                 node.meta[PLACE] = index
-            found = partitions(ep.graph, groups, lambda program: sum(map(flops_of, program)) < min(_LIGHT, whole / 1000))
+
+            def light(program: Sequence[Node]) -> bool:
+                kept = any("linear" in str(node.target) for node in program)  # it would have to be decomposed by now
+                return not kept and sum(map(flops_of, program)) < min(_LIGHT, whole / 1000)
+
+            found = partitions(ep.graph, groups, light)
             return [Partition(id=index, nodes=nodes) for index, nodes in enumerate(found)]
 
         def ops_to_not_decompose(self, ep: ExportedProgram) -> Any:

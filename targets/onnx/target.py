@@ -89,7 +89,6 @@ class OnnxTarget(Target):
     suffix = ".onnx"
     opset = 18
     options_type = OnnxOptions
-    takes_no_rows = True
 
     def availability(self) -> TargetStatus:
         missing = [name for name in _EXPORT_PACKAGES if importlib.util.find_spec(name) is None]

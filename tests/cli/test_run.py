@@ -97,7 +97,7 @@ def test_a_picture_that_cannot_be_read_stops_nothing_but_is_told(tiny_pipeline: 
 @pytest.mark.parametrize(
     ("arguments", "fact"),
     [
-        (["photos"], "Give --text, --ids, --box or --point"),
+        (["photos"], "Give --text, --ids, --box, --point or --everything"),
         (["photos", "--ids", "1,x"], "--ids: expected token ids"),
         (["photos", "--not-box", "1,2,3"], "--not-box: expected X0,Y0,X1,Y1"),
         (["photos", "--text", "a", "--threshold", "nan"], "a threshold is a number from 0 to 1"),
@@ -144,9 +144,26 @@ def test_points_and_boxes_without_words_are_clicks(tiny_pipeline: Path, folder: 
     assert len(like) == len(segmenter.segment(image, boxes=[BOX], threshold=0))
 
 
+def test_everything_takes_its_rules_from_the_command_line(tiny_pipeline: Path, folder: Path) -> None:
+    """Masks of random weights reach over the whole picture, and the best one suppresses the others."""
+    here = (str(tiny_pipeline), "photos/a.png", "--everything", "--points-per-side", "3", "--max-detections", "4")
+    segmenter, picture = Segmenter(tiny_pipeline), folder / "photos" / "a.png"
+    for threshold, stable, count in (("0.1", "0.2", 1), ("0.99", "0.2", 0), ("0.1", "1", 0)):
+        masks = found(*here, "--threshold", threshold, "--stability-score-thresh", stable)
+        rules = {"pred_iou_thresh": float(threshold), "stability_score_thresh": float(stable)}
+        wanted = segmenter.everything(picture, points_per_side=3, **rules)
+        assert [item["label"] for item in masks] == list(wanted.prompts) and len(masks) == count
+        assert [item["score"] for item in masks] == pytest.approx(wanted.scores.tolist(), abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "fact"),
     [
+        (["--everything", "--text", "dog"], "--text and --ids: it says what to look for"),
+        (["--everything", "--point", "1,2"], "--point: it says what to look for"),
+        (["--everything", "--threshold", "0.5", "--threshold", "0.6"], "--everything has one threshold"),
+        (["--everything", "--stability-score-thresh", "2"], "stability_score_thresh is a number from 0 to 1"),
+        (["--text", "dog", "--points-per-side", "3"], "--points-per-side: it belongs to --everything"),
         (["--point", "1,2", "--text", "dog"], "--text and --ids: it belongs to a search"),
         (["--point", "1,2", "--not-box", "1,2,3,4"], "--not-box: it belongs to a search"),
         (["--box", "1,2,3,4", "--threshold", "0.5"], "--threshold: it belongs to a search"),

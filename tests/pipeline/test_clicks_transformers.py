@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -87,3 +88,28 @@ def test_the_same_masks_as_transformers_gives(
     np.testing.assert_allclose(found.logits, logits, atol=1e-5 * np.abs(logits).max())
     np.testing.assert_allclose(found.scores, scores.ravel(), atol=1e-5)
     assert all(iou(a, b) >= 0.999 for a, b in zip(found.masks, masks.reshape(found.masks.shape), strict=True))
+
+
+@pytest.mark.parametrize("rules", [(0.3, 0.1, 0.7), (0.5, 0.6, 0.9)])
+def test_everything_is_what_the_mask_generation_pipeline_finds(
+    rules: tuple[float, float, float], tracker: Any, picture: Image.Image, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of random weights cover the whole picture above 0; above 2.5 they are masks of all sizes."""
+    import transformers
+
+    clicks, manifest = segmenter.manifest.clicks, segmenter.manifest
+    assert clicks is not None
+    changed = manifest.model_copy(update={"clicks": dataclasses.replace(clicks, mask_threshold=2.5)})
+    monkeypatch.setattr(segmenter, "manifest", changed)
+    picture = picture.crop((100, 0, 500, 400))  # square: on another the pipeline's grid leaves a strip out
+    images = transformers.Sam3ImageProcessor(size={"height": SIZE, "width": SIZE}, mask_size={"height": 32, "width": 32})
+    ask = transformers.pipeline("mask-generation", model=tracker, image_processor=images, device="cpu")
+    named = dict(zip(("pred_iou_thresh", "stability_score_thresh", "crops_nms_thresh"), rules, strict=True))
+    wanted = ask(picture, points_per_crop=5, points_per_batch=8, mask_threshold=2.5, stability_score_offset=0.05, **named)
+    named["box_nms_thresh"] = named.pop("crops_nms_thresh")
+    options = {"points_per_side": 5, "stability_score_offset": 0.05, **named}
+    found = segmenter.everything(picture, **options)
+    assert 1 < len(found) == len(wanted["masks"]) < 75 and found.prompts[0] == "object 1"
+    np.testing.assert_allclose(found.scores, wanted["scores"], atol=1e-5)
+    assert all(iou(found.mask(index), np.asarray(mask)) >= 0.999 for index, mask in enumerate(wanted["masks"]))
+    np.testing.assert_array_equal(segmenter.everything(picture, **options, max_detections=2).scores, found.scores[:2])

@@ -15,16 +15,18 @@ from typer.testing import CliRunner
 
 from sam3x.bench.pipeline import bench_pipeline
 from sam3x.cli.app import app
-from sam3x.errors import ArtifactError, SpecError, VerificationError
+from sam3x.errors import ArtifactError, SourceError, SpecError, VerificationError
 from sam3x.pipeline import export_pipeline, module_image_source, random_image_source, verify_pipeline
 from sam3x.pipeline.compatibility import SMALL
 from sam3x.pipeline.export import ComponentJob
 from sam3x.pipeline.fuse import FOUND, _between
 from sam3x.runtime import EncodedImage, Segmenter
 from sam3x.runtime.manifest import SEGMENTER, load_manifest
+from sam3x.sources.names import INTERACTIVE_HEAD
 from sam3x.targets.onnx import detect as onnx_detect
 from support.folders import MadeOnce
 from support.image_model import between, photograph, taken_from
+from support.transformers_model import tiny_tracker
 
 BOX, OTHER = [60.0, 80.0, 300.0, 390.0], [350.0, 20.0, 620.0, 200.0]
 
@@ -74,7 +76,8 @@ def test_the_same_detections_and_masks_as_unfused(name: str, folder: Path, tiny_
 
 def test_three_files_verified_and_nothing_left_of_the_parts(folder: Path) -> None:
     manifest = load_manifest(folder)
-    assert [item.name for item in manifest.components] == ["vision_encoder", "text_encoder", SEGMENTER] and manifest.fused
+    names = ["vision_encoder", "text_encoder", INTERACTIVE_HEAD, SEGMENTER]
+    assert [item.name for item in manifest.components] == names and manifest.fused
     assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {*manifest.files, "manifest.json"}
     whole = manifest.component(SEGMENTER)
     assert manifest.verified and all(record.passed and record.max_rel < 1e-5 for record in whole.verification)
@@ -104,6 +107,11 @@ def test_verify_and_inspect_and_run_and_bench(folder: Path, tiny_model: nn.Modul
         "image_pos",
         "text_features",
         "text_mask",
+        "high_res_feats_0",
+        "high_res_feats_1",
+        "image_embed",
+        "low_res_masks",
+        "iou_predictions",
         *FOUND,
     }
     shown = CliRunner().invoke(app, ["inspect", str(folder)])
@@ -113,6 +121,19 @@ def test_verify_and_inspect_and_run_and_bench(folder: Path, tiny_model: nn.Modul
     assert done.exit_code == 0 and "12 found" in done.output
     report = bench_pipeline(folder, eager=False, picture=tmp_path / "photo.png", threshold=0.0, threads=1, repeat=1)
     assert report.contenders["pipeline"].detections == 12
+
+
+def test_clicks_are_answered_beside_the_joined_file(folder: Path, tiny_pipeline: Path, encoded: EncodedImage) -> None:
+    """The head is a file of its own; the joined one and it are fed by the same pass over the picture."""
+    click: dict[str, Any] = {"points": [[[300, 200]], [[60, 40], [20, 30]]], "box": [BOX, None]}
+    found, wanted = (Segmenter(path).click(encoded, **click) for path in (folder, tiny_pipeline))
+    np.testing.assert_allclose(found.logits, wanted.logits, atol=1e-5)
+    np.testing.assert_allclose(found.scores, wanted.scores, atol=1e-6)
+
+
+def test_a_source_of_clicks_alone_has_nothing_to_join(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="it answers clicks alone"):
+        export_pipeline(module_image_source(tiny_tracker()), output=tmp_path / "out", fuse=True)
 
 
 def test_a_changed_file_is_refused(folder: Path, tmp_path: Path) -> None:

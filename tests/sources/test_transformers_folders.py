@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from sam3x.errors import SourceError
 from sam3x.sources.encoder import weights_hash
-from sam3x.sources.image import transformers_image_source
+from sam3x.sources.image import module_image_source, transformers_image_source
 from sam3x.sources.lint import lint
+from sam3x.sources.names import COMPONENTS
 from sam3x.sources.report import LintReport
 from sam3x.spec import ExportSpec
-from support.transformers_model import tiny
+from support.transformers_model import SIZE, tiny, tiny_video
 
 State = dict[str, Tensor]
 
@@ -115,3 +117,55 @@ def test_a_config_that_is_none_is_a_typed_error(content: str, tmp_path: Path) ->
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(SourceError):
         lint(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def video() -> Any:
+    return tiny_video()
+
+
+def video_folder(video: Any, folder: Path, *, twice: bool) -> Path:
+    """As the release has it, or as ``save_pretrained`` of transformers 5.24 writes it, the tracker's prefix twice."""
+    video.save_pretrained(folder)
+    once = lambda state: {name.replace("tracker_model.tracker_model.", "tracker_model."): item for name, item in state.items()}  # noqa: E731
+    return folder if twice else rewritten(folder, once)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_video_models_folder_is_a_detector_and_a_head_for_clicks(video: Any, twice: bool, tmp_path: Path) -> None:
+    folder = video_folder(video, tmp_path / "saved", twice=twice)
+    report = lint(folder)
+    assert report.clean and report.exports == ("image model", "interactive head")
+    assert "the detector and the tracker's interactive head of a video model (sam3_video)" in report.notes
+    assert any(note.startswith("left out, not part of the image model: 'tracker_model.'") for note in report.notes)
+    cut, live = transformers_image_source(folder)(ExportSpec()), module_image_source(video)(ExportSpec())
+    assert [item.name for item in cut.components] == list(COMPONENTS) and cut.clicks is not None
+    assert cut.weights_sha256 == live.weights_sha256 == weights_hash(video)
+
+
+def test_one_pass_over_a_picture_is_what_upstreams_detector_and_tracker_make_of_it(video: Any, tmp_path: Path) -> None:
+    """Against ``Sam3Model``, and ``Sam3TrackerModel``, which reads the same folder.
+
+    The latter adds ``no_memory_embedding`` to the level of the neck that it drops, the video model to the last that it keeps.
+    """
+    import transformers
+
+    split, alone = module_image_source(video)(ExportSpec()), module_image_source(video.detector_model)(ExportSpec())
+    image = {"image": torch.randn((2, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(1))}
+    found, detector = split.components[0].eager(image), alone.components[0].eager(image)
+    tracker = transformers.Sam3TrackerModel.from_pretrained(video_folder(video, tmp_path / "saved", twice=False)).eval()
+    *maps, last = tracker.get_image_embeddings(image["image"])
+    features = (*maps, last + video.tracker_model.no_memory_embedding.reshape(1, -1, 1, 1))
+    names = ("high_res_feats_0", "high_res_feats_1", "image_embed")
+    assert found.keys() == {*detector, *names}
+    for name, wanted in {**detector, **dict(zip(names, features, strict=True))}.items():
+        torch.testing.assert_close(found[name], wanted, atol=1e-5, rtol=1e-5)
+    points = torch.tensor([[[30.0, 40.0], [80.0, 20.0], [0.0, 0.0]]])
+    prompt = {"point_coords": points, "point_labels": torch.tensor([[1, 0, -1]]), "has_mask_input": torch.tensor([False])}
+    picture = {name: found[name][:1] for name in names}
+    head = split.components[-1].eager({**prompt, **picture, "mask_input": torch.zeros(1, 1, 32, 32)})
+    first = [item[:1] for item in features]
+    with torch.no_grad():
+        wanted = tracker(image_embeddings=first, input_points=points[None, :, :2], input_labels=torch.tensor([[[1, 0]]]))
+    torch.testing.assert_close(head["low_res_masks"][:, 1:], wanted.pred_masks[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(head["iou_predictions"][:, 1:], wanted.iou_scores[0], atol=1e-5, rtol=1e-5)

@@ -61,22 +61,49 @@ def tiny(kind: str) -> nn.Module:
     return model
 
 
+HEADS = {
+    "prompt_encoder_config": {"hidden_size": 32, "image_size": SIZE, "patch_size": 14, "mask_input_channels": 16},
+    "mask_decoder_config": {"hidden_size": 32, "num_attention_heads": 4, "mlp_dim": 64, "iou_head_hidden_dim": 32},
+}
+
+
 def tiny_tracker() -> nn.Module:
     import transformers
 
-    heads = {"hidden_size": 32, "image_size": SIZE, "patch_size": 14}
-    config = transformers.Sam3TrackerConfig(
-        vision_config=VISION,
-        prompt_encoder_config={**heads, "mask_input_channels": 16},
-        mask_decoder_config={
-            "hidden_size": 32,
-            "num_attention_heads": 4,
-            "mlp_dim": 64,
-            "iou_head_hidden_dim": 32,
-        },
+    model = transformers.Sam3TrackerModel(transformers.Sam3TrackerConfig(vision_config=VISION, **HEADS)).eval()
+    return _drawn(model, model)
+
+
+def tiny_video() -> nn.Module:
+    """A detector, and a tracker with a memory of frames over the same trunk, as in the release."""
+    import transformers
+
+    text = {"model_type": "clip_text_model", "num_hidden_layers": 2, **TEXT}
+    memory = {
+        "memory_attention_hidden_size": 32,
+        "memory_attention_num_layers": 1,
+        "memory_attention_num_attention_heads": 1,
+        "memory_attention_downsample_rate": 1,
+        "memory_attention_feed_forward_hidden_size": 32,
+        "memory_attention_rope_feat_sizes": [8, 8],
+        "memory_encoder_hidden_size": 32,
+        "memory_encoder_output_channels": 16,
+        "mask_downsampler_embed_dim": 32,
+        "memory_fuser_embed_dim": 32,
+        "memory_fuser_intermediate_dim": 32,
+        "memory_fuser_num_layers": 1,
+    }
+    config = transformers.Sam3VideoConfig(
+        detector_config={"model_type": "sam3", "text_config": text, **PARTS},
+        tracker_config={"model_type": "sam3_tracker_video", "vision_config": VISION, "image_size": SIZE, **HEADS, **memory},
     )
-    model = transformers.Sam3TrackerModel(config).eval()
+    model = transformers.Sam3VideoModel(config).eval()
+    return _drawn(model, model.tracker_model)
+
+
+def _drawn(model: nn.Module, tracker: Any) -> nn.Module:
+    """``model`` with weights; the table of positions stands in two places of its tracker, as in the release."""
     draw_image_weights(model, 3)
-    with torch.no_grad():  # one table in two places, as in the release
-        model.shared_image_embedding.positional_embedding.copy_(model.prompt_encoder.shared_embedding.positional_embedding)
+    with torch.no_grad():
+        tracker.shared_image_embedding.positional_embedding.copy_(tracker.prompt_encoder.shared_embedding.positional_embedding)
     return model

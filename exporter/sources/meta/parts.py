@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sam3x.sources import adaptations
+from sam3x.sources.names import PADDING
 
 _TOKEN_LEVEL = -1  # upstream's ``num_feature_levels`` is 1: the transformer sees the last level
 
@@ -166,8 +167,9 @@ class InteractiveHead(nn.Module):
     """``SAM3InteractiveImagePredictor._predict``: the prompt encoder and the mask decoder, every object on the same picture.
 
     The rows of points are what upstream's prompt encoder makes of them: corners of a box (labels 2 and 3) first, then points (1
-    wanted, 0 not), then one row of label -1; a mask alone has no row. Of the four masks the first is what upstream gives for
-    ``multimask_output=False``, its choice by stability included, the others are those for ``multimask_output=True``.
+    wanted, 0 not), then one row of label -1; a mask alone has none. Rows of ``PADDING`` have no part in attention. Of the four
+    masks the first is what upstream gives for ``multimask_output=False``, its choice by stability included, the others are for
+    ``multimask_output=True``.
     """
 
     prompt_encoder: Any
@@ -200,8 +202,19 @@ class InteractiveHead(nn.Module):
             "high_res_features": [high_res_feats_0, high_res_feats_1],
         }
         with adaptations.sdp_kernels_kept():
-            found = decoder.predict_masks(**prompts)
+            with adaptations.keys_hidden(*padded(decoder, point_labels)):
+                found = decoder.predict_masks(**prompts)
             with adaptations.answering(decoder, "predict_masks", found):  # once for one mask and for three
                 single, single_iou, *_ = decoder(**prompts, multimask_output=False)
                 several, several_iou, *_ = decoder(**prompts, multimask_output=True)
         return torch.cat([single, several], dim=1), torch.cat([single_iou, several_iou], dim=1)
+
+
+def padded(decoder: Any, point_labels: Tensor) -> tuple[list[nn.Module], Tensor]:
+    """The attention of a mask decoder whose keys are its tokens, and which of those are padding, (objects, tokens) bool."""
+    own = ("obj_score_token", "iou_token", "mask_tokens")
+    tokens = sum(getattr(decoder, name).num_embeddings for name in own if hasattr(decoder, name))
+    absent = point_labels == PADDING
+    hidden = torch.cat([absent.new_zeros((point_labels.shape[0], tokens)), absent], dim=1)
+    layers = decoder.transformer.layers
+    return [part for layer in layers for part in (layer.self_attn, layer.cross_attn_image_to_token)], hidden

@@ -1,4 +1,4 @@
-"""Reading a folder of transformers': a model alone, or the detector of a video model; no weight is random or dropped unsaid."""
+"""Reading a folder of transformers': a model, or what of a video model sees pictures; no weight random or dropped unsaid."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from sam3x.errors import SourceError
 from sam3x.sources.checkpoint import ADAPTER_CONFIG, adapter_error
 from sam3x.sources.encoder import reason_of, untouched
 from sam3x.sources.report import LintReport
-from sam3x.sources.transformers.source import is_tracker, is_transformers
+from sam3x.sources.transformers.source import is_tracker, is_transformers, is_video
 
 _VIDEO = {"sam3_video": "Sam3Model", "sam3_lite_text_video": "Sam3LiteTextModel"}
 """``model_type`` of a video model → the class of its detector, which reads such a folder."""
 
+_WHOLE_VIDEO = "sam3_video"
 _DETECTOR = "detector_model."
 _TRACKERS = ("tracker_model.", "tracker_neck.")
+_OF_CLICKS = ("prompt_encoder.", "mask_decoder.", "shared_image_embedding.", "no_memory_embedding")
+"""What of a tracker answers clicks on a picture."""
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -47,7 +50,7 @@ def read_folder(folder: Path) -> ReadFolder:
             raise SourceError(
                 "reading it needs transformers", remedy='Install it: pip install "sam3x[transformers]".'
             ) from None
-        loader: Any = getattr(transformers, _VIDEO.get(kind, "AutoModel"))
+        loader: Any = getattr(transformers, _class_of(kind, folder))
         try:
             model, loaded = loader.from_pretrained(
                 str(folder),
@@ -59,10 +62,23 @@ def read_folder(folder: Path) -> ReadFolder:
             )
         except Exception as error:  # transformers raises many kinds
             raise SourceError(f"{folder} cannot be loaded by transformers ({reason_of(error)})") from error
-    if not is_transformers(model) and not is_tracker(model):
-        remedy = "Give a Sam3Model, a Sam3LiteTextModel or a Sam3TrackerModel."
+    if not (is_transformers(model) or is_tracker(model) or is_video(model)):
+        remedy = "Give a Sam3Model, a Sam3LiteTextModel, a Sam3TrackerModel or a Sam3VideoModel."
         raise SourceError(f"{folder} holds a {type(model).__name__}", remedy=remedy)
     return ReadFolder(model=model.eval(), report=_report(folder, kind, model, loaded))
+
+
+def _class_of(kind: str, folder: Path) -> str:
+    """The class that reads the folder: of a video model the whole, where its tracker can answer clicks, else the detector."""
+    whole = kind == _WHOLE_VIDEO and any(_of_clicks(name) and "prompt_encoder." in name for name in _stored(folder))
+    return "Sam3VideoModel" if whole else _VIDEO.get(kind, "AutoModel")
+
+
+def _of_clicks(name: str) -> bool:
+    """Whether a tracker's weight answers clicks on a picture; ``save_pretrained`` of transformers 5.24 doubles its prefix."""
+    tracker, neck = _TRACKERS
+    own = name.removeprefix(tracker).removeprefix(tracker)
+    return name.startswith(neck) or (name.startswith(tracker) and own.startswith(_OF_CLICKS))
 
 
 def _model_type(folder: Path) -> str:
@@ -85,16 +101,18 @@ def _model_type(folder: Path) -> str:
 
 
 def _report(folder: Path, kind: str, model: nn.Module, loaded: dict[str, Any]) -> LintReport:
-    stored = _stored(folder)
-    trackers = Counter(part for name in stored for part in _TRACKERS if name.startswith(part))
+    stored, whole = _stored(folder), is_video(model)
+    apart = {name for name in stored if name.startswith(_TRACKERS) and not (whole and _of_clicks(name))}
     computed = {name for name, _ in model.named_buffers()} - set(model.state_dict())
-    unexpected = [name for name in sorted(loaded["unexpected_keys"]) if not name.startswith(_TRACKERS)]
-    strange = [name for name in unexpected if name.removeprefix(_DETECTOR) not in computed]
-    dtypes = {_DTYPES.get(dtype, dtype) for name, dtype in stored.items() if not name.startswith(_TRACKERS)}
+    unexpected = sorted(set(loaded["unexpected_keys"]) - (set() if whole else apart))
+    strange = [name for name in unexpected if not {name, name.removeprefix(_DETECTOR)} & computed]
+    dtypes = {_DTYPES.get(dtype, dtype) for name, dtype in stored.items() if name not in apart}
     low = sorted(dtypes - {"float32"})
-    notes = [f"the detector of a video model ({kind})"] if kind in _VIDEO else []
-    if trackers:
-        rest = ", ".join(f"'{name}' ({count})" for name, count in trackers.items())
+    what = "the detector and the tracker's interactive head" if whole else "the detector"
+    notes = [f"{what} of a video model ({kind})"] if kind in _VIDEO else []
+    if apart:
+        counts = Counter(part for name in sorted(apart) for part in _TRACKERS if name.startswith(part))
+        rest = ", ".join(f"'{name}' ({count})" for name, count in counts.items())
         notes.append(f"left out, not part of the image model: {rest}")
     if len(strange) < len(unexpected):
         notes.append(f"{len(unexpected) - len(strange)} stored tables computed again by transformers")
@@ -117,8 +135,8 @@ def _report(folder: Path, kind: str, model: nn.Module, loaded: dict[str, Any]) -
         ),
         traps=tuple(str(text) for text in loaded.get("error_msgs") or ()),
     )
-    exports = "interactive head" if is_tracker(model) else "image model"
-    return report if report.faults else report.model_copy(update={"exports": (exports,)})
+    exports = ("interactive head",) if is_tracker(model) else ("image model", *(("interactive head",) if whole else ()))
+    return report if report.faults else report.model_copy(update={"exports": exports})
 
 
 def _stored(folder: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ They are batch-first inside, as the contract is; their masks are True for what i
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,20 +14,48 @@ import torch
 from torch import Tensor, nn
 
 from sam3x.sources import adaptations
+from sam3x.sources.meta.parts import padded
 
 
 class VisionEncoder(nn.Module):
-    """``image`` → feature maps but the two last, the second last flattened, and its position encoding."""
+    """``image`` → feature maps but the two last, the second last flattened, and its position encoding.
 
-    def __init__(self, vision_encoder: nn.Module) -> None:
+    Args:
+        video: a ``Sam3VideoModel``. With it, what the interactive head takes of a picture follows.
+    """
+
+    def __init__(self, vision_encoder: nn.Module, video: nn.Module | None = None) -> None:
         super().__init__()
         self.vision_encoder = vision_encoder
+        self.clicks = None if video is None else _ClickFeatures(video)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         out = self.vision_encoder(image)
         *maps, last = out.fpn_hidden_states[:-1]  # as ``Sam3Model.forward``
         position = out.fpn_position_encoding[:-1][-1][:1]
-        return (*maps, last.flatten(2).transpose(1, 2), position.flatten(2).transpose(1, 2))
+        clicks = () if self.clicks is None else self.clicks(out.last_hidden_state)
+        return (*maps, last.flatten(2).transpose(1, 2), position.flatten(2).transpose(1, 2), *clicks)
+
+
+class _ClickFeatures(nn.Module):
+    """The tracker's neck as ``Sam3VideoModel`` and, on a frame without memory, its tracker hand it on.
+
+    ``Sam3TrackerModel`` of transformers 5.24, over the same weights, adds ``no_memory_embedding`` to the level that it drops.
+    """
+
+    video: Any
+
+    def __init__(self, video: nn.Module) -> None:
+        super().__init__()
+        self.video = video
+
+    def forward(self, last_hidden_state: Tensor) -> tuple[Tensor, ...]:
+        tracker, images = self.video.tracker_model, last_hidden_state.shape[0]
+        maps, _ = self.video.get_vision_features_for_tracker(SimpleNamespace(last_hidden_state=last_hidden_state))
+        *first, last = maps
+        sizes = tracker.backbone_feature_sizes
+        flat = (*first, last + tracker.no_memory_embedding)
+        return tuple(item.permute(1, 2, 0).reshape(images, -1, *size) for item, size in zip(flat, sizes, strict=True))
 
 
 class TextEncoder(nn.Module):
@@ -150,7 +179,7 @@ class ClickEncoder(nn.Module):
 
 
 class InteractiveHead(nn.Module):
-    """``Sam3TrackerModel.forward`` behind its vision encoder, an object a row of the batch.
+    """``Sam3TrackerModel.forward`` behind its vision encoder, an object a row of the batch; of a video model's tracker, too.
 
     Rows of points and the four masks as in ``sam3x.sources.meta.parts.InteractiveHead``; a mask alone has two rows of label -1.
     """
@@ -177,12 +206,13 @@ class InteractiveHead(nn.Module):
         empty = {"input_points": None, "input_labels": None, "input_boxes": None}
         _, given = encoder(**empty, input_masks=mask_input)
         _, absent = encoder(**empty, input_masks=None)
-        masks, scores, *_ = self.model.mask_decoder(
-            image_embeddings=image_embed.expand(objects, -1, -1, -1),
-            image_positional_embeddings=self.model.get_image_wide_positional_embeddings().expand(objects, -1, -1, -1),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=torch.where(has_mask_input[:, None, None, None], given, absent),
-            multimask_output=False,
-            high_resolution_features=[high_res_feats_0, high_res_feats_1],
-        )
+        with adaptations.keys_hidden(*padded(self.model.mask_decoder, point_labels)):
+            masks, scores, *_ = self.model.mask_decoder(
+                image_embeddings=image_embed.expand(objects, -1, -1, -1),
+                image_positional_embeddings=self.model.get_image_wide_positional_embeddings().expand(objects, -1, -1, -1),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=torch.where(has_mask_input[:, None, None, None], given, absent),
+                multimask_output=False,
+                high_resolution_features=[high_res_feats_0, high_res_feats_1],
+            )
         return masks[:, 0], scores[:, 0]

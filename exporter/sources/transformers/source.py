@@ -1,4 +1,4 @@
-"""transformers' ``Sam3Model``, ``Sam3LiteTextModel`` and ``Sam3TrackerModel`` as components, recognized by what they have."""
+"""transformers' ``Sam3Model`` and its kin, trackers and video models as components, recognized by what they have."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ _PARTS = (
     "detr_decoder",
     "mask_decoder",
 )
+_VIDEO_PARTS = ("tracker_model", "tracker_neck")
 _TRACKER_PARTS = ("vision_encoder", "prompt_encoder", "mask_decoder", "shared_image_embedding")
+_CLICKS = Clicks(mask_threshold=0.0, max_hole_area=0.0, max_sprinkle_area=0.0, rows_of_mask_alone=2, largest_logit=None)
 _TOKENIZER = "tokenizer.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -41,6 +43,12 @@ def is_transformers(model: nn.Module) -> bool:
 def is_tracker(model: nn.Module) -> bool:
     """Whether ``model`` has the parts of ``Sam3TrackerModel``."""
     return all(isinstance(getattr(model, name, None), nn.Module) for name in _TRACKER_PARTS)
+
+
+def is_video(model: nn.Module) -> bool:
+    """Whether ``model`` has the parts of ``Sam3VideoModel``: a detector, and a tracker that shares its trunk."""
+    parts_there = all(isinstance(getattr(model, name, None), nn.Module) for name in ("detector_model", *_VIDEO_PARTS))
+    return parts_there and is_transformers(model.detector_model)  # type: ignore[arg-type]
 
 
 def tracker_model(model: nn.Module, origin: str, spec: ExportSpec, expected: Expected | None = None) -> ImageModel:
@@ -68,19 +76,19 @@ def tracker_model(model: nn.Module, origin: str, spec: ExportSpec, expected: Exp
         origin=origin,
         weights_sha256=weights_sha256,
         source="transformers",
-        clicks=Clicks(mask_threshold=0.0, max_hole_area=0.0, max_sprinkle_area=0.0, rows_of_mask_alone=2, largest_logit=None),
+        clicks=_CLICKS,
     )
 
 
 def _heads(shadow: nn.Module) -> nn.Module:
-    """What the interactive head uses of a ``Sam3TrackerModel``."""
-    return without(shadow, "vision_encoder")
+    """What the interactive head uses of a tracker: neither vision encoder nor memory of frames."""
+    return without(shadow, *(name for name, _ in shadow.named_children() if name not in _TRACKER_PARTS[1:]))
 
 
 def transformers_model(
     model: nn.Module, origin: str, spec: ExportSpec, folder: Path | None = None, expected: Expected | None = None
 ) -> ImageModel:
-    """Split a ``Sam3Model`` into components; it is left as it is.
+    """Split a ``Sam3Model``, or a ``Sam3VideoModel`` with the interactive head of its tracker; it is left as it is.
 
     Args:
         spec: ``batch`` is how many prompts. folder: where its tokenizer lies, if anywhere.
@@ -93,7 +101,11 @@ def transformers_model(
     if expected is not None:
         expected.check(weights_sha256=weights_sha256)
     shadow: Any = private_shadow(model)
-    config: Any = model.config
+    video = None
+    if is_video(model):
+        video, shadow = shadow, shadow.detector_model
+        video.__dict__["_modules"] = {"tracker_model": _heads(video.tracker_model), "tracker_neck": video.tracker_neck}
+    config: Any = shadow.config
     size = config.vision_config.image_size
     size = size if isinstance(size, int) else size[0]
     with torch.no_grad():  # fills the position caches too
@@ -108,12 +120,13 @@ def transformers_model(
     queries = shadow.detr_decoder.query_embed.num_embeddings
     ranges = ranges_of(text.max_position_embeddings, queries, fixed_length=fixed, prompts=spec.batch)
     modules = {
-        "vision_encoder": parts.VisionEncoder(shadow.vision_encoder),
+        "vision_encoder": parts.VisionEncoder(shadow.vision_encoder, video),
         "text_encoder": parts.TextEncoder(shadow.text_encoder, shadow.text_projection),
         "prompt_encoder": parts.PromptEncoder(shadow.geometry_encoder, grid),
         "fusion_encoder": parts.FusionEncoder(shadow.detr_encoder, grid),
         "decoder": parts.Decoder(shadow, grid),
         "mask_head": parts.MaskHead(shadow.mask_decoder, grid),
+        **({} if video is None else {INTERACTIVE_HEAD: parts.InteractiveHead(video.tracker_model)}),
     }
     return ImageModel(
         components=build_components(modules, len(maps) - 1, ranges, attention_mask=True),
@@ -132,6 +145,7 @@ def transformers_model(
         unescape_html=False,
         threshold=0.3,
         mask_interpolation="probabilities",
+        clicks=None if video is None else _CLICKS,
     )
 
 
