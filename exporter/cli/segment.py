@@ -132,7 +132,7 @@ def run(
         ) as segmenter:
             ask: Callable[[Any], Masks]
             if everything:
-                given = {
+                given: dict[str, Any] = {
                     "points_per_side": points_per_side,
                     "stability_score_thresh": stability_score_thresh,
                     "pred_iou_thresh": threshold[0] if threshold else None,

@@ -26,7 +26,14 @@ def sam3() -> nn.Module:
 
 def interactive_sam3() -> nn.Module:
     """SAM3's interactive head at full size behind a trunk of one layer, on which a click after the encoding does not depend."""
-    small = {"depth": 1, "global_att_blocks": (0,), "text_layers": 1, "text_width": 64, "text_heads": 1, "vocab_size": 8}
+    small: dict[str, Any] = {
+        "depth": 1,
+        "global_att_blocks": (0,),
+        "text_layers": 1,
+        "text_width": 64,
+        "text_heads": 1,
+        "vocab_size": 8,
+    }
     model = build_image_model(ImageModelConfig(interactive=True, **small))
     draw_image_weights(model, 0)
     return model

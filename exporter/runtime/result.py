@@ -226,8 +226,8 @@ class Clicked(Masks):
         inner = outer = 0
         for rows in self._bands():
             values = self._stretched(index, rows)
-            inner += np.count_nonzero(values > self.border + offset)
-            outer += np.count_nonzero(values > self.border - offset)
+            inner += int(np.count_nonzero(values > self.border + offset))
+            outer += int(np.count_nonzero(values > self.border - offset))
         return inner / outer if outer else 0.0
 
 
