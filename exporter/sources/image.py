@@ -59,7 +59,7 @@ def random_image_source(config: ImageModelConfig | None = None) -> ImageSourceFa
     chosen = config or ImageModelConfig()
 
     def build(spec: ExportSpec, expected: Expected | None = None) -> ImageModel:
-        origin = f"random weights, seed {spec.seed}, {_described(chosen)}"
+        origin = f"random weights, seed {spec.seed}, {chosen.description}"
         if expected is not None:
             expected.check(origin=origin)  # before a minute goes by in drawing weights
         model = build_image_model(chosen)
@@ -70,7 +70,8 @@ def random_image_source(config: ImageModelConfig | None = None) -> ImageSourceFa
 
 
 def checkpoint_image_source(path: str | Path, weights_key: str | None = None) -> ImageSourceFactory:
-    """The image model in one of Meta's checkpoints, SAM 3.1's detector among them; sizes come from the shapes.
+    """The image model in one of Meta's checkpoints, SAM 3.1's detector among them, or one of EfficientSAM3's, whose package
+    builds it; sizes come from names and shapes.
 
     Args:
         weights_key: which weights of a file that has several, see ``read_checkpoint``.
@@ -82,9 +83,8 @@ def checkpoint_image_source(path: str | Path, weights_key: str | None = None) ->
     def build(spec: ExportSpec, expected: Expected | None = None) -> ImageModel:
         checkpoint = read_checkpoint(path, weights_key)
         judged = judge(checkpoint)
-        model, config = load_judged(judged)
-        kind = "SAM 3.1's detector" if judged.report.kind == "SAM 3.1" else _described(config)
-        split = meta_model(model, f"checkpoint {checkpoint.path.name}, {kind}", config.image_size, spec, expected)
+        origin = f"checkpoint {checkpoint.path.name}, {judged.description}"
+        split = meta_model(load_judged(judged), origin, judged.image_size, spec, expected)
         return replace(split, notes=(*split.notes, *judged.report.notes))
 
     return build
@@ -114,21 +114,21 @@ def transformers_image_source(folder: str | Path) -> ImageSourceFactory:
     return build
 
 
-def load_judged(judged: Judged) -> tuple[nn.Module, ImageModelConfig]:
+def load_judged(judged: Judged) -> nn.Module:
     """The model of a checkpoint that has been judged, with its weights: float32 ones mapped and not copied.
 
     Raises:
         SourceError: something stands in the way.
     """
     judged.report.refuse()
-    model, weights, config = judged.model, judged.weights, judged.config
-    assert model is not None and weights is not None and config is not None
-    model.load_state_dict(weights, strict=True, assign=True)
+    model, weights = judged.model, judged.weights
+    assert model is not None and weights is not None
+    model.load_state_dict(weights, strict=False, assign=True)  # compared name by name; a tracker's memory of frames is not used
     for module in model.modules():
         for name, value in list(module._buffers.items()):
             if value is not None and value.device.type == "meta":  # buffers that no checkpoint holds
                 module._buffers[name] = _rebuilt(module, name)
-    return model, config
+    return model
 
 
 def _rebuilt(module: nn.Module, name: str) -> Tensor:
@@ -173,9 +173,3 @@ def _image_size(model: Any) -> int:
         return ImageModelConfig().image_size
     side = round(max(len(table) for table in tables) ** 0.5)
     return side * patch.stride[0]
-
-
-def _described(config: ImageModelConfig) -> str:
-    kind = "SAM3" if config == ImageModelConfig(interactive=config.interactive) else "a SAM3 of other sizes"
-    head = ", interactive head" if config.interactive else ""
-    return f"{kind}, {config.image_size} pixels, ViT of {config.depth} layers, text of {config.text_layers} layers{head}"

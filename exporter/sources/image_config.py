@@ -43,3 +43,10 @@ class ImageModelConfig(BaseModel):
     geometry_layers: int = 3
     num_queries: int = 200
     interactive: bool = False
+
+    @property
+    def description(self) -> str:
+        """One phrase for the manifest."""
+        kind = "SAM3" if self == ImageModelConfig(interactive=self.interactive) else "a SAM3 of other sizes"
+        head = ", interactive head" if self.interactive else ""
+        return f"{kind}, {self.image_size} pixels, ViT of {self.depth} layers, text of {self.text_layers} layers{head}"

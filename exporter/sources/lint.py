@@ -6,12 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sam3x.errors import SourceError
 from sam3x.sources.checkpoint import INDEX, Checkpoint, read_checkpoint, some_of
+from sam3x.sources.efficient import build_student, fitted, student_of, unwrapped
 from sam3x.sources.encoder import encoder_in, reason_of
 from sam3x.sources.image_config import ImageModelConfig
 from sam3x.sources.image_model import build_image_model
@@ -24,6 +26,7 @@ from sam3x.sources.state import (
     TRUNK,
     ImagePart,
     config_of,
+    follows_frames,
     image_part,
     is_sam31,
     is_vit,
@@ -33,6 +36,7 @@ from sam3x.sources.state import (
 
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_LIVE = "Load it with the package it was made with, and export the model with --module package.module:factory."
 _ONE_TRUNK = "Save the weights of one of them, or export the live model with --module package.module:factory."
 
 
@@ -41,11 +45,14 @@ class Judged:
     """A checkpoint's image model: the report, and what a loader needs where nothing stands in the way.
 
     Attributes:
-        model: on the meta device, but for the rotary tables. weights: for every name in its state dict, float32 or complex64.
+        description: of the model, a phrase. image_size: side of its picture.
+        model: on the meta device, but for the rotary tables, or a student's as its package builds it.
+        weights: for every name in its state dict that a picture needs, float32 or complex64.
     """
 
     report: LintReport
-    config: ImageModelConfig | None = None
+    description: str = ""
+    image_size: int = ImageModelConfig().image_size
     model: nn.Module | None = None
     weights: Mapping[str, Tensor] | None = None
 
@@ -110,7 +117,7 @@ def judge(checkpoint: Checkpoint) -> Judged:
         trap = "the layout of transformers, whose sizes stand in the config.json beside it"
         return Judged(report=report.model_copy(update={"traps": (trap,), "remedy": remedy}))
     if kind == "EfficientSAM3":
-        return Judged(report=_student(report, state))
+        return _student(report, state, checkpoint.path.name)
     report = report.model_copy(update={"traps": tuple(_traps(state)), "missing": tuple(missing_sizes(state))})
     if _student_keys(state):
         report = report.model_copy(update={"remedy": _ONE_TRUNK})
@@ -132,12 +139,29 @@ def _compared(report: LintReport, state: Mapping[str, Tensor], subject: str) -> 
     except Exception as error:  # upstream asserts, or divides
         trap = f"its shapes contradict each other ({reason_of(error)})"
         return Judged(report=report.model_copy(update={"traps": (trap,)}))
-    rebuilt = rotary_tables(model)
-    tables, notes, lost = sound_tables(rebuilt, state)
-    if not any(name.endswith(f".{TABLE}") for name in state) and _is_released(config):
-        tables = rebuilt
-        notes.append(f"rotary tables are not stored; rebuilt for SAM3's {config.image_size} pixels")
-    expected = model.state_dict()
+    stored = any(name.endswith(f".{TABLE}") for name in state)
+    report = report.model_copy(update={"metadata": _metadata(config)})
+    if not stored and _is_released(config):
+        rebuilt = f"rotary tables are not stored; rebuilt for SAM3's {config.image_size} pixels"
+        report = report.model_copy(update={"notes": (*report.notes, rebuilt)})
+    return _against(
+        model,
+        state if stored or not _is_released(config) else {**state, **rotary_tables(model)},
+        report,
+        interactive=config.interactive,
+        description="SAM 3.1's detector" if report.kind == "SAM 3.1" else config.description,
+        image_size=config.image_size,
+    )
+
+
+def _against(model: nn.Module, state: Mapping[str, Tensor], report: LintReport, *, interactive: bool, **told: Any) -> Judged:
+    """Compare the weights with those that ``model`` takes, name by name.
+
+    Args:
+        interactive: whether it has the head for clicks. told: the rest of what ``Judged`` holds.
+    """
+    tables, notes, lost = sound_tables(rotary_tables(model), state)
+    expected = {name: value for name, value in model.state_dict().items() if not follows_frames(name)}
     found = {**state, **tables}
     shapes = [(name, found[name], want) for name, want in expected.items() if name in found]
     misshaped = [
@@ -148,7 +172,6 @@ def _compared(report: LintReport, state: Mapping[str, Tensor], subject: str) -> 
     traps = [f"{name} is no rotary table, and what is stored does not tell which to rebuild" for name in lost]
     report = report.model_copy(
         update={
-            "metadata": _metadata(config),
             "notes": (*report.notes, *notes),
             "missing": tuple(name for name in expected if name not in found),
             "unexpected": tuple(name for name in found if name not in expected),
@@ -160,10 +183,9 @@ def _compared(report: LintReport, state: Mapping[str, Tensor], subject: str) -> 
     )
     if report.faults:
         return Judged(report=report)
-    head = ("interactive head",) if config.interactive else ()
+    head = ("interactive head",) if interactive else ()
     report = report.model_copy(update={"exports": ("image model", *head)})
-    weights = {name: _float32(value) for name, value, _ in shapes}
-    return Judged(report=report, config=config, model=model, weights=weights)
+    return Judged(report=report, model=model, weights={name: _float32(value) for name, value, _ in shapes}, **told)
 
 
 def _is_released(config: ImageModelConfig) -> bool:
@@ -230,18 +252,23 @@ def missing_groups(state: Mapping[str, Tensor]) -> list[str]:
     return [prefix for prefix in GROUPS if not any(key.startswith(prefix) for key in state)]
 
 
-def _student(report: LintReport, state: Mapping[str, Tensor]) -> LintReport:
-    """A student's checkpoint: its trunk or text encoder leaves no sizes in names that are known here."""
-    metadata = {"trunk": "Meta's ViT" if is_vit(state) else "a student's, not Meta's ViT", **_text_metadata(state)}
-    traps = [*_traps(state), "a student's trunk or text encoder, whose sizes a checkpoint does not tell"]
-    return report.model_copy(
-        update={
-            "metadata": metadata,
-            "traps": tuple(traps),
-            "not_finite": tuple(name for name, value in state.items() if value.is_floating_point() and not _is_finite(value)),
-            "remedy": "Load it with the package it was made with, and export the model with --module package.module:factory.",
-        }
-    )
+def _student(report: LintReport, state: Mapping[str, Tensor], file: str) -> Judged:
+    """The judgement of a student's checkpoint, whose model the installed package builds."""
+    traps = _traps(state)
+    remedy = _ONE_TRUNK if _student_keys(state) and is_vit(state) else report.remedy
+    state = unwrapped(state)
+    try:
+        student = student_of(state, file)
+        report = report.model_copy(update={"metadata": student.metadata})
+        model = None if traps else build_student(student)
+    except SourceError as error:
+        model, traps, remedy = None, [*traps, error.fact], error.remedy or _LIVE
+    if model is None:
+        not_finite = (name for name, value in state.items() if value.is_floating_point() and not _is_finite(value))
+        return Judged(
+            report=report.model_copy(update={"traps": tuple(traps), "not_finite": tuple(not_finite), "remedy": remedy})
+        )
+    return _against(model, fitted(state, student), report, interactive=student.interactive, description=student.description)
 
 
 def _metadata(config: ImageModelConfig) -> dict[str, str]:
@@ -252,16 +279,6 @@ def _metadata(config: ImageModelConfig) -> dict[str, str]:
         "context length": f"{config.context_length} tokens",
         "after them": f"width {config.d_model}, {config.encoder_layers} fusion and {config.decoder_layers} decoder layers",
     }
-
-
-def _text_metadata(state: Mapping[str, Tensor]) -> dict[str, str]:
-    if f"{TEXT}token_embedding.weight" in state:
-        return {"text encoder": "Meta's"}
-    tables = [value for key, value in state.items() if "language_backbone" in key and "embedding" in key and value.dim() > 1]
-    if not tables:
-        return {}
-    words = max(tables, key=len)
-    return {"text encoder": f"a student's, width {words.shape[-1]}, vocabulary {words.shape[0]:,}"}
 
 
 def _traps(state: Mapping[str, Tensor]) -> list[str]:

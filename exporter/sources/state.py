@@ -131,6 +131,11 @@ def _interactive(state: Mapping[str, Tensor], prefix: str) -> dict[str, str]:
     return {}
 
 
+def follows_frames(name: str) -> bool:
+    """Whether a weight of a live model belongs to its tracker's memory, which a picture alone does not use."""
+    return name.startswith(INTERACTIVE) and not name.removeprefix(INTERACTIVE).startswith(_HEADS)
+
+
 def is_sam31(state: Mapping[str, Tensor]) -> bool:
     """Whether a checkpoint is SAM 3.1's: its neck has heads for clicks and propagation, its tracker a decoder for clicks."""
     return any(

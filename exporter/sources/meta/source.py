@@ -105,10 +105,11 @@ def meta_model(
 
 
 def _installed_vocabulary() -> Path | None:
-    """Return the list of merges of the installed ``sam3``: EfficientSAM3's package has one, Meta's wheel does not."""
+    """Return the list of merges of the installed ``sam3``: EfficientSAM3's has one, beside the package, Meta's has none."""
     package = importlib.util.find_spec("sam3")
-    places = (package.submodule_search_locations or ()) if package else ()
-    return next((path for path in (Path(place) / _VOCABULARY for place in places) if path.is_file()), None)
+    places = [Path(place) for place in (package.submodule_search_locations or ())] if package else []
+    found = (folder / _VOCABULARY for place in places for folder in (place, place.parent))
+    return next((path for path in found if path.is_file()), None)
 
 
 def _for_pictures(model: nn.Module) -> nn.Module:
