@@ -28,6 +28,7 @@ class Step(str, Enum):
     DOCTOR = "doctor"
     LINT = "lint"
     COMPATIBILITY = "compatibility"
+    WEB = "web"
 
 
 class Sam3xError(Exception):

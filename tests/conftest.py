@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import pytest
 
@@ -115,3 +116,19 @@ def demo_pipeline(made_once: MadeOnce) -> Path:
         export_pipeline(transformers_image_source(WEIGHTS), output=folder)
 
     return made_once("demo_pipeline", write)
+
+
+@pytest.fixture(scope="session")
+def fused_pipeline(request: pytest.FixtureRequest, tiny_pipeline: Path, made_once: MadeOnce) -> Path:
+    """Folder of ``tiny_model`` exported whole as three files, dac left in the file as a conditional. Read only."""
+
+    def write(folder: Path) -> None:
+        from sam3x.pipeline import export_pipeline, module_image_source
+        from sam3x.pipeline.export import ComponentJob
+        from support.image_model import taken_from
+
+        model, vocabulary = request.getfixturevalue("tiny_model"), request.getfixturevalue("tiny_vocabulary")
+        with mock.patch.object(ComponentJob, "export", taken_from(tiny_pipeline, "fusion_encoder")):
+            export_pipeline(module_image_source(model), output=folder, tokenizer=vocabulary, fuse=True, dac="runtime")
+
+    return made_once("fused_pipeline", write)

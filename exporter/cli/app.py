@@ -20,6 +20,7 @@ from sam3x.cli.options import Checkpoint, Demo, Folder, Json, Module, Quiet, Ver
 from sam3x.cli.run import lint, show_manifest
 from sam3x.cli.segment import run
 from sam3x.cli.source_options import chosen_checkpoint
+from sam3x.cli.web import web
 from sam3x.sources.named import named_factory
 
 app = typer.Typer(
@@ -136,6 +137,7 @@ app.command()(doctor)
 app.command()(bench)
 app.command()(fidelity)
 app.command()(run)
+app.command()(web)
 app.command(name="bench-pipeline")(bench_pipeline)
 app.command()(compatibility)
 app.command()(lint)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import onnx
@@ -24,7 +23,6 @@ from sam3x.runtime import EncodedImage, Segmenter
 from sam3x.runtime.manifest import SEGMENTER, load_manifest
 from sam3x.sources.names import INTERACTIVE_HEAD
 from sam3x.targets.onnx import detect as onnx_detect
-from support.folders import MadeOnce
 from support.image_model import between, photograph, taken_from
 from support.transformers_model import tiny_tracker
 
@@ -32,15 +30,8 @@ BOX, OTHER = [60.0, 80.0, 300.0, 390.0], [350.0, 20.0, 620.0, 200.0]
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_model: nn.Module, tiny_vocabulary: Path, tiny_pipeline: Path, made_once: MadeOnce) -> Path:
-    """``tiny_model`` fused, dac left in the file as a conditional."""
-
-    def write(folder: Path) -> None:
-        with mock.patch.object(ComponentJob, "export", taken_from(tiny_pipeline, "fusion_encoder")):
-            options: dict[str, Any] = {"tokenizer": tiny_vocabulary, "fuse": True, "dac": "runtime"}
-            export_pipeline(module_image_source(tiny_model), output=folder, **options)
-
-    return made_once("fused_pipeline", write)
+def folder(fused_pipeline: Path) -> Path:
+    return fused_pipeline
 
 
 @pytest.fixture(scope="module")
