@@ -156,6 +156,10 @@ class Target(ABC):
         """Where the artifact's main file stands in the output folder; a nested path works."""
         return f"{stem}{self.suffix}"
 
+    def branches_of(self, options: Any) -> Branches:
+        """The form of runtime flags where the request names none."""
+        return self.branches
+
     def numerics(self, options: Any) -> Numerics:
         """What an artifact with these options stores and computes in: arithmetic in its ``precision``, if it has one."""
         precision = str(getattr(options, "precision", "fp32"))

@@ -79,7 +79,7 @@ const types = {float32: Float32Array, int64: BigInt64Array, int32: Int32Array, b
 (async () => {
   const folder = process.argv[1], cases = JSON.parse(fs.readFileSync(path.join(folder, "given.json")));
   const session = await ort.InferenceSession.create(fs.readFileSync(cases.model), {executionProviders: ["wasm"]});
-  const results = [];
+  const results = [], seconds = [];
   for (const [index, given] of cases.inputs.entries()) {
     const feeds = {};
     for (const item of given) {
@@ -87,7 +87,9 @@ const types = {float32: Float32Array, int64: BigInt64Array, int32: Int32Array, b
       const copy = bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.length);
       feeds[item.name] = new ort.Tensor(item.dtype, new types[item.dtype](copy), item.dims);
     }
+    const started = performance.now();
     const found = await session.run(feeds);
+    seconds.push((performance.now() - started) / 1000);
     results.push(Object.entries(found).map(([name, tensor], at) => {
       const file = `out-${index}-${at}`;
       const {buffer, byteOffset, byteLength} = tensor.data;
@@ -96,11 +98,14 @@ const types = {float32: Float32Array, int64: BigInt64Array, int32: Int32Array, b
     }));
   }
   fs.writeFileSync(path.join(folder, "found.json"), JSON.stringify(results));
+  const peak = process.resourceUsage().maxRSS * 1024;
+  fs.writeFileSync(path.join(folder, "measured.json"), JSON.stringify({seconds, peak}));
 })().catch((error) => { console.error(error.message); process.exit(1); });
 """
 
 
-def _onnxruntime_web(path: Path, inputs: list[Tensors]) -> list[Tensors]:
+def in_node(path: Path, inputs: list[Tensors]) -> tuple[list[Tensors], dict[str, Any]]:
+    """Outputs of each of ``inputs`` in onnxruntime-web; ``seconds`` of each run, the process's ``peak`` of memory in bytes."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         given = []
@@ -114,13 +119,15 @@ def _onnxruntime_web(path: Path, inputs: list[Tensors]) -> list[Tensors]:
         done = subprocess.run(["node", "-e", _NODE, name], capture_output=True, text=True, timeout=_SECONDS)
         if done.returncode:
             raise RuntimeError(done.stderr.strip() or f"node ended with {done.returncode}")
-        return [
+        measured = json.loads((folder / "measured.json").read_text())
+        outputs = [
             {
                 item["name"]: np.frombuffer((folder / item["file"]).read_bytes(), item["dtype"]).reshape(item["dims"])
                 for item in row
             }
             for row in json.loads((folder / "found.json").read_text())
         ]
+        return outputs, measured
 
 
 def _tensorrt_rtx(path: Path, inputs: list[Tensors]) -> None:
@@ -183,7 +190,9 @@ def _transformers_optimizer(path: Path, folder: Path) -> Path:
 TOOLS: Mapping[str, Tool] = {
     "onnx evaluator": Tool(package="onnx", call="`onnx.reference.ReferenceEvaluator`", run=_reference_evaluator),
     "OpenVINO": Tool(package="openvino", call="`Core().compile_model`, CPU, float32", run=_openvino),
-    "onnxruntime-web": Tool(package="onnxruntime-web", call="`InferenceSession`, WebAssembly, in Node", run=_onnxruntime_web),
+    "onnxruntime-web": Tool(
+        package="onnxruntime-web", call="`InferenceSession`, WebAssembly, in Node", run=lambda *case: in_node(*case)[0]
+    ),
     "TensorRT-RTX parser": Tool(package="tensorrt_rtx", call="`OnnxParser.parse_from_file`; nothing is run", run=_tensorrt_rtx),
     "shape inference": Tool(
         package="onnx", call="`onnx.shape_inference.infer_shapes(strict_mode=True, data_prop=True)`", rewrites=_shape_inference
@@ -271,10 +280,10 @@ def attempt(name: str, folder: Path) -> float | None:
             found = _onnxruntime(tool.rewrites(folder / _MODEL, Path(scratch)), inputs)
     if found is None:
         return None
-    return max(_distance(got[key], want) for got, wants in zip(found, expected, strict=True) for key, want in wants.items())
+    return max(distance(got[key], want) for got, wants in zip(found, expected, strict=True) for key, want in wants.items())
 
 
-def _distance(got: np.ndarray, want: np.ndarray) -> float:
+def distance(got: np.ndarray, want: np.ndarray) -> float:
     if got.shape != want.shape:
         return float("inf")
     if want.size == 0:
@@ -289,7 +298,7 @@ def try_tool(name: str, folders: Sequence[Path]) -> dict[Path, float | str | Non
     while waiting := [folder for folder in folders if folder not in found]:
         command = [sys.executable, "-m", "sam3x.bench.tools", name, *map(str, waiting)]
         with tempfile.TemporaryDirectory() as scratch:  # tools leave files where they run
-            environment = {**os.environ, "NODE_PATH": os.environ.get("NODE_PATH", str(Path("node_modules").absolute()))}
+            environment = node_environment()
             try:
                 done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, env=environment, timeout=_SECONDS)
                 output, ending = done.stdout, f"its process ended with {done.returncode}"
@@ -301,6 +310,11 @@ def try_tool(name: str, folders: Sequence[Path]) -> dict[Path, float | str | Non
         if len(lines) < len(waiting):
             found[waiting[len(lines)]] = ending
     return found
+
+
+def node_environment() -> dict[str, str]:
+    """That of a process that may start Node: modules of this folder, unless ``NODE_PATH`` says otherwise."""
+    return {**os.environ, "NODE_PATH": os.environ.get("NODE_PATH", str(Path("node_modules").absolute()))}
 
 
 _MARK = "sam3x "

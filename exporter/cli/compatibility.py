@@ -18,6 +18,9 @@ def compatibility(
     tools: Annotated[
         bool, typer.Option("--tools", help="Instead: which runtimes and tools read the ONNX files, in every form of them.")
     ] = False,
+    runtimes: Annotated[
+        bool, typer.Option("--runtimes", help="Instead: each form of --for in the runtimes here, with latency and memory.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the page as Markdown.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceback of an error.")] = False,
@@ -30,8 +33,9 @@ def compatibility(
             raise SpecError(
                 f"{output} cannot be written", remedy="Name a file in a folder that exists.", step=Step.COMPATIBILITY
             )
-        if tools and target:
-            raise SpecError("--tools is about the ONNX files", remedy="Leave --target or --tools out.", step=Step.COMPATIBILITY)
+        if sum(map(bool, (tools, runtimes, target))) > 1:
+            fact = "--target, --tools and --runtimes are pages of their own"
+            raise SpecError(fact, remedy="Take one of them.", step=Step.COMPATIBILITY)
         with shown_steps(quiet) as steps:
             steps.begin("import torch")
             with suppressed_output(verbose):
@@ -39,6 +43,10 @@ def compatibility(
                     from sam3x.bench import portability
 
                     page = portability.markdown(portability.portability(steps.begin))
+                elif runtimes:
+                    from sam3x.bench import runtimes as forms
+
+                    page = forms.markdown(forms.runtimes(steps.begin))
                 else:
                     page = _of_targets(target, steps)
             steps.end()

@@ -28,7 +28,8 @@ class FieldOptionsCommand(TyperCommand):
     """A command that also takes the fields of ``ExportSpec``, of every built-in target, and of the one that ``--target`` names.
 
     They are made when this command is parsed or its help is shown, so that other commands import no target. A field's type
-    gives the choices, its description the help, ``json_schema_extra={"metavar": …}`` the placeholder. Fields of one name share
+    gives the choices, its description the help, ``json_schema_extra={"metavar": …, "option": …}`` the placeholder and another
+    name. Fields of one name share
     an option.
     """
 
@@ -95,7 +96,9 @@ def _params(named: str | None) -> list[Any]:
 
 
 def _annotation(field: str, owners: Sequence[_Field]) -> Any:
-    option = field.replace("_", "-")
+    extra = owners[0].info.json_schema_extra
+    more = extra if isinstance(extra, dict) else {}
+    option = str(more.get("option", field.replace("_", "-")))
     choices: dict[str, Any] = {}
     for item in owners:
         choices |= _choices(item.info.annotation)
@@ -105,8 +108,7 @@ def _annotation(field: str, owners: Sequence[_Field]) -> Any:
     elif kind is bool and owners[0].info.default:
         option = f"no-{option}"  # a flag says the opposite of the default
         choices = {"True": False}
-    extra = owners[0].info.json_schema_extra
-    metavar = str(extra["metavar"]) if isinstance(extra, dict) and "metavar" in extra else None
+    metavar = str(more["metavar"]) if "metavar" in more else None
     return Annotated[
         kind | None,
         typer.Option(

@@ -108,10 +108,10 @@ def resolve(
     if options.get("interface") == "feature_maps":
         defaults.pop("tokens", None)  # the maps' sizes say how many
     given = {**defaults, **{name: value for name, value in options.items() if name not in own}}
-    if given.get("branches") is None:
-        given["branches"] = back_end.branches
-    spec = make_spec(**given)
     own_options = checked(back_end.options_type, {name: value for name, value in options.items() if name in own})
+    if given.get("branches") is None:
+        given["branches"] = back_end.branches_of(own_options)
+    spec = make_spec(**given)
     back_end.check(spec.ranges, own_options)
     passes = {"disable_pass": tuple(disable_pass), "dump_graphs": None if dump_graphs is None else Path(dump_graphs)}
     return Request(target=back_end, options=own_options, spec=spec, **passes, **others)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from sam3x.errors import LoweringError
+from sam3x.spec import Branches
 from sam3x.targets.base import AttentionMemory, Float32Operations, Numerics, Target, TargetStatus
 from sam3x.targets.onnx.openvino import OpenVinoRunner
 from sam3x.targets.quiet import errors_only
@@ -35,10 +36,31 @@ _EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 _CHATTY = ("onnxscript", "torch.onnx._internal.exporter._core")  # a warning for each Split, each node without a stack trace
 
 
+UNLIMITED = 2**62
+"""Bytes of scores where nothing is in tiles."""
+
+Attention = Literal["portable", "ort", "decomposed"]
+
+
+FORMS: dict[str, tuple[Attention, Branches]] = {
+    "cpu": ("portable", "cond"),
+    "cuda": ("ort", "select"),
+    "tensorrt": ("decomposed", "select"),
+    "webgpu": ("ort", "select"),
+    "coreml": ("decomposed", "select"),
+    "openvino": ("decomposed", "select"),
+    "directml": ("ort", "select"),
+}
+"""Runtime → attention and branches that it runs best. Tiles in loops, which keep memory small, are for the CPU alone: a device
+waits for each step, or leaves the loop to the CPU."""
+
+
 class OnnxOptions(AttentionMemory, Float32Operations):
     """Options of an export to ONNX.
 
     Attributes:
+        runtime: what is to run the file (``--for``), which chooses ``attention`` and ``branches`` (``FORMS``) where the request
+            names none, and whether attention and feed-forward blocks are in tiles.
         external_data: write weights beside the graph file; past 1 GB that happens anyway.
         attention: ``portable`` (opset 18, a tile of queries at a time), ``ort`` (ONNX Runtime's own operator) or
             ``decomposed`` (plain products, all scores in memory).
@@ -52,15 +74,32 @@ class OnnxOptions(AttentionMemory, Float32Operations):
         layout: ``triton``: the folder is a model repository for Triton Inference Server.
     """
 
+    runtime: Literal["cpu", "cuda", "tensorrt", "webgpu", "coreml", "openvino", "directml"] = Field(
+        "cpu",
+        description="the runtime whose best form the file has: attention, branches, tiles.",
+        json_schema_extra={"option": "for"},
+    )
     external_data: bool = Field(False, description="weights beside the graph file.")
-    attention: Literal["portable", "ort", "decomposed"] = Field(
-        "portable", description="opset 18 in tiles (portable), ONNX Runtime's operator, or plain."
+    attention: Attention = Field(
+        "portable",
+        description="opset 18 in tiles (portable), ONNX Runtime's operator, or plain. Left out: what --for runs best.",
     )
     precision: Literal["fp32", "fp16", "int8"] = Field(
         "fp32", description="of the arithmetic (fp16: sums and boxes stay fp32; int8: linears)."
     )
     weights: Literal["fp32", "fp16", "int8"] = Field("fp32", description="storage alone; what computes stays float32.")
     layout: Layout = Field("flat", description=DESCRIPTION)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _form(cls, values: Any) -> Any:
+        form = FORMS.get(str(values.get("runtime", "cpu"))) if isinstance(values, Mapping) else None
+        return values if form is None or "attention" in values else {**values, "attention": form[0]}
+
+    @property
+    def tiled(self) -> bool:
+        """Whether what takes much memory is computed in tiles."""
+        return self.runtime == "cpu"
 
     @model_validator(mode="after")
     def _one_of_both(self) -> OnnxOptions:
@@ -113,10 +152,11 @@ class OnnxTarget(Target):
         words = set(_decomp.get_onnx_implemented_overloads(_torchlib()))
         table = _decomp.create_onnx_friendly_decomposition_table(words)
         own = {*onnx_attention.operators(), TILED_FEED_FORWARD, FLOAT32_WEIGHT}
-        tiled = options.attention != "decomposed"
+        tiled = options.tiled and options.attention != "decomposed"
+        budget = options.attention_bytes if options.tiled else UNLIMITED
         return (
             *([] if options.attention == "ort" else [DecomposeRoiAlignPass()]),  # TensorRT-RTX has no such operator
-            *onnx_attention.passes(options.attention, options.attention_bytes, _precision_passes(options)),
+            *onnx_attention.passes(options.attention, budget, _precision_passes(options)),
             UnsliceRowsPass(),
             FuseAlternativesPass(),
             *([TileFeedForwardPass(onnx_loop.TILE_BYTES)] if tiled else []),
@@ -129,6 +169,9 @@ class OnnxTarget(Target):
     def numerics(self, options: OnnxOptions) -> Numerics:
         weights = None if options.weights == "fp32" else options.weights
         return replace(super().numerics(options), weights=weights, row_scales=options.precision != "int8")
+
+    def branches_of(self, options: OnnxOptions) -> Branches:
+        return FORMS[options.runtime][1]
 
     def check(self, ranges: Mapping[str, tuple[int, int]], options: OnnxOptions) -> None:
         options.refuse_idle(("fp32",), "Choose --precision fp16 or int8.")

@@ -20,7 +20,8 @@ FIELDS = {name: info for model in (ExportSpec, *(get_target(name).options_type f
 def test_every_field_is_an_option_with_its_help() -> None:
     text = " ".join(run("export", "--help").stdout.split()).replace("- ", "-")
     for name, info in FIELDS.items():
-        assert f"--{name.replace('_', '-')}" in text, name
+        option = (info.json_schema_extra or {}).get("option", name)
+        assert f"--{option.replace('_', '-')}" in text, name
         assert info.description, name
         assert " ".join(info.description.split()).replace("- ", "-") in text, name
 
