@@ -27,7 +27,8 @@ class PipelineMetrics(BaseModel):
     Attributes:
         start_seconds: from the start of the process to open files (``pipeline``: every sha256 compared) or a loaded model.
         first_seconds: from there to the first result; a component's file is opened when it is first needed.
-        seconds: of each timed run, picture and prompt in, masks out. detections: how many it found.
+        seconds: of each timed run, picture and prompt in, masks out. cpu_seconds: of all its threads, which other work on the
+            machine changes less. detections: how many it found.
         run_mb: highest memory of the runs, above what was loaded before the first; None where the system does not tell.
     """
 
@@ -36,6 +37,7 @@ class PipelineMetrics(BaseModel):
     start_seconds: float
     first_seconds: float
     seconds: tuple[float, ...]
+    cpu_seconds: tuple[float, ...] = ()
     peak_mb: float
     run_mb: float | None = None
     detections: int
@@ -57,7 +59,7 @@ class ComponentMetrics(BaseModel):
 
 
 class PipelineReport(BaseModel):
-    """What ``bench_pipeline`` measured; ``ratio`` is the median of the rounds' own ratios, pipeline over eager.
+    """What ``bench_pipeline`` measured; ratios are medians of the rounds' own, pipeline over eager, of time and of CPU time.
 
     Attributes:
         export: the manifest's figures. files_mb: of all files of the folder, external data too.
@@ -77,6 +79,7 @@ class PipelineReport(BaseModel):
     threads: int
     contenders: dict[str, PipelineMetrics]
     ratio: float | None = None
+    cpu_ratio: float | None = None
     largest_score_gap: float | None = None
 
 
@@ -99,7 +102,7 @@ def bench_pipeline(
     Args:
         checkpoint, module: the pipeline's source. eager: whether to run it at all.
         picture: None: 1008x1008 of noise. threshold: see ``Segmenter.segment``.
-        click: encode the picture first, then measure a click on its middle.
+        click: measure a click on the middle of a picture whose features are there.
 
     Raises:
         Sam3xError: a contender failed, found something else, or the source has other weights than the pipeline.
@@ -121,6 +124,7 @@ def bench_pipeline(
     workers: dict[str, Worker] = {}
     starts: dict[str, tuple[float, float]] = {}
     seconds: dict[str, list[float]] = {}
+    cpu: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as scratch, workers_closed(workers):
         kinds = CLICK_KINDS if click else KINDS
         outputs = {name: Path(scratch) / f"{name}.npy" for name in kinds}
@@ -139,7 +143,9 @@ def bench_pipeline(
             for turn in range(repeat):
                 for name in names:
                     tell(f"{name}: run {turn + 1} of {repeat}")
-                    seconds.setdefault(name, []).append(workers[name].run()[0])
+                    wall, used = workers[name].run()
+                    seconds.setdefault(name, []).append(wall)
+                    cpu.setdefault(name, []).append(used)
             memory = {name: workers[name].finish()["memory"] for name in names}
         except ContenderError as error:
             raise Sam3xError(str(error), subject=name, step=Step.BENCH) from error
@@ -149,15 +155,16 @@ def bench_pipeline(
             start_seconds=starts[name][0],
             first_seconds=starts[name][1],
             seconds=tuple(seconds[name]),
+            cpu_seconds=tuple(cpu[name]),
             peak_mb=memory[name]["peak"],
             run_mb=memory[name]["peak_run"] - memory[name]["loaded"] if memory[name]["restarted"] else None,
             detections=len(scores[name]),
         )
         for name in names
     }
-    ratio = gap = None
+    ratio = cpu_ratio = gap = None
     if eager:
-        ratio = statistics.median(ours / theirs for ours, theirs in zip(seconds["pipeline"], seconds["eager"], strict=True))
+        ratio, cpu_ratio = _ratio(seconds), _ratio(cpu)
         if len(scores["pipeline"]) != len(scores["eager"]):
             raise Sam3xError(f"the pipeline found {len(scores['pipeline'])}, eager {len(scores['eager'])}", step=Step.BENCH)
         gap = float(abs(scores["pipeline"] - scores["eager"]).max()) if len(scores["eager"]) else 0.0
@@ -173,8 +180,13 @@ def bench_pipeline(
         threads=threads,
         contenders=found,
         ratio=ratio,
+        cpu_ratio=cpu_ratio,
         largest_score_gap=gap,
     )
+
+
+def _ratio(rounds: dict[str, list[float]]) -> float:
+    return statistics.median(ours / theirs for ours, theirs in zip(rounds["pipeline"], rounds["eager"], strict=True))
 
 
 def _component(folder: Path, spec: ComponentSpec) -> ComponentMetrics:

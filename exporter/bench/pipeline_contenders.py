@@ -120,11 +120,27 @@ class EagerPipelineContender:
         return {"weights_sha256": self.model.weights_sha256}
 
 
+def noise_features(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Features of a picture that no vision encoder of this process made: its freed memory would hide what a click takes."""
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    return {name: draw.standard_normal(shape, dtype=np.float32) for name, shape in sorted(shapes.items())}
+
+
 class ClickContender(PipelineContender):
-    """A click on the middle of a picture that is encoded already, by the runtime: three masks, the best stretched."""
+    """A click on the middle of a picture whose features are there, by the runtime: three masks, the best one stretched."""
 
     def inputs(self) -> dict[str, Any]:
-        self.image = self.segmenter.encode(super().inputs()["picture"])
+        from sam3x.runtime import EncodedImage
+        from sam3x.runtime.pictures import open_picture
+        from sam3x.sources.names import INTERACTIVE_HEAD
+
+        self.segmenter._components.open(INTERACTIVE_HEAD)  # as eager has loaded its own
+        manifest = self.segmenter.manifest
+        shapes = {item.name: (1, *map(int, item.shape[1:])) for item in manifest.component("vision_encoder").outputs}
+        picture, tensors = open_picture(super().inputs()["picture"]), noise_features(shapes)
+        self.image = EncodedImage(picture=picture, tensors=tensors, weights_sha256=manifest.weights_sha256)
         return {}
 
     def _run(self, arrays: dict[str, Any]) -> np.ndarray:
@@ -135,33 +151,28 @@ class ClickContender(PipelineContender):
 
 
 class EagerClickContender(EagerPipelineContender):
-    """The same through upstream's own modules in torch: masks of the low resolution, not stretched."""
+    """The same through upstream's own prompt encoder and mask decoder in torch: masks of the low resolution, not stretched."""
 
     def inputs(self) -> dict[str, Any]:
         import torch
 
-        from sam3x.runtime.pictures import open_picture, to_tensor
+        from sam3x.runtime.manifest import load_manifest
         from sam3x.sources.names import INTERACTIVE_HEAD
 
         model = self.model
         self.head = next(item for item in model.components if item.name == INTERACTIVE_HEAD)
-        picture = open_picture(self.job["picture"] or noise_picture())
-        image = torch.from_numpy(to_tensor(picture, model.image_size, model.mean, model.std))
-        with torch.inference_mode():
-            vision = model.components[0].eager({"image": image})
-        size = vision["high_res_feats_0"].shape[-2:]
-        middle = [[[model.image_size / 2] * 2, [0.0, 0.0]]]
+        outputs = load_manifest(self.job["path"], check=False).component("vision_encoder").outputs
+        tensors = noise_features({item.name: (1, *map(int, item.shape[1:])) for item in outputs})
+        middle = model.image_size / 2
         return {
-            **{name: vision[name] for name in ("image_embed", "high_res_feats_0", "high_res_feats_1")},
-            "point_coords": torch.tensor(middle),
-            "point_labels": torch.tensor([[1, -1]]),
-            "mask_input": torch.zeros((1, 1, *size)),
-            "has_mask_input": torch.tensor([False]),
+            **{name: torch.from_numpy(tensors[name]) for name in ("image_embed", "high_res_feats_0", "high_res_feats_1")},
+            "point_coords": torch.tensor([[[middle, middle]]]),
+            "point_labels": torch.tensor([[1]]),
         }
 
     def _run(self, arrays: dict[str, Any]) -> np.ndarray:
         import torch
 
         with torch.inference_mode():
-            found = self.head.eager(arrays)
-        return found["iou_predictions"][0, 1:].numpy()
+            _, scores = self.head.module.of_points(**arrays)
+        return scores.ravel().numpy()

@@ -17,7 +17,9 @@ def bench_pipeline(
     module: Annotated[str | None, typer.Option(help="The same.", metavar="PACKAGE.MODULE:FACTORY")] = None,
     picture: Annotated[Path | None, typer.Option(help="Default: 1008x1008 pixels of noise.", metavar="PICTURE")] = None,
     threshold: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Detections score above it.")] = None,
-    click: Annotated[bool, typer.Option("--click", help="A click on the encoded picture, in place of a search.")] = False,
+    click: Annotated[
+        bool, typer.Option("--click", help="A click on a picture whose features are there, in place of a search.")
+    ] = False,
     eager: Annotated[bool, typer.Option("--eager/--no-eager", help="Run the source beside it.")] = True,
     threads: Annotated[int, typer.Option(min=1, help="Of both.")] = 2,
     repeat: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 3,
@@ -58,11 +60,14 @@ def measure_pipeline(folder: Path, *, page: Path | None, as_json: bool, quiet: b
     with shown_steps(quiet) as steps:
         report = benchmark.bench_pipeline(folder, **options, tell=steps.begin)
         steps.end()
+    from sam3x.artifact.manifest import SEGMENTER
     from sam3x.cli import bench_pipeline_views as views
 
     if page is not None:
         source = [word for name in ("checkpoint", "module") if options[name] for word in (f"--{name}", str(options[name]))]
-        export = ["sam3x", "export", "--pipeline", *source, "-o", str(folder)]
+        whole = {"decoder", SEGMENTER} & set(report.components)
+        parts = [] if whole else ["--components", ",".join(report.components)]
+        export = ["sam3x", "export", "--pipeline", *source, *parts, "-o", str(folder)]
         own = ["--baseline", "eager"] if command == "bench" and options["eager"] else []
         words = ["sam3x", command, str(folder), *source, *own]
         asked = {name: options[name] for name in ("threads", "repeat", "picture", "threshold")}

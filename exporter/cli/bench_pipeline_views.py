@@ -24,7 +24,8 @@ def summary(report: PipelineReport) -> list[str]:
         f"{peak / weights:.2f} of the {weights:,.0f} MB of files",
     ]
     if report.ratio is not None:
-        lines.append(f"latency {report.ratio:.2f} of eager, scores within {report.largest_score_gap:.1e}")
+        cpu = "" if report.cpu_ratio is None else f", CPU time {report.cpu_ratio:.2f}"
+        lines.append(f"latency {report.ratio:.2f} of eager{cpu}, scores within {report.largest_score_gap:.1e}")
     return lines
 
 
@@ -48,7 +49,7 @@ def _page(report: PipelineReport, command: str, export_command: str) -> Iterator
     yield from ("Made by the commands below; a figure here is changed by running them again.", "")
     yield from ("```", export_command, command, "```", "")
     picture = report.picture or "A picture of noise, 1008×1008 pixels,"
-    what = "encoded before, and one click on its middle" if report.click else "and one prompt"
+    what = "its features drawn at random, and one click on its middle" if report.click else "and one prompt"
     yield f"{picture} {what}, {report.threads} threads. Each contender runs in a process of its own, loaded first, then"
     yield from ("in turn; ratios are medians of the rounds' own.", "")
     yield f"- Machine: {machine_text(report.machine)}"
@@ -63,7 +64,8 @@ def _page(report: PipelineReport, command: str, export_command: str) -> Iterator
     yield from ("", "- **start**: from the start of the process to open files, every hash compared (eager: to a loaded model).")
     yield "- **first result**: from there; a component's file is opened when it is first needed."
     yield "- **peak memory**: highest resident memory of the process, from its start to its end."
-    yield "- **above loaded**: the same of the runs alone, above what was resident before the first."
+    yield "- **above loaded**: the same of the runs alone, above what was resident before the first. What loading has freed is"
+    yield "  used again and not counted: a bound from below, most of all for eager."
     yield "- **export** of a component: capture, passes, lowering, verification."
 
 

@@ -40,6 +40,12 @@ class Components:
         Raises:
             ArtifactError: the file cannot be opened or run, or ``close`` was called.
         """
+        spec, runner = self.manifest.component(name), self.open(name)
+        with _failing(spec, "run", Step.RUN):
+            return run_component(spec, runner, tensors)
+
+    def open(self, name: str) -> Runner:
+        """The runner of component ``name``, its file opened if it is not yet; raises ``ArtifactError`` as ``run``."""
         spec = self.manifest.component(name)
         if self._runners is None:
             raise ArtifactError(
@@ -48,9 +54,7 @@ class Components:
         if name not in self._runners:
             with _failing(spec, "opened", Step.LOAD):
                 self._runners[name] = self._target.load_runner(self.folder / spec.file, **self._settings)
-        runner = self._runners[name]
-        with _failing(spec, "run", Step.RUN):
-            return run_component(spec, runner, tensors)
+        return self._runners[name]
 
     def close(self) -> None:
         """Let go of every file and its memory."""

@@ -209,6 +209,28 @@ class InteractiveHead(nn.Module):
                 several, several_iou, *_ = decoder(**prompts, multimask_output=True)
         return torch.cat([single, several], dim=1), torch.cat([single_iou, several_iou], dim=1)
 
+    def of_points(
+        self,
+        point_coords: Tensor,
+        point_labels: Tensor,
+        image_embed: Tensor,
+        high_res_feats_0: Tensor,
+        high_res_feats_1: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """What upstream's predictor runs for an object's points and ``multimask_output=True``, for benchmarks: nothing more."""
+        sparse, dense = self.prompt_encoder(points=(point_coords, point_labels), boxes=None, masks=None)
+        with adaptations.sdp_kernels_kept():
+            masks, scores, *_ = self.mask_decoder(
+                image_embeddings=image_embed,
+                image_pe=self.prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=True,
+                repeat_image=False,
+                high_res_features=[high_res_feats_0, high_res_feats_1],
+            )
+        return masks, scores
+
 
 def padded(decoder: Any, point_labels: Tensor) -> tuple[list[nn.Module], Tensor]:
     """The attention of a mask decoder whose keys are its tokens, and which of those are padding, (objects, tokens) bool."""

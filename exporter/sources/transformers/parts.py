@@ -216,3 +216,24 @@ class InteractiveHead(nn.Module):
                 high_resolution_features=[high_res_feats_0, high_res_feats_1],
             )
         return masks[:, 0], scores[:, 0]
+
+    def of_points(
+        self,
+        point_coords: Tensor,
+        point_labels: Tensor,
+        image_embed: Tensor,
+        high_res_feats_0: Tensor,
+        high_res_feats_1: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """What upstream runs for one object's points and ``multimask_output=True``, for benchmarks: nothing more."""
+        points = {"input_points": point_coords[:, None], "input_labels": point_labels[:, None]}
+        sparse, dense = self.model.prompt_encoder(**points, input_boxes=None, input_masks=None)
+        masks, scores, *_ = self.model.mask_decoder(
+            image_embeddings=image_embed,
+            image_positional_embeddings=self.model.get_image_wide_positional_embeddings(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=True,
+            high_resolution_features=[high_res_feats_0, high_res_feats_1],
+        )
+        return masks[:, 0], scores[:, 0]
