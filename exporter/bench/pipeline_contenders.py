@@ -160,7 +160,7 @@ class EagerClickContender(EagerPipelineContender):
         from sam3x.sources.names import INTERACTIVE_HEAD
 
         model = self.model
-        self.head = next(item for item in model.components if item.name == INTERACTIVE_HEAD)
+        self.head: Any = next(item.module for item in model.components if item.name == INTERACTIVE_HEAD)
         outputs = load_manifest(self.job["path"], check=False).component("vision_encoder").outputs
         tensors = noise_features({item.name: (1, *map(int, item.shape[1:])) for item in outputs})
         middle = model.image_size / 2
@@ -174,5 +174,5 @@ class EagerClickContender(EagerPipelineContender):
         import torch
 
         with torch.inference_mode():
-            _, scores = self.head.module.of_points(**arrays)
+            _, scores = self.head.of_points(**arrays)
         return scores.ravel().numpy()
