@@ -44,7 +44,9 @@ class Constants:
         node.target = node.name
         node.meta["val"] = self.fake_mode.from_tensor(value, static_shapes=True)
         name = node.name.removeprefix("p_")
-        while name in self.program._state_dict:
+        # torch.onnx names a weight after its target and everything else after its node: a buffer's node may have the name
+        taken = {*self.program._state_dict, *(item.name for item in graph.nodes)}
+        while name in taken:
             name += "_"
         spec = InputSpec(InputKind.PARAMETER, TensorArgument(name=node.name), name)
         self.program.graph_signature.input_specs.insert(0, spec)

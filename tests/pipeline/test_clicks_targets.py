@@ -110,6 +110,14 @@ def test_an_object_is_answered_as_if_alone(objects: list[Click], head: Head) -> 
         torch.testing.assert_close(together[name][:1, 1:], value[:, 1:], atol=1e-5 * float(value.abs().max()), rtol=0)
 
 
+def test_a_head_in_half_precision_is_as_near_as_rounding(tmp_path: Path) -> None:
+    """Its table of positions is read in float16 for points and in float32 for the picture."""
+    options: dict[str, Any] = {"components": [INTERACTIVE_HEAD], "precision": "fp16"}
+    manifest = export_pipeline(random_image_source(WITH_CLICKS), output=tmp_path / "out", **options)
+    (item,) = manifest.components
+    assert manifest.verified and all(1e-6 < record.max_rel < 1e-2 for record in item.verification)
+
+
 def test_an_engine_of_the_head_is_built_and_says_that_it_was_not_run(tmp_path: Path) -> None:
     options: dict[str, Any] = {"target": "trt", "components": [INTERACTIVE_HEAD], **TARGETS["trt"]}
     manifest = export_pipeline(random_image_source(WITH_CLICKS), output=tmp_path / "out", **options)
