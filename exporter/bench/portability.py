@@ -30,9 +30,6 @@ FORMS: Mapping[str, Mapping[str, Any]] = {
     "select": {"branches": "select"},
     "ort": {"attention": "ort"},
     "decomposed": {"attention": "decomposed"},
-    "fp16": {"precision": "fp16"},
-    "fp16, ort": {"precision": "fp16", "attention": "ort"},
-    "int8": {"precision": "int8"},
 }
 """Name → options of ``sam3x.export``; the encoder is small, and its attention may take little, so that it is in loops."""
 

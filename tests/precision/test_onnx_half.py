@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import sam3x
 from sam3x import api
-from sam3x.bench.tools import attempt, missing
+from sam3x.bench.runtimes import measure, write_file
+from sam3x.bench.tools import TOOLS, missing
 from sam3x.capture.samples import Sizes, make_inputs
 from sam3x.errors import SpecError, VerificationError
 from sam3x.passes.precision import autocast
@@ -173,11 +174,8 @@ def test_a_whole_pipeline_has_eagers_masks(fuse: bool, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_onnxruntime_web_runs_it(tmp_path: Path) -> None:
-    from sam3x.bench.portability import encoder_files
-    from sam3x.bench.tools import TOOLS
-
     absent = missing(TOOLS["onnxruntime-web"])
     if absent:
         pytest.skip(absent)
-    off = attempt("onnxruntime-web", encoder_files(tmp_path, ("fp16",))["fp16"])
-    assert off is not None and off < 3e-3
+    write_file(tmp_path / "out", "webgpu", "fp16")
+    assert measure("onnxruntime-web, WASM", tmp_path / "out").off < 3e-3
