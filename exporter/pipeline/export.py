@@ -173,8 +173,12 @@ def measured(model: Model, request: Request) -> TypeGuard[ImageModel]:
 
 
 def _notes(made: Sequence[ComponentSpec]) -> list[str]:
-    """What the components' files should be known by, under their names where there are several."""
-    return [note if len(made) == 1 else f"{item.name}: {note}" for item in made for note in item.notes]
+    """What the components' files should be known by, under their names where it is not known of all."""
+    found: dict[str, list[str]] = {}
+    for item in made:
+        for note in item.notes:
+            found.setdefault(note, []).append(item.name)
+    return [note if len(names) == len(made) else f"{', '.join(names)}: {note}" for note, names in found.items()]
 
 
 def _weight(component: Component) -> int:
