@@ -16,8 +16,7 @@ from sam3x.pipeline import export as exporter
 from sam3x.pipeline.request import Request, resolve
 from sam3x.sources import encoder as sources
 from sam3x.targets import registry
-from sam3x.targets.base import TargetOptions
-from sam3x.targets.onnx.target import OnnxTarget
+from sam3x.targets.onnx.target import OnnxOptions, OnnxTarget
 from support.command_line import run
 
 MANIFEST = Manifest(
@@ -121,7 +120,7 @@ def test_options_reach_the_api_and_unset_ones_do_not(
         assert getattr(got, name) == getattr(wanted, name), name
 
 
-class TheirOptions(TargetOptions):
+class TheirOptions(OnnxOptions):
     mood: Literal["calm", "brisk"] = Field("calm", description="how it runs.")
     depth: int = 2
     rounded: bool = True
