@@ -121,25 +121,34 @@ def test_the_program_of_the_page_gives_what_python_gives(tiny_pipeline: Path, wr
     np.testing.assert_allclose(clicked["box"], best.boxes[0], atol=1)
 
 
-@pytest.mark.long
-def test_tokens_are_those_of_python(tiny_pipeline: Path, written: Callable[[Path], Path]) -> None:
-    from sam3x.runtime import Segmenter
+TEXTS = (
+    "dog",
+    "  The “dog”'s\tRED  car!! 42",
+    "naïve café — ДОМ 犬 🐕",
+    "R&amp;amp;D &lt;b&gt; &#39;x&#x27;",
+    "don't we'll",
+    "red circle of no word",
+    "a " * 90,
+)
 
-    texts = [
-        "dog",
-        "  The “dog”'s\tRED  car!! 42",
-        "naïve café — ДОМ 犬 🐕",
-        "R&amp;amp;D &lt;b&gt; &#39;x&#x27;",
-        "don't we'll",
-        "a " * 90,
-    ]
-    code = (
-        program().partition("const [width")[0]
-        + "console.log(JSON.stringify(process.argv.slice(2).map((text) => segmenter.ids(text))));"
-    )
-    assert json.loads(node(code, written(tiny_pipeline), *texts)) == [
-        Segmenter(tiny_pipeline).tokenizer(text) for text in texts
-    ]
+
+@pytest.mark.long
+@pytest.mark.parametrize("whose", ("tiny_pipeline", "demo"))
+def test_tokens_are_those_of_python(whose: str, request: pytest.FixtureRequest, node_modules: Path, tmp_path: Path) -> None:
+    """Byte pairs, and whole words of which some are unknown."""
+    from sam3x.demo import WEIGHTS
+    from sam3x.runtime.text import Tokenizer
+
+    path = (WEIGHTS if whose == "demo" else request.getfixturevalue(whose)) / "tokenizer.json"
+    (tmp_path / "node_modules").symlink_to(node_modules)
+    code = f"""import {{ Tokenizer }} from "@huggingface/tokenizers"; import {{ readFileSync }} from "node:fs";
+        import {{ Segmenter }} from "{MODULE}";
+        const tokenizer = new Tokenizer(JSON.parse(readFileSync("{path}")), {{}});
+        const manifest = {{ context_length: 32, unescape_html: true, components: [] }};
+        const segmenter = new Segmenter({{ manifest, tokenizer }});
+        console.log(JSON.stringify(process.argv.slice(2).map((text) => segmenter.ids(text))));"""
+    python = Tokenizer(path, 32, unescape_html=True)
+    assert json.loads(node(code, tmp_path, *TEXTS)) == [python(text) for text in TEXTS]
 
 
 @pytest.fixture

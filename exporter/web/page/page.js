@@ -2,9 +2,9 @@
 
 const $ = (id) => document.getElementById(id);
 const SMALL = 1e8; // bytes that are loaded without asking
-const MOST = 4e6; // pixels of the masks that are shown; saved ones are as large as the picture
+const [LEAST, MOST] = [1400, 4e6]; // longer side, and pixels, of the masks that are shown; saved ones are as large as the picture
 
-const state = { ready: false, bitmap: null, size: null, marks: [], found: [], only: null, file: null, encoded: false };
+const state = { ready: false, bitmap: null, size: null, marks: [], found: [], only: null, file: null, encoded: false, took: "" };
 const worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
 const waiting = new Map();
 let number = 0;
@@ -54,7 +54,7 @@ function show(progress) {
   const { words, done, total } = progress ?? {};
   const share = total ? ` ${megabytes(done)} of ${megabytes(total)}` : "";
   const what = mode() === "find" ? "Type words, or draw a box." : "Click on an object, or draw a box around it.";
-  const rest = state.encoded ? (asked() ? "" : what) : state.ready ? "Ready for a picture." : "";
+  const rest = state.encoded ? (asked() ? state.took : what) : state.ready ? "Ready for a picture." : "";
   $("words").textContent = progress ? `${words}${share} …` : rest;
   $("progress").hidden = !progress;
   if (total) $("progress").value = done / total;
@@ -68,6 +68,7 @@ function complain(words) {
 }
 
 const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB`;
+const seconds = (begun) => `${((performance.now() - begun) / 1000).toFixed(1)} s`;
 const mode = () => document.querySelector("[name=mode]:checked").value;
 const tool = () => document.querySelector("[name=tool]:checked").value;
 
@@ -132,12 +133,15 @@ function choose(file) {
     } catch {
       throw new Error(`${file.name} cannot be read as a picture. Give a JPEG, PNG, WebP, GIF or AVIF file.`);
     }
-    const scale = Math.min(1, Math.sqrt(MOST / (bitmap.width * bitmap.height)));
-    Object.assign(state, { file, bitmap, size: { width: bitmap.width, height: bitmap.height }, scale });
-    for (const canvas of [$("picture"), $("over")]) {
-      [canvas.width, canvas.height] = [Math.max(1, Math.round(bitmap.width * scale)), Math.max(1, Math.round(bitmap.height * scale))];
+    const { width, height } = bitmap;
+    const fitting = Math.sqrt(MOST / (width * height));
+    const scale = Math.min(fitting, Math.max(1, LEAST / Math.max(width, height)));
+    Object.assign(state, { file, bitmap, size: { width, height }, scale });
+    for (const [canvas, share] of [[$("picture"), Math.min(fitting, 1)], [$("over"), scale]]) {
+      [canvas.width, canvas.height] = [Math.max(1, Math.round(width * share)), Math.max(1, Math.round(height * share))];
     }
     $("picture").getContext("2d").drawImage(bitmap, 0, 0, $("picture").width, $("picture").height);
+    $("frame").style.setProperty("--shape", width / height);
     $("drop").firstElementChild.textContent = "Another picture";
     $("drop").classList.add("small");
     $("frame").hidden = false;
@@ -147,8 +151,9 @@ function choose(file) {
 }
 
 async function encode() {
+  const begun = performance.now();
   await work("encode", { file: state.file });
-  state.encoded = true;
+  Object.assign(state, { encoded: true, took: `Encoded in ${seconds(begun)}.` });
   if (asked()) await ask();
 }
 
@@ -171,7 +176,9 @@ async function ask() {
       ? { prompts: prompts(), threshold: Number($("threshold").value) }
       : { points: points.map(({ at }) => at), labels: points.map(({ kind }) => kind === "point"), box };
   state.only = null;
+  const begun = performance.now();
   state.found = await work(mode() === "find" ? "segment" : "click", given);
+  state.took = `Answered in ${seconds(begun)}.`;
   state.found.forEach((item, index) => (item.colour = colour(index)));
   listFound(true);
   await paint();
@@ -287,8 +294,9 @@ function marks() {
   const canvas = $("over");
   const pen = canvas.getContext("2d");
   pen.clearRect(0, 0, canvas.width, canvas.height);
-  over(pen, state.scale);
-  const line = Math.max(2, canvas.width / 300);
+  const unit = canvas.width / (canvas.clientWidth || canvas.width); // of a pixel on the screen
+  over(pen, state.scale, unit);
+  const line = 2 * unit;
   const drawn = drag?.at ? [...state.marks, drag] : state.marks;
   for (const { at, kind } of drawn) {
     const [x, y, x1, y1] = at.map((value) => value * state.scale);
@@ -306,24 +314,26 @@ function marks() {
   canvas.setAttribute("aria-label", count ? `${count} found: ${state.found.map(({ label }) => label).join(", ")}` : "The picture");
 }
 
+new ResizeObserver(() => state.bitmap && marks()).observe($("over"));
+
 /** Masks, boxes and words over the picture. */
-function over(pen, scale) {
+function over(pen, scale, unit) {
   const { width, height } = pen.canvas;
   if (masks) pen.drawImage(masks, 0, 0, width, height);
-  const line = Math.max(1, Math.round(Math.max(width, height) / 400));
+  const size = 14 * unit;
   pen.setLineDash([]);
-  pen.font = `${Math.max(12, Math.round(width / 55))}px system-ui, sans-serif`;
+  pen.font = `${size}px system-ui, sans-serif`;
   pen.textBaseline = "top";
   state.found.forEach(({ box, label, score, colour }, index) => {
     if (state.only !== null && state.only !== index) return;
     const [x0, y0, x1, y1] = box.map((value) => value * scale);
     const words = `${label} ${score.toFixed(2)}`;
-    Object.assign(pen, { strokeStyle: css(colour), fillStyle: css(colour), lineWidth: line });
+    Object.assign(pen, { strokeStyle: css(colour), fillStyle: css(colour), lineWidth: 1.5 * unit });
     pen.strokeRect(x0, y0, x1 - x0, y1 - y0);
     const [x, y] = [Math.max(x0, 0), Math.max(y0, 0)];
-    pen.fillRect(x, y, pen.measureText(words).width + 6, parseInt(pen.font) + 4);
+    pen.fillRect(x, y, pen.measureText(words).width + 0.5 * size, 1.3 * size);
     pen.fillStyle = "#000";
-    pen.fillText(words, x + 3, y + 2);
+    pen.fillText(words, x + 0.25 * size, y + 0.2 * size);
   });
 }
 
@@ -391,7 +401,7 @@ $("save-picture").onclick = () =>
     const canvas = new OffscreenCanvas(width, height);
     const pen = canvas.getContext("2d");
     pen.drawImage(state.bitmap, 0, 0);
-    over(pen, 1);
+    over(pen, 1, Math.max(width, height) / 900);
     save(await canvas.convertToBlob({ type: "image/png" }), "png");
   });
 

@@ -116,7 +116,9 @@ export class Segmenter {
     if (!this.tokenizer) throw new PromptError("The pipeline was exported without a vocabulary, so words cannot be read.");
     const { context_length: most, unescape_html: unescape } = this.manifest;
     const clean = unescape ? unescaped(unescaped(text)) : text;
-    const { ids } = this.tokenizer.encode(clean.split(/\s+/u).filter(Boolean).join(" "));
+    const unknown = this.tokenizer.token_to_id(this.tokenizer.tokenizer?.model?.unk_token); // WordLevel leaves holes
+    const found = this.tokenizer.encode(clean.split(/\s+/u).filter(Boolean).join(" ")).ids;
+    const ids = found.map((id) => id ?? unknown).filter((id) => id !== undefined);
     return ids.length <= most ? ids : [...ids.slice(0, most - 1), ids.at(-1)];
   }
 
