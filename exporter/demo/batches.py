@@ -14,6 +14,7 @@ from sam3x.demo.questions import Question, fractions, questions
 from sam3x.demo.scenes import COLOURS, KINDS, SIZE, TEXTURES, Drawn, Scene, draw, scene
 
 _SEEDS = 0  # the first number of every training seed; the held-out set begins its with 1
+_OTHER = 0.3  # share of shapes whose colour has no name
 _SHAKE = 0.06  # of example boxes, as people draw them: at most this share of their sides
 
 
@@ -29,7 +30,7 @@ class Batch:
 def batch(seed: int, step: int, pictures: int, prompts: int) -> Batch:
     """Batch ``step``: ``pictures`` new ones with ``prompts`` questions each."""
     rng = np.random.default_rng([_SEEDS, seed, step])
-    scenes = [scene(rng) for _ in range(pictures)]
+    scenes = [scene(rng, other=_OTHER) for _ in range(pictures)]
     return batch_of(rng, scenes, [questions(rng, item, prompts) for item in scenes])
 
 
@@ -96,7 +97,8 @@ def _looks(made: Scene, shares: Tensor) -> Tensor:
     for names, attribute in ((KINDS, "kind"), (tuple(COLOURS), "colour"), (TEXTURES, "texture")):
         own = torch.zeros((len(names), shares.shape[-1]))
         for shape, share in zip(made.shapes, shares, strict=True):
-            own[names.index(getattr(shape, attribute))] += share
+            if getattr(shape, attribute) in names:
+                own[names.index(getattr(shape, attribute))] += share
         columns.append(own)
     return torch.cat(columns).T
 

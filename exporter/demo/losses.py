@@ -17,7 +17,7 @@ from sam3x.demo.scenes import COLOURS, KINDS, TEXTURES
 
 _CLASS, _PRESENCE, _L1, _GIOU = 20.0, 5.0, 5.0, 2.0
 _POSITIVE = 1.5  # upstream has 10, of 200 queries: here it would answer twice rather than not at all
-_PIXELS, _DICE, _EVERYTHING, _LOOKS, _EXTENTS, _MEANT = 24.0, 5.0, 2.0, 12.0, 15.0, 60.0
+_PIXELS, _DICE, _EVERYTHING, _LOOKS, _EXTENTS, _MEANT = 40.0, 20.0, 2.0, 12.0, 15.0, 60.0
 _FLAT = 1e-6
 
 

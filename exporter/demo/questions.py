@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sam3x.demo.scenes import COLOURS, KINDS, TEXTURES, Scene, Shape
+from sam3x.demo.scenes import COLOURS, KINDS, LEFT_OUT, OTHER, TEXTURES, Scene, Shape
 
 ANY = "shape"
 """The word for every kind: ``red shape``."""
@@ -46,12 +46,14 @@ def meant(scene: Scene, text: str) -> tuple[int, ...]:
 
 def _fits(shape: Shape, word: str) -> bool:
     kinds = (shape.kind, ANY)
-    return word in (shape.colour, shape.texture, *kinds, *map(plural, kinds))
+    return word != OTHER and word in (shape.colour, shape.texture, *kinds, *map(plural, kinds))
 
 
 def alike(scene: Scene, index: int) -> tuple[int, ...]:
     """What an example means: the shapes of its kind and colour."""
     one = scene.shapes[index]
+    if one.colour == OTHER:  # each is a colour of its own
+        return (index,)
     return tuple(i for i, other in enumerate(scene.shapes) if (other.kind, other.colour) == (one.kind, one.colour))
 
 
@@ -88,7 +90,8 @@ def _described(rng: np.random.Generator, shape: Shape) -> str:
         f"{shape.texture} {ANY}",
         ANY,
     )
-    return forms[rng.choice(len(forms), p=(0.27, 0.32, 0.13, 0.13, 0.06, 0.05, 0.04))]
+    text = forms[rng.choice(len(forms), p=(0.27, 0.32, 0.13, 0.13, 0.06, 0.05, 0.04))]
+    return " ".join(word for word in text.split() if word != OTHER)
 
 
 def _absent(rng: np.random.Generator, scene: Scene) -> str:
@@ -100,23 +103,28 @@ def _absent(rng: np.random.Generator, scene: Scene) -> str:
             rng,
             Shape(
                 kind=seen[0].kind if near else str(rng.choice(KINDS)),
-                colour=seen[1].colour if near else str(rng.choice(list(COLOURS))),
+                colour=seen[1].colour if near and seen[1].colour != OTHER else str(rng.choice(list(COLOURS))),
                 texture=seen[2].texture if near else str(rng.choice(TEXTURES)),
                 x=0,
                 y=0,
                 radius=0,
             ),
         )
-        if not meant(scene, text):
+        if not meant(scene, text) and not _left_out(text):  # else it would be learnt that there are none
             return text
     return _strange(rng, scene)
+
+
+def _left_out(text: str) -> bool:
+    return any({colour, kind} <= set(text.split()) for colour, kind in LEFT_OUT)
 
 
 def _strange(rng: np.random.Generator, scene: Scene) -> str:
     """Words with one that is unknown."""
     word = str(rng.choice(_STRANGE))
     shape = scene.shapes[rng.integers(len(scene.shapes))]
-    return str(rng.choice([word, f"{shape.colour} {word}", f"{word} {shape.kind}"]))
+    colour = str(rng.choice(list(COLOURS))) if shape.colour == OTHER else shape.colour
+    return str(rng.choice([word, f"{colour} {word}", f"{word} {shape.kind}"]))
 
 
 def _varied(rng: np.random.Generator, text: str) -> str:
@@ -138,12 +146,12 @@ def _boxed(rng: np.random.Generator, scene: Scene) -> Question:
         return Question(text=BOXES_ALONE, examples=(*positive, *negative), labels=labels, wanted=same)
     shape = scene.shapes[example]
     if form < 0.8:  # words but what is like the example
-        wide = [f"{shape.kind}", f"{shape.colour} {ANY}", ANY, f"{shape.texture} {ANY}"]
+        wide = [shape.kind, ANY, f"{shape.texture} {ANY}", *([] if shape.colour == OTHER else [f"{shape.colour} {ANY}"])]
         found = [(text, tuple(index for index in meant(scene, text) if index not in same)) for text in wide]
         useful = [item for item in found if item[1]]
         text, wanted = (useful or found)[int(rng.integers(len(useful or found)))]
         return Question(text=text, examples=(example,), labels=(False,), wanted=wanted)
-    text = f"{shape.colour} {shape.kind}"  # words, and an example of the same
+    text = shape.kind if shape.colour == OTHER else f"{shape.colour} {shape.kind}"  # words, and an example of the same
     return Question(text=text, examples=(example,), labels=(True,), wanted=meant(scene, text))
 
 

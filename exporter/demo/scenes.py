@@ -18,6 +18,9 @@ COLOURS = {
     "purple": (150, 60, 185),
     "white": (240, 240, 240),
 }
+OTHER = "other"
+"""Every colour that has no name here; its ``tint`` is the colour."""
+
 TEXTURES = ("plain", "striped", "dotted")
 LEFT_OUT = frozenset({("red", "star"), ("green", "circle"), ("blue", "cross"), ("yellow", "square"), ("purple", "triangle")})
 """Pairs of colour and kind that no training picture holds."""
@@ -76,11 +79,12 @@ def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
     return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1) if len(rows) else (0, 0, 0, 0)
 
 
-def scene(rng: np.random.Generator, *, left_out: float = 0.0) -> Scene:
+def scene(rng: np.random.Generator, *, left_out: float = 0.0, other: float = 0.0) -> Scene:
     """A scene drawn by lot.
 
     Args:
         left_out: share of the shapes that are one of ``LEFT_OUT``. 0, as in training: none is.
+        other: share of the shapes whose colour has no name, so that kinds are not told by colours.
     """
     shapes: list[Shape] = []
     for _ in range(int(rng.integers(1, _MOST + 1))):
@@ -88,6 +92,9 @@ def scene(rng: np.random.Generator, *, left_out: float = 0.0) -> Scene:
         if placed is None:
             break
         colour, kind = _look(rng, shapes, left_out)
+        tint = rng.uniform(-18, 18, 3)
+        if other and rng.random() < other:
+            colour, tint = OTHER, _unnamed(rng)
         shapes.append(
             Shape(
                 kind=kind,
@@ -97,7 +104,7 @@ def scene(rng: np.random.Generator, *, left_out: float = 0.0) -> Scene:
                 y=placed[1],
                 radius=placed[2],
                 angle=float(rng.uniform(-0.5, 0.5)),
-                tint=tuple(float(value) for value in rng.uniform(-18, 18, 3)),  # type: ignore[arg-type]
+                tint=tuple(float(value) for value in tint),  # type: ignore[arg-type]
             )
         )
     grays = rng.uniform(50, 140, 2)
@@ -123,14 +130,24 @@ def _look(rng: np.random.Generator, shapes: list[Shape], left_out: float) -> tup
     """Colour and kind: often those of a shape that is there, so that a word means several."""
     if rng.random() < left_out:
         return sorted(LEFT_OUT)[rng.integers(len(LEFT_OUT))]
+    named = [shape for shape in shapes if shape.colour != OTHER]
     while True:
         colour, kind = str(rng.choice(list(COLOURS))), str(rng.choice(KINDS))
-        if shapes and rng.random() < 0.5:
-            other = shapes[rng.integers(len(shapes))]
+        if named and rng.random() < 0.5:
+            other = named[rng.integers(len(named))]
             colour = other.colour if rng.random() < 0.6 else colour
             kind = other.kind if rng.random() < 0.6 else kind
         if (colour, kind) not in LEFT_OUT:
             return colour, kind
+
+
+def _unnamed(rng: np.random.Generator) -> np.ndarray:
+    """A colour that is far from every one that has a name, and from gray."""
+    named = np.array(list(COLOURS.values()))
+    while True:
+        colour = rng.uniform(20, 240, 3)
+        if np.linalg.norm(named - colour, axis=1).min() > 75 and np.ptp(colour) > 60:
+            return colour
 
 
 def draw(scene: Scene, size: int) -> Drawn:
@@ -141,7 +158,7 @@ def draw(scene: Scene, size: int) -> Drawn:
     coverage = np.zeros((len(scene.shapes), size, size), dtype=np.float32)
     for index, shape in enumerate(scene.shapes):
         rows, columns, alpha, shade = _painted(shape, size)
-        colour = np.array(COLOURS[shape.colour], dtype=np.float32) + np.array(shape.tint, dtype=np.float32)
+        colour = np.array(COLOURS.get(shape.colour, (0, 0, 0)), dtype=np.float32) + np.array(shape.tint, dtype=np.float32)
         here = pixels[rows, columns]
         here += alpha[..., None] * (shade[..., None] * colour - here)
         coverage[:index, rows, columns] *= 1 - alpha

@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--cooldown", type=int, default=6_000, help="last steps, in which the learning rate falls")
     parser.add_argument("--pictures", type=int, default=12)
     parser.add_argument("--prompts", type=int, default=2, help="of each picture")
-    parser.add_argument("--masks", type=int, default=6, help="prompts of a step whose masks are computed")
+    parser.add_argument("--masks", type=int, default=8, help="prompts of a step whose masks are computed")
     parser.add_argument("--rate", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", type=int, default=250, help="steps from one check to the next")

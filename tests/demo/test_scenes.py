@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sam3x.demo.held_out import PROMPTS, cases, held_out
 from sam3x.demo.questions import BOXES_ALONE, alike, meant, phrases, questions
-from sam3x.demo.scenes import COLOURS, KINDS, LEFT_OUT, SIZE, Scene, Shape, draw, scene
+from sam3x.demo.scenes import COLOURS, KINDS, LEFT_OUT, OTHER, SIZE, Scene, Shape, draw, scene
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -46,7 +46,11 @@ def test_training_never_draws_what_is_left_out_and_the_held_out_set_does() -> No
     def looks(scenes: list[Scene]) -> set[tuple[str, str]]:
         return {(shape.colour, shape.kind) for made in scenes for shape in made.shapes}
 
-    assert not looks([scene(np.random.default_rng(seed)) for seed in range(300)]) & LEFT_OUT
+    training = [scene(np.random.default_rng(seed), other=0.3) for seed in range(300)]
+    assert not looks(training) & LEFT_OUT
+    rng = np.random.default_rng(0)
+    texts = [question.text for made in training for question in questions(rng, made, 4)]
+    assert not [text for text in texts for pair in LEFT_OUT if set(pair) <= set(text.split())]
     assert looks([held_out(index).scene for index in range(60)]) >= LEFT_OUT
 
 
@@ -90,3 +94,12 @@ def test_the_held_out_set_asks_for_what_is_there_and_what_is_not() -> None:
     assert max(len(item.boxes) for item in asked) > 1
     for first, second in zip(some, cases(20), strict=True):
         np.testing.assert_array_equal(first.picture, second.picture)
+
+
+def test_colours_without_a_name_are_far_from_those_with_one() -> None:
+    rng = np.random.default_rng(1)
+    shapes = [shape for _ in range(60) for shape in scene(rng, other=0.5).shapes if shape.colour == OTHER]
+    assert len(shapes) > 40
+    for shape in shapes:
+        assert min(np.linalg.norm(np.subtract(shape.tint, value)) for value in COLOURS.values()) > 75
+        assert not meant(Scene(shapes=(shape,)), OTHER) and meant(Scene(shapes=(shape,)), shape.kind) == (0,)
