@@ -88,10 +88,8 @@ def fidelity(
         given = (("annotations", annotations), ("pictures", pictures), ("limit", limit), ("markdown", page))
         words += [word for name, value in given if value is not None for word in (f"--{name}", str(value))]
         if page is not None:
-            what = (
-                f"The pictures are those of {annotations.name}" if annotations else "The pictures are the demo's held-out set"
-            )
-            page.write_text(report.markdown(contenders, shlex.join(words), what), encoding="utf-8")
+            of = "the demo's held-out set" if annotations is None else annotations.name
+            page.write_text(report.markdown(contenders, shlex.join(words), of), encoding="utf-8")
         if as_json:
             typer.echo(json.dumps(report.document(contenders), indent=2))
         elif not quiet:
