@@ -27,6 +27,9 @@ LARGEST_FILE = (1 << 31) - 1
 WASM_MEMORY = 1 << 32
 """Bytes that 32-bit WebAssembly can address: weights, and what a component computes."""
 
+OPEN_TOGETHER = 1 << 30
+"""Bytes of files whose sessions stay open together; of a larger model one component is open at a time."""
+
 _PAGE = Path(__file__).parent / "page"
 _FOLDERS = {ORT.name: "ort", TOKENIZERS.name: "tokenizers"}
 _FUSED = (*DETECTOR[:2], SEGMENTER)
@@ -78,7 +81,8 @@ def opened_site(folder: str | Path, node_modules: Path | None = None) -> Iterato
             raise SpecError(fact, remedy="Export into another folder.", step=Step.WEB)
         sizes = {item: path.stat().st_size for item, path in exported.items()}
         too_large = _too_large(manifest, sizes)
-        facts = {"versions": versions, "bytes": sizes, "words": words, "clicks": clicks, "too_large": too_large}
+        asked = {"words": words, "clicks": clicks, "too_large": too_large}
+        facts = {"versions": versions, "bytes": sizes, "open_together": OPEN_TOGETHER, **asked}
         (scratch / SITE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         files |= {**exported, SITE: scratch / SITE}
         known = manifest.files  # their hashes have just been compared

@@ -221,6 +221,24 @@ def test_what_is_too_large_is_said_before_it_is_loaded(
         page.ready()
 
 
+def test_a_model_that_does_not_fit_at_once_is_opened_a_component_at_a_time(
+    site: Site, serving: Callable[..., Any], browse: Callable[..., Any], picture: Path, segmenter: Segmenter, tmp_path: Path
+) -> None:
+    import json
+
+    facts = json.loads(site.files["site.json"].read_text())
+    (tmp_path / "site.json").write_text(json.dumps({**facts, "open_together": 1}))
+    with serving(site) as served:
+        served.files["site.json"] = tmp_path / "site.json"
+        page = browse(served.url).ready().threshold(0)
+        page.page.evaluate(HEAR)
+        page.choose(picture)
+        assert_same(page.find("dog"), segmenter.segment(picture, text="dog", threshold=0).to_dict())
+        heard = page.page.evaluate("heard")
+        assert "Opening vision_encoder …" in heard and "Opening decoder …" in heard
+        assert served.asked.count("vision_encoder.onnx") == 1  # then from the browser's cache
+
+
 @pytest.mark.parametrize("scheme", ("light", "dark"))
 def test_a_phone_shows_all_of_it(scheme: str, served: Any, browse: Callable[..., Any], picture: Path) -> None:
     page = browse(served.url, viewport={"width": 360, "height": 740}, color_scheme=scheme, has_touch=True).ready()

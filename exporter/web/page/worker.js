@@ -2,7 +2,6 @@
 
 import { PromptError, Segmenter, runLengths, stretched } from "./segmenter.mjs";
 
-const KEPT = 2 ** 30; // bytes of files whose sessions stay open together; of a larger model one component is open at a time
 const HERE = new URL("./", import.meta.url);
 
 let site, manifest, ort, segmenter, encoded, picture;
@@ -68,7 +67,7 @@ async function load({ wanted }) {
   let kept = 0;
   for (const part of manifest.components) {
     kept += bytesOf(part);
-    if (kept <= KEPT) await open(part);
+    if (kept <= site.open_together) await open(part);
     else for (const name of filesOf(part)) await bytes(name);
   }
   return how();
@@ -151,7 +150,7 @@ async function pixels(file) {
 async function open(part) {
   if (sessions.has(part.name)) return sessions.get(part.name);
   const held = [...sessions.keys()].reduce((sum, name) => sum + bytesOf(segmenter.part(name)), 0);
-  if (held + bytesOf(part) > KEPT) await closeAll();
+  if (held + bytesOf(part) > site.open_together) await closeAll();
   const [model, weights] = filesOf(part);
   const externalData = weights ? [{ path: weights, data: await bytes(weights) }] : [];
   const options = { externalData, enableMemPattern: false }; // with it, memory of a second run lies beside that of the first
