@@ -12,6 +12,7 @@ _TARGETS = {
     "onnx": "sam3x.targets.onnx.target:OnnxTarget",
     "pte": "sam3x.targets.executorch.target:PteTarget",
     "trt": "sam3x.targets.tensorrt.target:TrtTarget",
+    "openvino": "sam3x.targets.openvino.target:OpenVinoTarget",
 }
 GROUP = "sam3x.targets"
 

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-_DEFAULTS = {"INFERENCE_PRECISION_HINT": "f32"}  # a CPU with AMX would take bfloat16
+_DEFAULTS: dict[str, Any] = {
+    "INFERENCE_PRECISION_HINT": "f32",  # a CPU with AMX would take bfloat16
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # where weights are int8, activations would be
+}
 
 
 def installed() -> bool:
@@ -29,11 +32,13 @@ class OpenVinoRunner:
     def __init__(self, path: Path, threads: int | None, options: Mapping[str, Any]) -> None:
         import openvino
 
-        properties = {**_DEFAULTS, **options}
-        device = str(properties.pop("device", "CPU"))
+        core, device = openvino.Core(), str(options.get("device", "CPU"))
+        for item in core.available_devices:  # AUTO and HETERO hand a model on to them
+            known = core.get_property(item, "SUPPORTED_PROPERTIES")
+            core.set_property(item, {name: value for name, value in _DEFAULTS.items() if name in known})
+        properties = {name: value for name, value in options.items() if name != "device"}
         if threads is not None:
             properties["INFERENCE_NUM_THREADS"] = threads
-        core = openvino.Core()
         model = core.read_model(path)
         try:
             self._model = core.compile_model(model, device, properties)

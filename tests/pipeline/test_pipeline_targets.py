@@ -13,11 +13,10 @@ from sam3x.capture.program import Sample
 from sam3x.cli.app import app
 from sam3x.errors import ArtifactError, SpecError
 from sam3x.pipeline import export_pipeline
-from sam3x.pipeline.compatibility import SMALL, TARGETS, Cell, markdown
+from sam3x.pipeline.compatibility import ROWS, SMALL, TARGETS, Cell, markdown
 from sam3x.pipeline.request import resolve_pipeline
 from sam3x.runtime import Segmenter
 from sam3x.sources.image import random_image_source
-from sam3x.sources.names import COMPONENTS
 from sam3x.verify.component import verify_component
 
 
@@ -97,7 +96,7 @@ def test_what_cannot_be_is_told_at_once(options: dict[str, object], fact: str, t
 
 def test_the_page_gives_a_reason_for_every_empty_cell() -> None:
     good, bad = Cell(True, "verified"), Cell(False, "no form | of roi_align")
-    page = markdown({"onnx": dict.fromkeys(COMPONENTS, good), "pte": {**dict.fromkeys(COMPONENTS, good), "decoder": bad}}, {})
+    page = markdown({"onnx": dict.fromkeys(ROWS, good), "pte": {**dict.fromkeys(ROWS, good), "`decoder`": bad}}, {})
     assert "| `decoder` | verified | no, see below |" in page
     assert "- `decoder` to pte: no form | of roi_align" in page and page.count("no, see below") == 1
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sam3x.capture.samples import samples_for, trace_sizes
+from sam3x.artifact.artifact import Artifact
+from sam3x.capture.samples import Sizes, make_inputs, samples_for, trace_sizes
 from sam3x.fusion.config import FusionConfig
 from sam3x.fusion.encoder import FusionEncoder
 from sam3x.fusion.shadow import shadow_of
 from sam3x.fusion.wide import wide_floats
 from sam3x.precision.weights import rounded_weights, swapped
 from sam3x.sources.encoder import build_encoder, draw_weights
-from sam3x.spec import ExportSpec
+from sam3x.spec import ExportSpec, make_spec
+
+BRANCHES = tuple(itertools.product((False, True), (False, True)))
+"""Values of dac and pre-norm."""
 
 
 def encoder_of(num_layers: int = 1, *, seed: int = 3, peaked: float = 1.0, **config: Any) -> nn.Module:
@@ -124,3 +129,19 @@ def assert_equal_to_upstream(got: Any, layers: Sequence[nn.Module], inputs: Mapp
     exact = run_layers(layers, double(inputs), **branch)
     off, eager_off = (got.double() - exact).abs().max(), (expected.double() - exact).abs().max()
     assert off <= 4 * eager_off, f"{branch}: {off:.1e} from float64, eager {eager_off:.1e}"
+
+
+def check_branches(
+    artifact: Artifact, encoder: nn.Module, sizes: Sizes, branches: Sequence[tuple[bool, bool]] = BRANCHES
+) -> None:
+    """Run an artifact and Meta's layers in every branch of (dac, pre-norm) that these sizes allow."""
+    spec = make_spec(**artifact.manifest.spec)
+    names = artifact.manifest.input_names
+    inputs = make_inputs(
+        tuple(name for name in names if name not in ("dac", "pre_norm")), spec, encoder.layers[0].d_model, sizes, seed=7
+    )
+    for dac, pre_norm in branches:
+        if not (dac and (sizes.batch, sizes.tokens)[spec.dac_dim] % 2):
+            flags = {name: value for name, value in (("dac", dac), ("pre_norm", pre_norm)) if name in names}
+            got = artifact.run({**inputs, **flags})["output"]
+            assert_equal_to_upstream(got, encoder.layers, inputs, dac=dac, pre_norm=pre_norm, dac_dim=spec.dac_dim)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,7 @@ import sam3x
 from sam3x.capture.samples import Sizes, make_inputs
 from sam3x.spec import make_spec
 from support.folders import MadeOnce
-from support.upstream import assert_equal_to_upstream, encoder_of
-
-BRANCHES = list(itertools.product((False, True), (False, True)))
+from support.upstream import BRANCHES, assert_equal_to_upstream, check_branches, encoder_of
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +32,6 @@ def inputs_of(artifact: sam3x.Artifact, width: int, sizes: Sizes, seed: int = 7)
     spec = make_spec(**artifact.manifest.spec)
     names = tuple(name for name in artifact.manifest.input_names if name not in ("dac", "pre_norm"))
     return make_inputs(names, spec, width, sizes, seed)
-
-
-def check(artifact: sam3x.Artifact, encoder: nn.Module, sizes: Sizes, branches: Any = BRANCHES) -> None:
-    inputs = inputs_of(artifact, encoder.layers[0].d_model, sizes)
-    for dac, pre_norm in branches:
-        if not (dac and sizes.batch % 2):
-            got = artifact.run({**inputs, "dac": dac, "pre_norm": pre_norm})["output"]
-            assert_equal_to_upstream(got, encoder.layers, inputs, dac=dac, pre_norm=pre_norm)
 
 
 @pytest.mark.parametrize(
@@ -63,13 +52,13 @@ def check(artifact: sam3x.Artifact, encoder: nn.Module, sizes: Sizes, branches: 
     ids=str,
 )
 def test_every_branch_at_other_sizes(artifact: sam3x.Artifact, sam3_encoder: nn.Module, sizes: Sizes) -> None:
-    check(artifact, sam3_encoder, sizes)
+    check_branches(artifact, sam3_encoder, sizes)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("branch", BRANCHES, ids=lambda b: f"dac={b[0]} pre_norm={b[1]}")
 def test_72x72_tokens(artifact: sam3x.Artifact, sam3_encoder: nn.Module, branch: tuple[bool, bool]) -> None:
-    check(artifact, sam3_encoder, Sizes(batch=2, tokens=5184, prompt_length=32), [branch])
+    check_branches(artifact, sam3_encoder, Sizes(batch=2, tokens=5184, prompt_length=32), [branch])
 
 
 def test_file_is_opset_18_standard_domain_with_if_from_the_inputs(artifact: sam3x.Artifact) -> None:
@@ -105,7 +94,7 @@ def test_names_are_readable(artifact: sam3x.Artifact) -> None:
 def test_peaked_attention_stays_as_near_to_float64_as_eager(tmp_path: Path) -> None:
     encoder = encoder_of(3, peaked=4.0)
     artifact = sam3x.export(encoder, output=tmp_path / "out")
-    check(artifact, encoder, Sizes(batch=2, tokens=300, prompt_length=32))
+    check_branches(artifact, encoder, Sizes(batch=2, tokens=300, prompt_length=32))
 
 
 def test_weights_that_differ_in_every_layer_are_kept_apart(tmp_path: Path) -> None:
@@ -122,7 +111,7 @@ def test_a_fixed_batch_of_two_has_a_half_of_one(tmp_path: Path) -> None:
     """dac's half of a fixed 2 is 1: taken for 2, the export was silently wrong with dac on."""
     encoder = encoder_of(1)
     artifact = sam3x.export(encoder, output=tmp_path / "out", batch=2, tokens=36, prompt_length=4, verify="each")
-    check(artifact, encoder, Sizes(batch=2, tokens=36, prompt_length=4))
+    check_branches(artifact, encoder, Sizes(batch=2, tokens=36, prompt_length=4))
 
 
 @pytest.mark.parametrize("sizes", [{"batch": 2, "tokens": 36}, {"dac_dim": 1, "tokens": 2}], ids=["images", "tokens"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,7 @@ from sam3x.passes.pipeline import PassPipeline
 from sam3x.spec import make_spec
 from sam3x.targets.executorch.target import PteOptions, PteTarget
 from support.folders import MadeOnce
-from support.upstream import assert_equal_to_upstream, encoder_of
-
-BRANCHES = list(itertools.product((False, True), (False, True)))
+from support.upstream import check_branches, encoder_of
 
 
 def export(encoder: nn.Module, folder: Path, **options: Any) -> sam3x.Artifact:
@@ -43,19 +40,6 @@ def artifact(encoder: nn.Module, made_once: MadeOnce) -> sam3x.Artifact:
     return sam3x.load(made_once("pte", lambda folder: sam3x.export(encoder, target="pte", output=folder, **options)))
 
 
-def check(artifact: sam3x.Artifact, encoder: nn.Module, sizes: Sizes, branches: Any = BRANCHES) -> None:
-    spec = make_spec(**artifact.manifest.spec)
-    names = tuple(name for name in artifact.manifest.input_names if name not in ("dac", "pre_norm"))
-    inputs = make_inputs(names, spec, encoder.layers[0].d_model, sizes, seed=7)
-    for dac, pre_norm in branches:
-        if not (dac and (sizes.batch, sizes.tokens)[spec.dac_dim] % 2):
-            flags = {
-                name: value for name, value in (("dac", dac), ("pre_norm", pre_norm)) if name in artifact.manifest.input_names
-            }
-            got = artifact.run({**inputs, **flags})["output"]
-            assert_equal_to_upstream(got, encoder.layers, inputs, dac=dac, pre_norm=pre_norm, dac_dim=spec.dac_dim)
-
-
 # ---- numbers
 
 
@@ -65,34 +49,34 @@ def check(artifact: sam3x.Artifact, encoder: nn.Module, sizes: Sizes, branches: 
 def test_every_branch_size_and_padding(
     artifact: sam3x.Artifact, encoder: nn.Module, batch: int, prompt: int, padding: str
 ) -> None:
-    check(artifact, encoder, Sizes(batch=batch, tokens=36, prompt_length=prompt, padding=padding))
+    check_branches(artifact, encoder, Sizes(batch=batch, tokens=36, prompt_length=prompt, padding=padding))
 
 
 def test_peaked_attention_stays_as_near_to_float64_as_eager(tmp_path: Path) -> None:
     encoder = encoder_of(1, peaked=4.0)
     artifact = export(encoder, tmp_path, dac=False, pre_norm=True)
-    check(artifact, encoder, Sizes(batch=2, tokens=36, prompt_length=32), [(False, True)])
+    check_branches(artifact, encoder, Sizes(batch=2, tokens=36, prompt_length=32), [(False, True)])
 
 
 def test_dynamic_tokens_and_larger_batches(tmp_path: Path) -> None:
     encoder = encoder_of(1)
     artifact = export(encoder, tmp_path, tokens=(16, 64), batch=(1, 4))
     for tokens, batch in ((16, 1), (64, 4), (37, 2)):
-        check(artifact, encoder, Sizes(batch=batch, tokens=tokens, prompt_length=5))
+        check_branches(artifact, encoder, Sizes(batch=batch, tokens=tokens, prompt_length=5))
 
 
 @pytest.mark.parametrize("config", [{"pos_enc_at_cross_attn_queries": True}, {"activation": "gelu"}, {"num_heads": 1}], ids=str)
 def test_other_hyper_parameters(config: dict[str, Any], tmp_path: Path) -> None:
     encoder = encoder_of(1, **config)
     artifact = export(encoder, tmp_path, dac=False, pre_norm=True)
-    check(artifact, encoder, Sizes(batch=2, tokens=36, prompt_length=5), [(False, True)])
+    check_branches(artifact, encoder, Sizes(batch=2, tokens=36, prompt_length=5), [(False, True)])
 
 
 def test_masks_of_the_image_tokens(tmp_path: Path) -> None:
     encoder = encoder_of(1)
     names = ("tgt", "memory", "tgt_mask", "memory_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "pos", "query_pos")
     artifact = export(encoder, tmp_path, inputs=names)
-    check(artifact, encoder, Sizes(batch=2, tokens=36, prompt_length=5))
+    check_branches(artifact, encoder, Sizes(batch=2, tokens=36, prompt_length=5))
 
 
 def test_a_mask_of_all_pairs_where_dac_halves_the_tokens(tmp_path: Path) -> None:
@@ -100,14 +84,14 @@ def test_a_mask_of_all_pairs_where_dac_halves_the_tokens(tmp_path: Path) -> None
     names = ("tgt", "memory", "tgt_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "query_pos")
     artifact = export(encoder, tmp_path, inputs=names, dac_dim=1)
     for batch, padding in ((1, "some"), (2, "all")):
-        check(artifact, encoder, Sizes(batch=batch, tokens=36, prompt_length=5, padding=padding))
+        check_branches(artifact, encoder, Sizes(batch=batch, tokens=36, prompt_length=5, padding=padding))
 
 
 def test_fixed_flags_are_no_inputs_and_agree(tmp_path: Path) -> None:
     encoder = encoder_of(1)
     artifact = export(encoder, tmp_path, dac=False, pre_norm=True)
     assert artifact.manifest.input_names == ("tgt", "memory", "memory_key_padding_mask", "query_pos")
-    check(artifact, encoder, Sizes(batch=1, tokens=36, prompt_length=7), [(False, True)])
+    check_branches(artifact, encoder, Sizes(batch=1, tokens=36, prompt_length=7), [(False, True)])
 
 
 def test_feature_maps(tmp_path: Path) -> None:
@@ -181,7 +165,7 @@ def test_portable_kernels_alone(tmp_path: Path) -> None:
     artifact = export(encoder_of(1), tmp_path, delegate="none")
     metadata = artifact.manifest.metadata
     assert metadata["delegates"] == 0 and metadata["delegated"] == {} and metadata["delegated_flops"] == 0.0
-    check(artifact, encoder_of(1), Sizes(batch=2, tokens=36, prompt_length=7))
+    check_branches(artifact, encoder_of(1), Sizes(batch=2, tokens=36, prompt_length=7))
 
 
 @pytest.fixture(scope="module")
