@@ -13,6 +13,7 @@ _TARGETS = {
     "pte": "sam3x.targets.executorch.target:PteTarget",
     "trt": "sam3x.targets.tensorrt.target:TrtTarget",
     "openvino": "sam3x.targets.openvino.target:OpenVinoTarget",
+    "coreml": "sam3x.targets.coreml.target:CoreMlTarget",
 }
 GROUP = "sam3x.targets"
 

@@ -1,0 +1,124 @@
+"""Core ML packages as they are built here: names, types, ranges, files, what the manifest says, what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sam3x
+from sam3x.errors import LoweringError, SpecError, TargetUnavailableError
+from sam3x.pipeline import export_pipeline
+from sam3x.pipeline.compatibility import SMALL
+from sam3x.sources.image import random_image_source
+from sam3x.targets.coreml.target import CoreMlTarget
+from support.folders import MadeOnce
+from support.upstream import encoder_of
+
+coremltools = pytest.importorskip("coremltools")
+NO_MAC = pytest.mark.skipif(sys.platform == "darwin", reason="Core ML runs here")
+
+
+@pytest.fixture(scope="module")
+def artifact(made_once: MadeOnce) -> sam3x.Artifact:
+    def write(folder: Path) -> None:
+        sam3x.export(encoder_of(2), target="coreml", output=folder, tokens=36)
+
+    return sam3x.load(made_once("coreml", write))
+
+
+def described(artifact: sam3x.Artifact) -> Any:
+    return coremltools.models.MLModel(str(artifact.path.parent), skip_model_load=True).get_spec().description
+
+
+@NO_MAC
+def test_every_branch_is_in_the_package_and_it_is_said_to_be_unverified(artifact: sam3x.Artifact) -> None:
+    manifest = artifact.manifest
+    assert not manifest.verified and str(manifest.verified_reason).startswith("Core ML runs on Apple's systems")
+    assert manifest.input_names == ("tgt", "memory", "memory_key_padding_mask", "query_pos", "dac", "pre_norm")
+    with pytest.raises(TargetUnavailableError, match="Core ML runs on Apple's systems"):
+        artifact.run(_inputs())
+
+
+def _inputs() -> dict[str, Any]:
+    zeros = {name: np.zeros((2, 36, 32), np.float32) for name in ("tgt", "query_pos")}
+    mask = np.zeros((2, 5), bool)
+    return {**zeros, "memory": np.zeros((2, 5, 32), np.float32), "memory_key_padding_mask": mask, "dac": True, "pre_norm": True}
+
+
+def test_names_and_ranges_are_those_of_the_request(artifact: sam3x.Artifact) -> None:
+    found = described(artifact)
+    assert tuple(item.name for item in found.input) == artifact.manifest.input_names
+    assert tuple(item.name for item in found.output) == artifact.manifest.output_names
+    arrays = {item.name: item.type.multiArrayType for item in found.input}
+    ranges = [(item.lowerBound, item.upperBound) for item in arrays["memory"].shapeRange.sizeRanges]
+    assert ranges == [(1, 2), (1, 77), (32, 32)] and list(arrays["memory"].shape) == [1, 1, 32]
+    assert list(arrays["dac"].shape) == [1]
+
+
+def test_every_file_of_the_package_has_a_hash(artifact: sam3x.Artifact) -> None:
+    package = "fusion_encoder.mlpackage"
+    assert artifact.manifest.encoder.file == f"{package}/Manifest.json"
+    assert len(artifact.manifest.files) == 3 and all(name.startswith(f"{package}/") for name in artifact.manifest.files)
+    weights = sum(parameter.nbytes for parameter in encoder_of(2).layers.parameters())
+    assert (artifact.path.parent / "Data/com.apple.CoreML/weights/weight.bin").stat().st_size < 1.3 * weights
+
+
+def test_a_component(tmp_path: Path) -> None:
+    manifest = export_pipeline(
+        random_image_source(SMALL), target="coreml", output=tmp_path / "out", components=["text_encoder"]
+    )
+    (item,) = manifest.components
+    assert item.file == "text_encoder.mlpackage/Manifest.json" and (tmp_path / "out" / item.file).is_file()
+
+
+def test_the_runner_gives_core_ml_what_it_takes(artifact: sam3x.Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No bool, no rank 0; what runs it is there on a Mac alone."""
+    given: dict[str, np.ndarray] = {}
+    description = described(artifact)
+
+    class Model:
+        def __init__(self, path: str) -> None:
+            assert path.endswith("fusion_encoder.mlpackage")
+
+        def get_spec(self) -> Any:
+            return SimpleNamespace(description=description)
+
+        def predict(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            given.update(inputs)
+            return {"output": inputs["tgt"]}
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(coremltools.models, "MLModel", Model)
+    outputs = CoreMlTarget().load_runner(artifact.path).run({name: np.asarray(value) for name, value in _inputs().items()})
+    assert outputs["output"].shape == (2, 36, 32)
+    assert {value.dtype for value in given.values()} == {np.dtype(np.float32)} and given["dac"].shape == (1,)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_another_precision_is_refused(precision: str, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"precision.*fp32"):
+        sam3x.export(target="coreml", output=tmp_path / "out", precision=precision)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_coremltools_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "coremltools" else found(name, *rest))
+    with pytest.raises(TargetUnavailableError, match=r'missing coremltools\. Install it: pip install "sam3x\[coreml\]"'):
+        sam3x.export(encoder_of(1), target="coreml", output=tmp_path / "out")
+
+
+def test_what_coremltools_does_not_convert_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("PyTorch convert function for op 'foo' not implemented.")
+
+    monkeypatch.setattr(coremltools, "convert", refuse)
+    with pytest.raises(LoweringError, match=r"coremltools cannot convert the graph: NotImplementedError: .*op 'foo'"):
+        sam3x.export(encoder_of(1), target="coreml", output=tmp_path / "out", tokens=36, dac=False, pre_norm=True)
+    assert not (tmp_path / "out").exists()
