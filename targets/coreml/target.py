@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -75,8 +76,11 @@ class CoreMlTarget(Target):
             model.save(str(path.parent))
         except Exception as error:  # coremltools has no exceptions of its own
             said = [line.strip() for line in str(error).splitlines() if line.strip()]
-            fact = f"coremltools cannot convert the graph: {type(error).__name__}: {said[-1] if said else ''}"
-            raise LoweringError(fact.rstrip(": "), subject="coreml") from error
+            place = traceback.extract_tb(error.__traceback__)[-1].name  # its converters have the names of operators
+            fact = (
+                f"coremltools cannot convert the graph: {type(error).__name__}{f': {said[-1]}' if said else f' (in {place})'}"
+            )
+            raise LoweringError(fact, subject="coreml") from error
         return metadata
 
     def unverifiable(self, options: CoreMlOptions) -> str | None:
