@@ -78,7 +78,7 @@ def test_weights_key_on_the_command_line(state: dict[str, Tensor], tmp_path: Pat
         (["export", "--pipeline", "--layout", "triton"], "a pipeline has six"),
         (["export", "--pipeline", "--source", "transformers"], "--source transformers takes --checkpoint FOLDER"),
         (["export", "--pipeline", "--source", "sam3", "--checkpoint", "."], "is a folder"),
-        (["run", ".", "none.jpg"], "Give --text, --ids, --box or --point"),
+        (["run", ".", "none.jpg"], "Give --text, --ids, --box, --point or --everything"),
         (["run", ".", "none.jpg", "--box", "1,2,3"], "expected X0,Y0,X1,Y1"),
         (["run", ".", "none.jpg", "--text", "a", "-o", "no/folder.png"], "cannot be written"),
         (["lint", "none.pt"], "does not exist"),
