@@ -14,6 +14,7 @@ from sam3x.cli.app import app
 from sam3x.sources.checkpoint import read_checkpoint
 from sam3x.sources.image import load_judged
 from sam3x.sources.lint import judge, lint
+from sam3x.sources.state import config_of, image_part
 from support.image_model import TINY
 
 
@@ -30,8 +31,8 @@ def saved(path: Path, state: dict[str, Tensor]) -> Path:
 
 
 def test_the_shapes_tell_the_architecture(state: dict[str, Tensor], tmp_path: Path) -> None:
-    judged = judge(read_checkpoint(saved(tmp_path / "sam3.pt", state)))
-    model, config = load_judged(judged)
+    model = load_judged(judge(read_checkpoint(saved(tmp_path / "sam3.pt", state))))
+    config = config_of(image_part(state).state, "sam3.pt")
     tiny = TINY.model_copy(update={"interactive": True})
     assert config.model_copy(update={"text_heads": TINY.text_heads}) == tiny  # heads of the text encoder leave no trace
     assert not any(value.is_meta for value in (*model.parameters(), *model.buffers()))
