@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from sam3x.sources.encoder import reason_of, untouched
 from sam3x.sources.state import INTERACTIVE, TEXT, TRUNK, is_vit
 
 INSTALL = 'Install EfficientSAM3\'s: pip install "sam3 @ git+https://github.com/SimonZeng7108/efficientsam3#subdirectory=sam3".'
+_READER = "Install what it needs; EfficientSAM3's wants a video reader: pip install opencv-python-headless."
 _WRAPPER = "student_trunk."
 _PLACES = f"{TEXT}positional_embedding.pos_embed.pos_embed"
 _TRUNKS: dict[str, tuple[str, str, dict[int, str]]] = {
@@ -128,11 +130,13 @@ def build_student(student: Student) -> nn.Module:
     Raises:
         SourceError: the package is missing, is Meta's, or cannot build it.
     """
+    missing = importlib.util.find_spec("sam3") is None
     with untouched(), adaptations.numbers_on_cpu():
         try:
             from sam3 import model_builder
         except Exception as error:  # without a video reader EfficientSAM3's package raises RuntimeError
-            raise SourceError(f"the sam3 package cannot be imported ({reason_of(error)})", remedy=INSTALL) from error
+            fact = f"the sam3 package, which builds {student.description}, cannot be imported ({reason_of(error)})"
+            raise SourceError(fact, remedy=INSTALL if missing else _READER) from error
         name = "build_sam3_image_model" if student.trunk is None else "build_efficientsam3_image_model"
         build: Any = getattr(model_builder, name, None)
         if build is None or "text_encoder_type" not in inspect.signature(build).parameters:
@@ -150,4 +154,4 @@ def build_student(student: Student) -> nn.Module:
             ).float()
         except Exception as error:  # whatever a package of others raises
             fact = f"the installed sam3 package cannot build {student.description} ({reason_of(error)})"
-            raise SourceError(fact, remedy=INSTALL) from error
+            raise SourceError(fact) from error
