@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import coremltools
 import numpy as np
 import pytest
 
@@ -20,7 +21,6 @@ from sam3x.targets.coreml.target import CoreMlTarget
 from support.folders import MadeOnce
 from support.upstream import encoder_of
 
-coremltools = pytest.importorskip("coremltools")
 NO_MAC = pytest.mark.skipif(sys.platform == "darwin", reason="Core ML runs here")
 
 

@@ -25,7 +25,6 @@ def answers(segmenter: Segmenter) -> list[Any]:
 
 
 def test_openvino_runs_the_same_files(tiny_pipeline: Path) -> None:
-    pytest.importorskip("openvino")
     assert "OpenVINOExecutionProvider" not in ort.get_available_providers()
     settings = [("openvino", {"device": "CPU", "PERFORMANCE_HINT": "LATENCY"})]
     got, _ = answers(Segmenter(tiny_pipeline, providers=settings, threads=1))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino
 import pytest
 from torch import nn
 
@@ -25,8 +26,6 @@ from support.command_line import run
 from support.folders import MadeOnce, contents
 from support.image_model import photograph
 from support.upstream import check_branches, encoder_of
-
-openvino = pytest.importorskip("openvino")
 
 
 @pytest.fixture(scope="module")
