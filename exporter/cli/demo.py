@@ -48,4 +48,4 @@ def demo(
                 scores = ", ".join(f"{score:.2f}" for score in result.scores)
                 typer.echo(f"{asked}: {f'{len(result)} found, scores {scores}' if len(result) else 'nothing found'}")
             typer.echo(f"The answers are drawn in {output / PICTURE}. Ask your own, without torch:")
-            typer.echo(f'  sam3x run {folder} {output / SCENE} --text "blue circle" -o {output / "blue.png"}')
+            typer.echo(f'  sam3x run {folder} {output / SCENE} --text "green triangle" -o {output / "green.png"}')
