@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from sam3x.capture.decompose import decomposed
 from sam3x.capture.inline import inline_layers
 from sam3x.capture.program import CapturedProgram
 from sam3x.capture.refusal import refusal
@@ -22,13 +23,6 @@ from sam3x.fusion.layer_template import LayerTemplate, Operand, kind_of, trace_t
 from sam3x.spec import ExportSpec
 
 _aten = torch.ops.aten
-KEPT_WHOLE = (
-    _aten.linear.default,
-    _aten.layer_norm.default,
-    _aten.matmul.default,
-    _aten.scaled_dot_product_attention.default,
-)
-"""Operators the passes and targets want to see as one node."""
 
 
 @settled()
@@ -65,7 +59,7 @@ def capture_encoder(encoder: FusionEncoder) -> CapturedProgram:
     def run() -> ExportedProgram:
         program = torch.export.export(encoder, example, dynamic_shapes=(tuple(dynamic),), strict=False)
         if not _only_layers(program):
-            program = program.run_decompositions(core_decompositions())
+            program = decomposed(program)
         inline_layers(program, _templates(encoder, program))
         free_layouts(program.graph_module)
         return program
@@ -122,7 +116,7 @@ def _templates(encoder: FusionEncoder, shell: ExportedProgram) -> dict[int, Laye
         kind: object = kind_of(layer, (call.names, call.fixed, shapes)) if encoder.stock[index] else index
         if kind not in kinds:
             inputs = [_operand(name, n.meta["val"], encoder.spec) for name, n in zip(call.names, operands, strict=True)]
-            kinds[kind] = trace_template(layer, encoder.layer_calls(index), inputs, core_decompositions())
+            kinds[kind] = trace_template(layer, encoder.layer_calls(index), inputs, decomposed)
         result[index] = kinds[kind]
     return result
 
@@ -148,14 +142,6 @@ def _operand(name: str, value: torch.Tensor, spec: ExportSpec) -> Operand:
     dims = dims_of(name, value.dim())
     fixed = [i for i, meaning in enumerate(dims) if meaning and meaning == halved and isinstance(value.shape[i], int)]
     return Operand(value=value, freed=dict.fromkeys(fixed, size))
-
-
-def core_decompositions() -> dict:
-    """torch's default table, less ``KEPT_WHOLE``."""
-    table = torch.export.default_decompositions()
-    for op in KEPT_WHOLE:
-        table.pop(op, None)
-    return table
 
 
 def user_placeholders(program: ExportedProgram) -> list[torch.fx.Node]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from sam3x.capture.capture import capture_encoder, core_decompositions, free_layouts, rename_input, user_placeholders
+from sam3x.capture.capture import capture_encoder, free_layouts, rename_input, user_placeholders
+from sam3x.capture.decompose import decomposed
 from sam3x.capture.program import CapturedProgram, Sample
 from sam3x.capture.refusal import refusal
 from sam3x.capture.watch import traced
@@ -38,8 +39,7 @@ def capture_component(component: Component, sample: Sample) -> CapturedProgram:
     whole = _Positional(component.module)
 
     def run() -> ExportedProgram:
-        program = torch.export.export(whole, args, dynamic_shapes=(dynamic,), strict=False)
-        program = program.run_decompositions(core_decompositions())
+        program = decomposed(torch.export.export(whole, args, dynamic_shapes=(dynamic,), strict=False))
         free_layouts(program.graph_module)
         return program
 

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from sam3x.capture.decompose import ORIGIN
 from sam3x.capture.program import erase_dead, sync_outputs
 from sam3x.errors import CaptureError
 from sam3x.fusion.layer_op import LAYER_OP
@@ -138,7 +139,7 @@ class _Inliner:
 
     def _meta(self, meta: Mapping[str, Any]) -> dict[str, Any]:
         """A node's metadata in the shell's symbols; conditionals that make a size get a new unbacked one."""
-        kept = {k: v for k, v in meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")}
+        kept = {k: v for k, v in meta.items() if k in ORIGIN}
         bindings = meta.get("unbacked_bindings")
         if bindings:
             for symbol in bindings:

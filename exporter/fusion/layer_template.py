@@ -84,7 +84,10 @@ def _identity(value: Any) -> object:
 
 
 def trace_template(
-    layer: nn.Module, calls: Sequence[LayerCall], operands: Sequence[Operand], decompositions: dict
+    layer: nn.Module,
+    calls: Sequence[LayerCall],
+    operands: Sequence[Operand],
+    decomposed: Callable[[ExportedProgram], ExportedProgram],
 ) -> LayerTemplate:
     """Export and decompose one layer.
 
@@ -92,13 +95,13 @@ def trace_template(
         layer: owner of the weights.
         calls: ways to run it, the preferred one first; the next is tried where one needs to know a size that depends on a flag.
         operands: what the operator takes as ``inputs`` in the encoder's graph.
+        decomposed: gives a program in core ATen.
     """
     example, dynamic = zip(*(operand.example() for operand in operands), strict=True)
     for position, call in enumerate(calls):
         try:
             program = torch.export.export(_OneLayer(layer, call), example, dynamic_shapes=(dynamic,), strict=False)
-            program = program.run_decompositions(decompositions)
-            return LayerTemplate(program=program, weights=_positions(layer))
+            return LayerTemplate(program=decomposed(program), weights=_positions(layer))
         except GuardOnDataDependentSymNode:
             if position + 1 == len(calls):
                 raise

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from sam3x.capture.decompose import expansion
 from sam3x.passes.base import MatchFailure, Pass, PassResult, graph_modules
 
 _ROUNDS = 8
@@ -17,8 +17,6 @@ _ROUNDS = 8
 
 class LegalizeOperatorsPass(Pass):
     """Expand single nodes by torch's own decompositions until only supported operators are left.
-
-    ``ExportedProgram.run_decompositions`` does the same and traces every branch anew, many times; this touches only the nodes.
 
     Args:
         supported: whether the target converts an operator as it is.
@@ -52,16 +50,7 @@ class LegalizeOperatorsPass(Pass):
         if decomposition is None:
             return 0
         inputs = list(node.all_input_nodes)
-
-        def body(*values: Any) -> Any:
-            given = dict(zip(inputs, values, strict=True))
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: given[n])
-            return decomposition(*args, **kwargs)
-
-        traced = make_fx(body, tracing_mode="symbolic", decomposition_table={target: decomposition})(
-            *(n.meta["val"] for n in inputs)
-        )
-        traced.graph.eliminate_dead_code()
+        traced = expansion(node, decomposition, {target: decomposition}, inputs)
         if any(n.target is target for n in traced.graph.nodes) or any(n.op == "get_attr" for n in traced.graph.nodes):
             return 0
         mapped = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs, strict=True))

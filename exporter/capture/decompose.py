@@ -1,0 +1,185 @@
+"""From the operators that torch.export records to core ATen, node by node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from sam3x.capture.program import erase_dead, sync_outputs
+
+aten = torch.ops.aten
+KEPT_WHOLE = (aten.linear.default, aten.layer_norm.default, aten.matmul.default, aten.scaled_dot_product_attention.default)
+"""Operators the passes and targets want to see as one node."""
+_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+
+ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")
+"""Where a node came from, in its ``meta``."""
+
+Table = Mapping[Any, Callable[..., Any]]
+
+
+class _NeedsTraceError(Exception):
+    """A node that cannot be rewritten by itself."""
+
+
+def core_decompositions() -> dict:
+    """torch's default table, less ``KEPT_WHOLE``."""
+    table = torch.export.default_decompositions()
+    for op in KEPT_WHOLE:
+        table.pop(op, None)
+    return table
+
+
+def decomposed(program: ExportedProgram) -> ExportedProgram:
+    """``program`` in core ATen, functional, ``KEPT_WHOLE`` left as they are.
+
+    ``ExportedProgram.run_decompositions`` gives the same and traces every branch twice, which takes most of a capture. Here
+    only the nodes that change are traced; the whole program is where a node cannot change by itself (a write into a view).
+    """
+    table = core_decompositions()
+    graphs = [module for module in program.graph_module.modules() if isinstance(module, GraphModule)]
+    try:
+        for module in graphs:
+            _functionalize(module)
+        first = next(node for node in program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor))
+        plans = [_expansions(module, dict(table.items()), first) for module in graphs]
+    except _NeedsTraceError:
+        return program.run_decompositions(table)
+    for module, plan in zip(graphs, plans, strict=True):
+        replaced: dict[Node, Node] = {}
+        for node, item in plan.items():
+            _replace(module, node, item, replaced)
+        erase_dead(module)
+        module.recompile()
+    sync_outputs(program)
+    return ExportedProgram(
+        root=program.graph_module,
+        graph=program.graph_module.graph,
+        graph_signature=program.graph_signature,
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+    )
+
+
+def expansion(node: Node, function: Callable[..., Any], table: Table, inputs: Sequence[Node]) -> GraphModule:
+    """What ``function`` computes of the arguments of ``node``.
+
+    Args:
+        inputs: become the placeholders: ``node.all_input_nodes``, and nodes before them whose sizes the result may read.
+    """
+
+    def body(*values: Any) -> Any:
+        given = dict(zip(inputs, values, strict=True))
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: given[n])
+        return function(*args, **kwargs)
+
+    traced = make_fx(body, tracing_mode="symbolic", decomposition_table=table)(*(n.meta["val"] for n in inputs))
+    traced.graph.eliminate_dead_code()
+    return traced
+
+
+def _functionalize(module: GraphModule) -> None:
+    """``x.op_()`` → ``x = x.op()``, where nothing else sees the memory of ``x``.
+
+    Raises:
+        _NeedsTraceError: something else may.
+    """
+    before: set[Node] = set()
+    for node in module.graph.nodes:
+        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+            written, op = node.args[0], _functional(node.target)
+            readers = [user for user in written.users if user in before]
+            if op is None or not all(map(_new_memory, (written, *readers))):
+                raise _NeedsTraceError(node)
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            value, old = op(*args, **kwargs), node.meta["val"]
+            if value.dtype != old.dtype or tuple(value.shape) != tuple(old.shape):
+                raise _NeedsTraceError(node)  # the functional form promotes or broadcasts
+            node.target = op
+            written.replace_all_uses_with(node, delete_user_cb=lambda user, now=node: user not in before and user is not now)
+        before.add(node)
+
+
+def _functional(op: OpOverload) -> OpOverload | None:
+    """``aten.add_.Tensor`` → ``aten.add.Tensor``; None where an operator writes anything but its first argument."""
+    first, *rest = op._schema.arguments
+    name = op._schema.name.removeprefix("aten::")
+    if not name.endswith("_") or first.alias_info is None or any(item.alias_info for item in rest):
+        return None
+    return getattr(getattr(aten, name[:-1], None), op._overloadname, None)
+
+
+def _new_memory(node: Node) -> bool:
+    """Whether a result surely shares no memory with the arguments; composite operators may return what they were given."""
+    op = node.target
+    if not isinstance(op, OpOverload) or (op._can_decompose() and op not in KEPT_WHOLE):
+        return False
+    return not any(item.alias_info for item in op._schema.returns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Expansion:
+    """``graph``'s placeholders are ``inputs``."""
+
+    inputs: list[Node]
+    graph: torch.fx.Graph
+
+
+def _expansions(module: GraphModule, table: Table, first: Node) -> dict[Node, _Expansion]:
+    """What is to stand in the place of each node that is no core ATen.
+
+    Args:
+        first: a tensor whose fake mode new values take, where a node takes no tensor.
+
+    Raises:
+        _NeedsTraceError: a node needs a constant, or holds a product that torch would keep whole.
+    """
+    known: dict[str, Node] = {}
+    found = {}
+    for node in module.graph.nodes:
+        value, op = node.meta.get("val"), node.target
+        if isinstance(value, torch.SymInt):
+            known.setdefault(str(value.node.expr), node)
+        if isinstance(op, torch._ops.HigherOrderOperator) and op is not torch.ops.higher_order.cond:
+            raise _NeedsTraceError(node)
+        if not isinstance(op, OpOverload) or op in KEPT_WHOLE or not isinstance(value, (torch.Tensor, tuple, list)):
+            continue
+        function = table.get(op, op.decompose if op._can_decompose() else None)
+        if function is None:
+            continue
+        inputs = [first, *known.values(), *node.all_input_nodes]
+        traced = expansion(node, function, table, inputs)
+        made = {n.target for n in traced.graph.nodes if n.op == "call_function"}
+        hides_product = op._can_decompose() and op is not aten.einsum.default and made & _PRODUCTS
+        if hides_product or any(n.op == "get_attr" for n in traced.graph.nodes):
+            raise _NeedsTraceError(node)
+        found[node] = _Expansion(inputs=inputs, graph=traced.graph)
+    return found
+
+
+def _replace(module: GraphModule, node: Node, item: _Expansion, replaced: dict[Node, Node]) -> None:
+    """Put ``item`` in the place of ``node``. ``replaced``: each node that is gone → what stands in its place."""
+    inputs = [replaced.get(value, value) for value in item.inputs]
+    mapped: dict[Node, Node] = dict(zip((n for n in item.graph.nodes if n.op == "placeholder"), inputs, strict=True))
+    with module.graph.inserting_before(node):
+        output: Any = module.graph.graph_copy(item.graph, mapped)
+    for old, new in mapped.items():
+        if old.op != "placeholder":
+            new.meta = {**{name: value for name, value in node.meta.items() if name in ORIGIN}, **new.meta}
+    single = isinstance(output, Node)
+    for old in [node] if single else list(node.users):  # operator.getitem
+        replaced[old] = output if single else output[old.args[1]]
+        old.replace_all_uses_with(replaced[old])
+        module.graph.erase_node(old)
+    if not single:
+        module.graph.erase_node(node)

@@ -1,0 +1,131 @@
+"""Core ATen node by node gives what torch's own decomposition of the whole program gives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from sam3x.capture.decompose import KEPT_WHOLE, core_decompositions, decomposed
+
+STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "add": lambda x, y: x + y,
+    "copy": lambda x, _: x.clone(),
+    "halves": lambda x, _: torch.cat(x.chunk(2, -1)[::-1], -1),
+    "transposed twice": lambda x, _: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "flat": lambda x, _: x.flatten().unflatten(0, (-1, 4)),
+    "scaled in place": lambda x, _: x.mul_(0.5),
+    "hidden in place": lambda x, y: x.masked_fill_(y > 0, 0.25),
+    "a row written": lambda x, y: _written(x, y),
+    "a row, in place": lambda x, _: x[1:2].add_(1).expand(x.shape) + x,
+    "zeros filled": lambda x, y: x + torch.zeros_like(x).masked_fill_(y > 0, -3.0),
+    "dropout that is off, in place": lambda x, _: nn.functional.dropout(x, training=False).add_(2),
+}
+
+
+def _written(x: Tensor, y: Tensor) -> Tensor:
+    x[:1] = y[:1]
+    return x
+
+
+class Straight(nn.Module):
+    """Runs steps one after the other; each reads one earlier value, and all of them are read again at the end."""
+
+    def __init__(self, steps: list[tuple[str, int]]) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        values = [x * 1.5]
+        for name, source in self.steps:
+            values.append(STEPS[name](values[source % len(values)], y))
+        return torch.stack(values).sum(0)
+
+
+def exported(module: nn.Module) -> tuple[ExportedProgram, tuple[Tensor, Tensor]]:
+    torch.manual_seed(3)
+    inputs = torch.randn(6, 4), torch.randn(6, 4)
+    dynamic = ({0: Dim.DYNAMIC}, {0: Dim.DYNAMIC})
+    return torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False), inputs
+
+
+def assert_core(program: ExportedProgram) -> None:
+    """Nothing writes, and nothing is left that torch would decompose."""
+    program.validate()
+    table = core_decompositions()
+    for node in program.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and isinstance(node.meta.get("val"), Tensor):
+            assert not node.target._schema.is_mutable, node.target
+            assert node.target in KEPT_WHOLE or not (node.target in table or node.target._can_decompose()), node.target
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 9)), min_size=1, max_size=5))
+def test_any_steps_give_what_they_give_in_eager(steps: list[tuple[str, int]]) -> None:
+    module = Straight(steps)
+    with torch.no_grad():
+        program, _ = exported(module)
+        program = decomposed(program)
+        assert_core(program)
+        for rows in (6, 9):
+            given = torch.randn(rows, 4), torch.randn(rows, 4)
+            assert torch.equal(program.module()(*copy.deepcopy(given)), module(*copy.deepcopy(given)))
+
+
+@pytest.mark.parametrize("step", ["add", "halves", "scaled in place", "hidden in place", "zeros filled"])
+def test_the_whole_program_is_not_traced_again_where_nodes_change_by_themselves(step: str) -> None:
+    with torch.no_grad():
+        program, _ = exported(Straight([(step, 0)]))
+        with mock.patch.object(ExportedProgram, "run_decompositions", side_effect=AssertionError):
+            decomposed(program)
+
+
+class Branches(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.cond(y.sum() > 0, STEPS["zeros filled"], STEPS["halves"], (x, y))
+
+
+def test_branches_are_rewritten_too() -> None:
+    with torch.no_grad():
+        program, _ = exported(Branches())
+        program = decomposed(program)
+        for module in program.graph_module.modules():
+            targets = [str(node.target) for node in getattr(module, "graph", torch.fx.Graph()).nodes]
+            assert not {"aten.chunk.default", "aten.masked_fill_.Scalar", "aten.zeros_like.default"} & set(targets)
+        for sign in (1, -1):
+            given = torch.randn(9, 4), sign * torch.rand(9, 4)
+            assert torch.equal(program.module()(*given), Branches()(*given))
+
+
+def test_products_inside_a_composite_operator_stay_whole() -> None:
+    """``aten.gru_cell`` is one operator that calls ``linear`` twice."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.GRUCell(4, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.cell(x, y)
+
+    module = Recurrent().eval()
+    with torch.no_grad():
+        program, inputs = exported(module)
+        made = decomposed(program)
+        assert [str(node.target) for node in made.graph.nodes].count("aten.linear.default") == 2
+        torch.testing.assert_close(made.module()(*inputs), module(*inputs))
+
+
+def test_the_origin_of_a_node_stays_with_it() -> None:
+    with torch.no_grad():
+        program, _ = exported(Straight([("halves", 0)]))
+        made = decomposed(program)
+    (split,) = (node for node in made.graph.nodes if node.target is torch.ops.aten.split_with_sizes.default)
+    assert "values.append" in split.meta["stack_trace"]
