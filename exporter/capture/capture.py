@@ -74,6 +74,7 @@ def capture_encoder(encoder: FusionEncoder) -> CapturedProgram:
     dim_names = _dim_names(placeholders, names, dynamic)
     for node, name in zip(placeholders, names, strict=True):
         rename_input(program, node, name)
+    program.graph_module.recompile()
     zeros = "a row whose keys are all masked gets zeros from the attention, as torch's scaled_dot_product_attention gives"
     notes = [*spec.notes, zeros]
     if encoder.sequence_first:
@@ -170,12 +171,8 @@ def _dim_names(placeholders: list, names: tuple[str, ...], dynamic: list) -> dic
 
 
 def rename_input(program: ExportedProgram, node: torch.fx.Node, name: str) -> None:
-    """Give a placeholder the public input's name, in the graph and in the signature."""
-    old = node.name
-    if old == name:
-        return
-    node.name = node.target = name
+    """Give a placeholder the public input's name, in the graph and in the signature. Call ``recompile`` afterwards."""
     for item in program.graph_signature.input_specs:
-        if item.arg.name == old:
+        if item.arg.name == node.name:
             item.arg.name = name
-    program.graph_module.recompile()
+    node.name = node.target = name

@@ -62,6 +62,7 @@ def capture_component(component: Component, sample: Sample) -> CapturedProgram:
                 )
             if meaning in free:
                 dims[str(size)] = str(meaning)
+    program.graph_module.recompile()
     return CapturedProgram(
         program=program,
         input_names=names,

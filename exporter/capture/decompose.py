@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,12 +30,11 @@ class _NeedsTraceError(Exception):
     """A node that cannot be rewritten by itself."""
 
 
-def core_decompositions() -> dict:
+@functools.cache
+def core_decompositions() -> Table:
     """torch's default table, less ``KEPT_WHOLE``."""
     table = torch.export.default_decompositions()
-    for op in KEPT_WHOLE:
-        table.pop(op, None)
-    return table
+    return {op: function for op, function in table.items() if op not in KEPT_WHOLE}
 
 
 def decomposed(program: ExportedProgram) -> ExportedProgram:
@@ -49,9 +49,9 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
         for module in graphs:
             _functionalize(module)
         first = next(node for node in program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor))
-        plans = [_expansions(module, dict(table.items()), first) for module in graphs]
+        plans = [_expansions(module, table, first) for module in graphs]
     except _NeedsTraceError:
-        return program.run_decompositions(table)
+        return program.run_decompositions(dict(table))
     for module, plan in zip(graphs, plans, strict=True):
         replaced: dict[Node, Node] = {}
         for node, item in plan.items():

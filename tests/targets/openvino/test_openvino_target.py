@@ -144,7 +144,7 @@ def test_a_whole_pipeline_finds_what_onnx_runtime_finds(
     settings: dict[str, Any] = {"threads": 1, "providers": [("openvino", {"PERFORMANCE_HINT": "LATENCY"})]}
     found = []
     for segmenter in (Segmenter(tmp_path / "out", **settings), Segmenter(tiny_pipeline)):
-        found.append(segmenter.segment(segmenter.encode(photograph()), [[1, 7, 9], [1, 3, 9]], threshold=0.0)[0])
+        found.append(segmenter.segment(segmenter.encode(photograph()), [[1, 7, 9], [1, 3, 9]], threshold=0.0))
     got, wanted = found
     assert len(got) == len(wanted) and np.abs(got.scores - wanted.scores).max() < 1e-5
     assert np.abs(got.small_masks - wanted.small_masks).max() < 1e-4 * np.abs(wanted.small_masks).max()
