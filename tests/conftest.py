@@ -27,6 +27,12 @@ OF_THE_CAPTURE = {"capture", "fusion", "test_fuzz.py", "test_threads.py"}
 """Where every encoder is traced anew."""
 
 
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every later collection: each export ends with one."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Share the traces of Meta's layers, but for tests of the capture itself."""

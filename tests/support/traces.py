@@ -26,14 +26,14 @@ def share(on: bool) -> None:
 
 
 def _shared(encoder: FusionEncoder, shell: ExportedProgram) -> dict[int, LayerTemplate]:
-    def trace(layer: nn.Module, calls: Sequence[Callable], operands: Sequence[Operand], table: dict) -> LayerTemplate:
+    def trace(layer: nn.Module, calls: Sequence[Callable], operands: Sequence[Operand], core: Callable) -> LayerTemplate:
         if any(not type(module).__module__.startswith(("torch.", "sam3.")) for module in layer.modules()):
-            return trace_template(layer, calls, operands, table)
+            return trace_template(layer, calls, operands, core)
         call = next(encoder.calls[index] for index, item in enumerate(encoder.layers) if item is layer)
         examples = [(tuple(value.shape), value.dtype, str(dims)) for value, dims in (item.example() for item in operands)]
         kind = kind_of(layer, (call.names, call.fixed, encoder.spec.dac_dim, len(calls), examples))
         if kind not in KNOWN:
-            KNOWN[kind] = layer, trace_template(layer, calls, operands, table)
+            KNOWN[kind] = layer, trace_template(layer, calls, operands, core)
         return KNOWN[kind][1]
 
     with mock.patch.object(capture, "trace_template", trace):
