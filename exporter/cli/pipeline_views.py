@@ -89,7 +89,7 @@ def detections_view(result: Masks, picture: str | None = None) -> RenderableType
     """One row a detection, best first, or that nothing was found; ``picture``: its name, where there are several."""
     where = "" if picture is None else f" in {picture}"
     if not len(result):
-        return f"nothing found{where} for {_listed(result.prompts)}"
+        return f"nothing found{where}{f' for {_listed(result.prompts)}' if result.prompts else ''}"
     table = plain_table(f"{len(result)} found{where}", "label", "score", "box", "pixels")
     for index in sorted(range(len(result)), key=lambda i: -float(result.scores[i])):
         box = ", ".join(f"{value:.0f}" for value in result.boxes[index])

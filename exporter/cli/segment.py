@@ -139,8 +139,11 @@ def run(
                     "max_detections": max_detections,
                 }
                 chosen = {name: value for name, value in given.items() if value is not None}
-                for name in ("pred_iou_thresh", "stability_score_thresh"):
-                    fraction(chosen.get(name, 0), name)  # what is wrong with them is told once
+                for name, option in (
+                    ("pred_iou_thresh", "--threshold"),
+                    ("stability_score_thresh", "--stability-score-thresh"),
+                ):
+                    fraction(chosen.get(name, 0), option)  # what is wrong with them is told once
                 ask = partial(segmenter.everything, **chosen)
             elif points or away or (boxes and not texts and not others and segmenter.clickable):
                 fact = "it belongs to a search by words or examples, and this is a click on an object"
@@ -237,7 +240,9 @@ def _answered(ask: Callable[[Any], Masks], picture: _Picture, written: _Written)
     except SpecError as error:
         if not written.several:
             raise
-        typer.secho(f"sam3x: {error}", err=True, fg="red")
+        message = str(error)  # of a picture that cannot be read the name is in it
+        where = "" if picture.name in message else f"{picture.name}: "
+        typer.secho(f"sam3x: {where}{message}", err=True, fg="red")
         return False
     written.add(picture, result)
     return True

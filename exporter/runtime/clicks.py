@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from sam3x.errors import SpecError
-from sam3x.runtime.prompts import items_of, read_labels, refused, short
+from sam3x.runtime.prompts import check_box, items_of, read_labels, refused, short
 from sam3x.sources.names import PADDING
 
 _POINTS = "points are pairs x, y in pixels, a list of them for one object or a list of lists for several"
 _BOX = "a box is four numbers x0, y0, x1, y1 in pixels with x0 < x1 and y0 < y1"
+_MOST_LOGIT = 1e4  # upstream's are within 32; far beyond, products of the head overflow
 _CORNERS, _NONE = (2, 3), -1
 """Labels of the interactive head; a point of the object has 1, one outside 0."""
 
@@ -76,18 +77,18 @@ def read_clicks(points: Any, labels: Any, box: Any, mask: Any, *, mask_size: Seq
 
 
 def check_inside(clicks: Sequence[Click], width: int, height: int) -> None:
-    """Refuse a point outside the picture, and a box that has no part in it.
+    """Refuse a point outside the picture, and a box that has no part in it or reaches far over its edge.
 
     Raises:
         SpecError: naming it.
     """
-    size = f"the picture, which is {width} x {height} pixels"
     for click in clicks:
         outside = (click.points < 0).any(axis=1) | (click.points > (width, height)).any(axis=1)
         if outside.any():
-            raise refused(f"the point {click.points[outside][0].tolist()} lies outside {size}")
-        if click.box is not None and ((click.box[1] <= 0).any() or (click.box[0] >= (width, height)).any()):
-            raise refused(f"the box {click.box.ravel().tolist()} lies outside {size}")
+            point = click.points[outside][0].tolist()
+            raise refused(f"the point {point} lies outside the picture, which is {width} x {height} pixels")
+        if click.box is not None:
+            check_box(click.box.ravel(), height, width)
 
 
 def to_arrays(
@@ -152,8 +153,9 @@ def _boxes(box: Any) -> list[np.ndarray | None] | None:
     """Corners (2, 2) of every object's box."""
     if box is None:
         return None
-    whole = _array(box)
-    items = [box] if whole is not None and whole.ndim == 1 and len(whole) else items_of(box, f"{_BOX}, or a list of them")
+    items = items_of(box, f"{_BOX}, or a list of them")
+    if any(np.isscalar(item) or getattr(item, "ndim", None) == 0 for item in items):  # one box
+        items = [items]
     found: list[np.ndarray | None] = []
     for item in items:
         array = None if item is None else _array(item)
@@ -181,15 +183,21 @@ def _masks(mask: Any, size: tuple[int, ...]) -> list[np.ndarray | None] | None:
 
 def _one_mask(item: Any, size: tuple[int, ...]) -> np.ndarray:
     array = _array(item)
-    if array is None or array.shape not in (size, (1, *size)) or not np.isfinite(array).all():
+    if array is None or array.shape not in (size, (1, *size)) or not (np.abs(array) <= _MOST_LOGIT).all():
         raise _no_mask(item, size)
     return array.reshape(size).astype(np.float32)
 
 
 def _no_mask(value: Any, size: tuple[int, ...]) -> SpecError:
     array = _array(value)
-    found = short(value) if array is None else f"shape {list(array.shape)}"
-    fact = f"a mask is the logits of an earlier answer, {size[0]} x {size[1]} finite numbers for each object, got {found}"
+    if array is None:
+        found = f"an array of {value.dtype}" if hasattr(value, "dtype") else short(value)
+    elif array.shape in (size, (1, *size)):
+        found = f"{array.min():g} to {array.max():g}"
+    else:
+        found = f"shape {list(array.shape)}"
+    numbers = f"{size[0]} x {size[1]} numbers within {_MOST_LOGIT:g} of 0"
+    fact = f"a mask is the logits of an earlier answer, {numbers} for each object, got {found}"
     return refused(fact, "Give result.best.logits.")
 
 
@@ -198,6 +206,7 @@ def _array(value: Any) -> np.ndarray | None:
     try:
         value = value.detach().cpu() if hasattr(value, "detach") else value  # a torch tensor
         array = np.asarray(value)
-        return array.astype(np.float64) if array.dtype.kind in "iuf" or not array.size else None
-    except (TypeError, ValueError):  # lists of different lengths; a kind of tensor that numpy has not
+        with np.errstate(over="ignore"):  # of a longer float
+            return array.astype(np.float64) if array.dtype.kind in "iuf" or not array.size else None
+    except Exception:  # lists of different lengths, a tensor that has no values here, another library's own refusal
         return None

@@ -89,17 +89,26 @@ def boxes_to_fractions(boxes: np.ndarray, height: int, width: int) -> np.ndarray
     """
     scale = np.array([width, height, width, height], dtype=np.float64)
     for box in boxes:
-        corners = box / scale
-        if (corners[2:] <= 0).any() or (corners[:2] >= 1).any():
-            raise refused(f"the box {box.tolist()} lies outside the picture, which is {width} x {height} pixels")
-        if (corners < -1).any() or (corners > 2).any():
-            fact = f"the box {box.tolist()} reaches further over the edge than the picture is large, {width} x {height} pixels"
-            raise refused(fact, "Give boxes in pixels of this picture.")
+        check_box(box, height, width)
     low, high = boxes[:, :2], boxes[:, 2:]
     fractions = (np.concatenate([(low + high) / 2, high - low], axis=1) / scale).astype(np.float32)
     if (fractions[:, 2:] <= 0).any():
         raise refused(f"a box is too thin for float32: {boxes.tolist()}")
     return fractions
+
+
+def check_box(box: np.ndarray, height: int, width: int) -> None:
+    """Refuse x0, y0, x1, y1 in pixels of a box outside the picture, or that reaches further over its edge than it is large.
+
+    Raises:
+        SpecError: naming it.
+    """
+    corners = box.reshape(2, 2) / (width, height)
+    if (corners[1] <= 0).any() or (corners[0] >= 1).any():
+        raise refused(f"the box {box.tolist()} lies outside the picture, which is {width} x {height} pixels")
+    if (corners < -1).any() or (corners > 2).any():
+        fact = f"the box {box.tolist()} reaches further over the edge than the picture is large, {width} x {height} pixels"
+        raise refused(fact, "Give boxes in pixels of this picture.")
 
 
 def boxes_to_pixels(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -227,17 +236,38 @@ def read_labels(labels: Any, counts: Sequence[int], nested: bool, *, each: str) 
     return found
 
 
+def truth(value: Any, name: str) -> bool:
+    """``value``, True or False, of Python, numpy or torch, or 1 or 0.
+
+    Raises:
+        SpecError: it is neither.
+    """
+    number = _truth(value)
+    if number is None:
+        raise refused(f"{name} is True or False, got {short(value)}")
+    return bool(number)
+
+
 def label_of(value: Any) -> int:
     """1 for what is wanted, 0 for what is not.
 
     Raises:
         SpecError: ``value`` is neither, as a truth value or a number.
     """
-    scalar = _scalar(value)
-    number = int(scalar) if isinstance(scalar, bool) else _index(scalar)
-    if number is None or number not in (0, 1):
+    number = _truth(value)
+    if number is None:
         raise refused(f"a label is True for what is wanted and False for what is not, got {short(value)}")
     return number
+
+
+def _truth(value: Any) -> int | None:
+    """1 or 0 of a truth value or a number; None of anything else."""
+    try:
+        scalar = _scalar(value)
+    except Exception:  # a tensor that has no value here
+        return None
+    number = int(scalar) if isinstance(scalar, bool) else _index(scalar)
+    return number if number in (0, 1) else None
 
 
 def _thresholds(threshold: Any, default: float, count: int) -> list[float]:
@@ -259,7 +289,7 @@ def fraction(value: Any, name: str, most: float = 1) -> float:
     """
     try:
         scalar = _scalar(value)
-        number = math.nan if isinstance(scalar, (str, bytes, bytearray, bool)) else float(scalar)
+        number = math.nan if isinstance(scalar, (str, bytes, bytearray, bool, np.ndarray)) else float(scalar)
     except Exception:  # no number, or one that is too large
         number = math.nan
     if not 0 <= number <= most:
@@ -273,7 +303,7 @@ def items_of(value: Any, rule: str) -> list[Any]:
         if isinstance(value, (str, bytes, bytearray, Mapping, Set)):
             raise TypeError
         return list(value.tolist() if hasattr(value, "tolist") else value)
-    except TypeError:
+    except Exception:  # no iterable, a tensor that has no values here
         raise refused(f"{rule}, got {short(value)}") from None
 
 
@@ -293,7 +323,7 @@ def _scalar(value: Any) -> Any:
 
 def short(value: Any) -> str:
     """``value`` in at most 80 characters."""
-    words = repr(value)
+    words = " ".join(repr(value).split())
     return words if len(words) <= 80 else f"{words[:77]}..."
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from sam3x.errors import SpecError, Step
 from sam3x.runtime.output import run_lengths, written
+from sam3x.runtime.prompts import whole_number
 from sam3x.runtime.resize import resize_bilinear
 
 if TYPE_CHECKING:
@@ -202,9 +203,15 @@ class Clicked(Masks):
         return self.top(1)
 
     def top(self, count: int) -> Clicked:
-        """The ``count`` masks of each object that score highest, best first."""
-        rows = [np.flatnonzero(self.prompt == index) for index in range(len(self.prompts))]
-        return self.chosen(np.concatenate([own[np.argsort(-self.scores[own], kind="stable")[:count]] for own in rows]))
+        """The ``count`` masks of each object that score highest, best first.
+
+        Raises:
+            SpecError: ``count`` is no whole number from 1.
+        """
+        count = whole_number(count, "count")
+        best = np.lexsort((-self.scores, self.prompt))
+        prompt = self.prompt[best]
+        return self.chosen(best[np.arange(len(best)) - np.searchsorted(prompt, prompt) < count])
 
     def chosen(self, indices: np.ndarray) -> Clicked:
         """Those masks, in that order."""
@@ -223,11 +230,13 @@ class Clicked(Masks):
         Args:
             offset: by as many logits.
         """
+        with np.errstate(over="ignore"):
+            low, high = np.array([self.border - offset, self.border + offset]).astype(np.float32)
         inner = outer = 0
         for rows in self._bands():
             values = self._stretched(index, rows)
-            inner += int(np.count_nonzero(values > self.border + offset))
-            outer += int(np.count_nonzero(values > self.border - offset))
+            inner += int(np.count_nonzero(values > high))
+            outer += int(np.count_nonzero(values > low))
         return inner / outer if outer else 0.0
 
 

@@ -17,7 +17,7 @@ from sam3x.runtime.components import Components
 from sam3x.runtime.everything import Kept, grid
 from sam3x.runtime.manifest import SEGMENTER, load_manifest
 from sam3x.runtime.pictures import open_picture, sigmoid, to_tensor
-from sam3x.runtime.prompts import Limits, Prompt, boxes_to_fractions, boxes_to_pixels, read_prompts, whole_number
+from sam3x.runtime.prompts import Limits, Prompt, boxes_to_fractions, boxes_to_pixels, read_prompts, truth, whole_number
 from sam3x.runtime.regions import mended
 from sam3x.runtime.result import Clicked, Result, joined
 from sam3x.runtime.text import Tokenizer, pad
@@ -255,9 +255,10 @@ class Segmenter:
                 not have as many.
             labels: one a point and listed as the points are, 1 or True for a point of the object, 0 or False for one outside.
                 Default all 1.
-            box: x0, y0, x1, y1 in pixels, or one for each object. It may reach over the picture's edge.
-            mask: logits of an earlier answer, ``result.best.logits``: (h, w) or (1, h, w) for one object, (objects, h, w) for
-                several. Lists of boxes and masks may hold None.
+            box: x0, y0, x1, y1 in pixels, or one for each object. It may reach over the picture's edge, by as much as the
+                picture is large.
+            mask: logits of an earlier answer, ``result.best.logits``, within 1e4 of 0: (h, w) or (1, h, w) for one object,
+                (objects, h, w) for several. Lists of boxes and masks may hold None.
             multimask: three masks for each object, for a prompt that may mean several things, such as one point; else one, the
                 model's own for it, or the best of the three where that is unstable.
 
@@ -266,10 +267,10 @@ class Segmenter:
                 lists that do not fit together, or an ``EncodedImage`` of another pipeline.
             ArtifactError: the pipeline has no interactive head, or a file cannot be run.
         """
-        clicks = self.clicks(points, labels, box, mask)
+        clicks, several = self.clicks(points, labels, box, mask), truth(multimask, "multimask")
         encoded = self._checked(image) if isinstance(image, EncodedImage) else self.encode(image)
         check_inside(clicks, *encoded.picture.size)
-        return joined(list(self._answers(encoded, clicks, multimask)))
+        return joined(list(self._answers(encoded, clicks, several)))
 
     @warnings_not_raised()
     def everything(

@@ -156,13 +156,29 @@ def test_everything_takes_its_rules_from_the_command_line(tiny_pipeline: Path, f
         assert [item["score"] for item in masks] == pytest.approx(wanted.scores.tolist(), abs=1e-5)
 
 
+def test_of_several_pictures_the_one_where_a_click_lies_outside_is_named(tiny_pipeline: Path, folder: Path) -> None:
+    Image.new("RGB", (90, 80)).save("more/b.png")
+    done = run("run", tiny_pipeline, "more", "--point", "85,70")
+    assert done.exit_code == 2 and "1 found in b.png" in done.stdout
+    assert "a.png: run: the point [85.0, 70.0] lies outside the picture" in " ".join(done.stderr.split())
+
+
+def test_everything_that_is_nothing_is_told(tiny_pipeline: Path, folder: Path) -> None:
+    done = run(
+        "run", tiny_pipeline, "photos/a.png", "--everything", "--points-per-side", "1", "--threshold", "1", "-o", "all.png"
+    )
+    assert done.exit_code == 0 and done.stdout.strip() == "nothing found"
+    assert Image.open("all.png").size == (80, 60)
+
+
 @pytest.mark.parametrize(
     ("options", "fact"),
     [
         (["--everything", "--text", "dog"], "--text and --ids: it says what to look for"),
         (["--everything", "--point", "1,2"], "--point: it says what to look for"),
         (["--everything", "--threshold", "0.5", "--threshold", "0.6"], "--everything has one threshold"),
-        (["--everything", "--stability-score-thresh", "2"], "stability_score_thresh is a number from 0 to 1"),
+        (["--everything", "--stability-score-thresh", "2"], "--stability-score-thresh is a number from 0 to 1"),
+        (["--everything", "--threshold", "2"], "--threshold is a number from 0 to 1"),
         (["--text", "dog", "--points-per-side", "3"], "--points-per-side: it belongs to --everything"),
         (["--point", "1,2", "--text", "dog"], "--text and --ids: it belongs to a search"),
         (["--point", "1,2", "--not-box", "1,2,3,4"], "--not-box: it belongs to a search"),

@@ -8,6 +8,9 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
@@ -134,17 +137,80 @@ def test_a_result_of_clicks_is_drawn_and_told_like_another(segmenter: Segmenter,
         ({"box": [1, 2, 1, 5]}, "x0 < x1"),
         ({"box": [1, 2, 5]}, "four numbers"),
         ({"box": [700, 2, 800, 5]}, "lies outside"),
+        ({"box": [-9000, 2, 9000, 5]}, "reaches further over the edge"),
+        ({"box": [1, 2, 5, None]}, r"four numbers.*got \[1, 2, 5, None\]"),
+        ({"box": torch.empty(4, device="meta")}, "four numbers"),
+        ({"points": [[1, 2], [3, 4]], "labels": [1, 2]}, "True for what is wanted"),
+        ({"points": [[True, False]]}, "points are pairs"),
+        ({"points": torch.empty(1, 2, device="meta")}, "points are pairs"),
+        ({"points": [[1, 2]], "labels": torch.empty(1, device="meta")}, "labels are True or False"),
+        ({"points": [[1, 2]], "labels": [torch.empty((), device="meta")]}, "a label is True"),
+        ({"points": [[[1, 2]], []]}, "object 2 of 2 has no point"),
+        ({"points": [[1, 2]], "multimask": np.array([True, False])}, "multimask is True or False"),
+        ({"points": [[1, 2]], "multimask": None}, "multimask is True or False, got None"),
         ({"box": []}, "list of objects is empty"),
         ({"points": [[1, 2]], "box": [BOX, OTHER_BOX]}, "points of 1, box of 2"),
-        ({"mask": [[1.0, 2.0]]}, "32 x 32 finite numbers for each object, got shape"),
+        ({"mask": [[1.0, 2.0]]}, "32 x 32 numbers within 10000 of 0 for each object, got shape"),
         ({"mask": "mask"}, "32 x 32"),
-        ({"mask": np.full((32, 32), np.inf)}, "32 x 32"),
+        ({"mask": np.full((32, 32), np.inf)}, "32 x 32.*got inf to inf"),
+        ({"mask": np.full((32, 32), -3e38)}, "32 x 32"),
+        ({"mask": np.ones((32, 32), dtype=bool)}, "logits of an earlier answer.*got an array of bool"),
         ({"points": [[1, 2]], "mask": np.zeros((2, 1, 32, 32))}, "points of 1, mask of 2"),
     ],
 )
 def test_bad_clicks_get_one_sentence(given: dict[str, Any], fact: str, segmenter: Segmenter, encoded: EncodedImage) -> None:
     with pytest.raises(SpecError, match=fact):
         segmenter.click(encoded, **given)
+
+
+NUMBERS = st.one_of(st.floats(), st.integers(-3, 500), st.sampled_from([3e38, -1e308, 10**400, True, None, "7"]))
+PAIR = st.lists(st.integers(0, 400), min_size=2, max_size=2)
+PAIRS = st.one_of(st.lists(PAIR, max_size=3), st.lists(st.lists(NUMBERS, min_size=1, max_size=3), max_size=2))
+ODD = st.one_of(st.none(), st.booleans(), st.integers(-11, 3), st.floats(), st.text(max_size=4), st.binary(max_size=3))
+MASK = st.builds(np.full, st.sampled_from([(32, 32), (1, 32, 32), (2, 32, 32), (32,), (3, 4)]), st.floats(width=32))
+ASKED = st.fixed_dictionaries(
+    {},
+    optional={
+        "points": st.one_of(PAIRS, st.lists(st.one_of(PAIRS, st.none()), max_size=3), PAIRS.map(iter), ODD),
+        "labels": st.one_of(st.lists(st.booleans(), max_size=3), st.lists(st.lists(ODD, max_size=2), max_size=3), ODD),
+        "box": st.one_of(st.sampled_from([BOX, OTHER_BOX, [BOX, None]]), st.lists(NUMBERS, min_size=3, max_size=5), ODD),
+        "mask": st.one_of(MASK, st.lists(st.one_of(MASK, st.none()), max_size=2), ODD),
+        "multimask": st.one_of(st.booleans(), ODD),
+    },
+)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@given(ASKED)
+def test_whatever_is_clicked_has_an_answer_or_a_spec_error(
+    segmenter: Segmenter, encoded: EncodedImage, asked: dict[str, Any]
+) -> None:
+    try:
+        found = segmenter.click(encoded, **asked)
+    except SpecError as error:
+        assert str(error).startswith("run: ") and "\n" not in str(error)
+        return
+    assert len(found) == len(found.best) * (3 if asked.get("multimask", True) else 1) > 0
+    assert np.isfinite(found.scores).all() and np.isfinite(found.logits).all()
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((1, 1, 3), np.uint8), np.full((30, 40), 900, np.uint16), np.ones((9, 8, 4))])
+def test_a_picture_of_any_kind_is_clicked(pixels: np.ndarray, segmenter: Segmenter) -> None:
+    """One pixel, 16 bits, transparency; the far edge is part of the picture."""
+    height, width = pixels.shape[:2]
+    found = segmenter.click(pixels, points=torch.tensor([[0, 0], [width, height]]), labels=np.array([1, 0]))
+    assert found.masks.shape == (3, height, width) and found.best.draw().size == (width, height)
+
+
+def test_the_best_of_each_object(segmenter: Segmenter, encoded: EncodedImage) -> None:
+    found = segmenter.click(encoded, points=[[POINT], [AWAY]])
+    assert found.top(2).prompt.tolist() == [0, 0, 1, 1] and len(found.top(9)) == 6
+    assert (np.diff(found.top(3).scores.reshape(2, 3)) <= 0).all()
+    none = found.chosen(np.array([], dtype=np.int64))
+    assert len(none.best) == 0 and none.masks.shape == (0, 427, 640)
+    for count in (0, -1, "2", None):
+        with pytest.raises(SpecError, match="count is a whole number from 1"):
+            found.top(count)  # type: ignore[arg-type]
 
 
 def test_a_pipeline_without_the_head_says_so(tiny_pipeline: Path, picture: Image.Image) -> None:

@@ -84,6 +84,20 @@ def test_holes_and_specks_are_mended_as_in_python(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+def test_clicks_that_cannot_be_answered_are_one_sentence(tmp_path: Path) -> None:
+    asked = [{}, {"points": [[1, 2]], "labels": [True, False]}, {"points": [[1, 10]]}, {"points": [[1]]}, {"box": [5, 5, 1, 1]}]
+    out = node(
+        f"""import {{ Segmenter }} from "{MODULE}";
+        const segmenter = new Segmenter({{ manifest: {{ clicks: {{}}, image_size: 8, components: [] }} }});
+        for (const asked of {json.dumps(asked)})
+          await segmenter.click({{ width: 9, height: 9 }}, asked).catch((error) => console.log(error.name, error.message));""",
+        tmp_path,
+    )
+    told = ("Nothing is clicked", "2 labels for 1 points", "lies outside", "lies outside", "x0 < x1")
+    lines = out.splitlines()
+    assert len(lines) == len(told) and all(fact in line for fact, line in zip(told, lines, strict=True)), lines
+
+
 @pytest.fixture
 def written(node_modules: Path, tmp_path: Path) -> Callable[[Path], Path]:
     """Write the site of a folder where Node finds the packages beside it."""

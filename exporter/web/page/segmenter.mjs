@@ -71,6 +71,7 @@ export class Segmenter {
     const corners = box ? [box.slice(0, 2), box.slice(2)] : [];
     const rows = points.length + corners.length + 1;
     if (rows === 1) throw new PromptError("Nothing is clicked. Give a point or a box.");
+    if (labels.length !== points.length) throw new PromptError(`${labels.length} labels for ${points.length} points.`);
     if (box) checkBox(box, width, height);
     for (const [x, y] of points) {
       if (!(x >= 0 && y >= 0 && x <= width && y <= height)) {
