@@ -37,12 +37,7 @@ def locked(folder: Path) -> Iterator[None]:
     while True:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise
-            except OSError:
-                pass  # network file systems: the rename to JOURNAL still lets only one export through
+            lock_file(descriptor)  # on a network file system the rename to JOURNAL still lets only one export through
             if not folder.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
                 folder.mkdir(parents=True, exist_ok=True)  # another export failed and took its folder away
                 continue
@@ -50,3 +45,19 @@ def locked(folder: Path) -> Iterator[None]:
             return
         finally:
             os.close(descriptor)
+
+
+def lock_file(descriptor: int) -> None:
+    """Hold an open file, on systems and file systems that have locks, until it is closed.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # a file system without locks

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from sam3x.artifact.manifest import Manifest, Quality
-    from sam3x.runtime.result import Masks
     from sam3x.sources.report import LintReport
 
 
@@ -85,15 +84,16 @@ def _quality(quality: Quality) -> list[RenderableType]:
     return [f"{quality.precision} against fp32: mask IoU {worst}, {where}", table]
 
 
-def detections_view(result: Masks, picture: str | None = None) -> RenderableType:
-    """One row a detection, best first, or that nothing was found; ``picture``: its name, where there are several."""
+def detections_view(found: Mapping[str, Any], picture: str | None = None) -> RenderableType:
+    """One row a detection of ``Masks.to_dict``, best first, or that nothing was found; ``picture``: its name among several."""
     where = "" if picture is None else f" in {picture}"
-    if not len(result):
-        return f"nothing found{where}{f' for {_listed(result.prompts)}' if result.prompts else ''}"
-    table = plain_table(f"{len(result)} found{where}", "label", "score", "box", "pixels")
-    for index in sorted(range(len(result)), key=lambda i: -float(result.scores[i])):
-        box = ", ".join(f"{value:.0f}" for value in result.boxes[index])
-        table.add_row(result.labels[index], f"{result.scores[index]:.3f}", box, f"{result.area(index):,}")
+    detections, prompts = found["detections"], found["prompts"]
+    if not detections:
+        return f"nothing found{where}{f' for {_listed(prompts)}' if prompts else ''}"
+    table = plain_table(f"{len(detections)} found{where}", "label", "score", "box", "pixels")
+    for item in sorted(detections, key=lambda item: -item["score"]):
+        box = ", ".join(f"{value:.0f}" for value in item["box"])
+        table.add_row(item["label"], f"{item['score']:.3f}", box, f"{sum(item['mask']['counts'][1::2]):,}")
     return table
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,9 +16,10 @@ from sam3x.errors import SpecError, Step
 
 if TYPE_CHECKING:
     from sam3x.runtime import Segmenter
-    from sam3x.runtime.result import Masks
+    from sam3x.runtime.many import Answer, Drawings, Picture, Question
 
 STDIN = "-"
+_NAMED = 10  # pictures without an answer that are named at the end; each was told when it was its turn
 _FORMS = {
     "box": ("X0,Y0,X1,Y1 in pixels, as in 10,20,200,180", float, 4),
     "point": ("X,Y in pixels, as in 120,200", float, 2),
@@ -102,6 +102,17 @@ def run(
             help="What runs it: an execution provider of ONNX Runtime, with options, as in cuda:device_id=1; repeatable.",
         ),
     ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Processes that share the pictures, each with the whole pipeline in memory."),
+    ] = 1,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="With --json FILE: of several pictures, answer those alone that an earlier run of this command did not.",
+        ),
+    ] = True,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare every file with its sha256 first.")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceback of an error.")] = False,
@@ -125,12 +136,12 @@ def run(
         _check_outputs([] if several else [output], [None if str(json_file) == STDIN else json_file, coco])
         found = list(_pictures(pictures))
         from sam3x.runtime import Segmenter
+        from sam3x.runtime.many import Drawings, Question, answers, resume_key
         from sam3x.runtime.prompts import fraction
 
         with Segmenter(
             folder, check=check, threads=threads, providers=parsed_providers(provider) or None, max_pixels=max_pixels
         ) as segmenter:
-            ask: Callable[[Any], Masks]
             if everything:
                 given: dict[str, Any] = {
                     "points_per_side": points_per_side,
@@ -144,12 +155,12 @@ def run(
                     ("stability_score_thresh", "--stability-score-thresh"),
                 ):
                     fraction(chosen.get(name, 0), option)  # what is wrong with them is told once
-                ask = partial(segmenter.everything, **chosen)
+                question = Question(how="everything", arguments=chosen)
             elif points or away or (boxes and not texts and not others and segmenter.clickable):
                 fact = "it belongs to a search by words or examples, and this is a click on an object"
                 advice = "Leave it out; everything like a box is found with --text visual --box."
                 _refuse({**words, "--threshold": threshold}, fact, advice)
-                ask = _clicks(segmenter, points, away, boxes, max_detections)
+                question = _clicks(segmenter, points, away, boxes, max_detections)
             else:
                 asked: dict[str, Any] = {
                     "text": texts or None,
@@ -158,21 +169,32 @@ def run(
                     "threshold": threshold[0] if threshold and len(threshold) == 1 else threshold or None,
                 }
                 segmenter.prompts(**asked)  # what is wrong with them is told once
-                ask = partial(segmenter.segment, **asked, max_detections=max_detections)
-            with _Written(output=output, masks=masks, json_file=json_file, coco=coco, several=several, quiet=quiet) as written:
-                failed = sum(not _answered(ask, picture, written) for picture in found)
-        if failed:
+                question = Question(how="segment", arguments={**asked, "max_detections": max_detections})
+            drawings = Drawings(drawn=output, masks=masks, several=several)
+            keys = {
+                picture.name: resume_key(segmenter.manifest, question, drawings, picture) if several and resume else None
+                for picture in found
+            }
+            with _Told(drawings, keys, json_file=json_file, coco=coco, quiet=quiet) as told:
+                done = {picture.name for picture in found if told.already(picture)}
+                left = [picture for picture in found if picture.name not in done]
+                shared = max(1, min(processes, len(left)))
+                with contextlib.closing(answers(segmenter, question, left, drawings, processes=shared)) as following:
+                    for picture in found:
+                        told.add(picture, None if picture.name in done else next(following)[1])
+        told.summary()
+        if told.failed:
             raise typer.Exit(SpecError.exit_code)
 
 
-def _clicks(
-    segmenter: Segmenter, points: list[Any], away: list[Any], boxes: list[Any], most: int | None
-) -> Callable[[Any], Masks]:
-    """Return what maps an encoded picture to masks: the best one of each object, or the best ``most`` of all.
+def _clicks(segmenter: Segmenter, points: list[Any], away: list[Any], boxes: list[Any], most: int | None) -> Question:
+    """Return the question: the best mask of each object, or the best ``most`` of all.
 
     All points and a box mean one object; without points each box is an object. As upstream advises, one point has three
     masks to choose from, more of a prompt has one.
     """
+    from sam3x.runtime.many import Question
+
     own = [*points, *away]
     if own and len(boxes) > 1:
         raise SpecError("points and several boxes", remedy="Give one --box with --point: they mean one object.", step=Step.RUN)
@@ -183,7 +205,7 @@ def _clicks(
         "multimask": len(own) == 1 and not boxes,
     }
     segmenter.clicks(*(asked[name] for name in ("points", "labels", "box")))  # what is wrong with them is told once
-    return lambda picture: segmenter.click(picture, **asked).top(most or 1)
+    return Question(how="click", arguments=asked, best=most or 1)
 
 
 def _refuse(given: dict[str, Any], fact: str, remedy: str) -> None:
@@ -193,35 +215,29 @@ def _refuse(given: dict[str, Any], fact: str, remedy: str) -> None:
             raise SpecError(fact, subject=option, remedy=remedy, step=Step.RUN)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Picture:
-    """``name`` as it is told; ``stem`` of the files that are written for it, no two the same; ``source`` for ``Segmenter``."""
-
-    name: str
-    stem: str
-    source: Any
-
-
-def _pictures(given: list[str]) -> Iterator[_Picture]:
-    """Every file that is named, and those of a folder that Pillow reads, by name.
+def _pictures(given: list[str]) -> Iterator[Picture]:
+    """Every file that is named, once, and those of a folder that Pillow reads, by name.
 
     Raises:
         SpecError: a folder without a picture, or standard input twice.
     """
+    from sam3x.runtime.many import Picture
     from sam3x.runtime.pictures import picture_files
 
     if given.count(STDIN) > 1:
         raise SpecError("standard input is given twice", step=Step.RUN)
-    taken: set[str] = set()
+    names: set[str] = set()
+    stems: set[str] = set()
     for argument in given:
         if argument == STDIN:
-            yield _Picture(name="stdin", stem=_unused("stdin", taken), source=typer.get_binary_stream("stdin"))
+            yield Picture(name="stdin", stem=_unused("stdin", stems), source=typer.get_binary_stream("stdin").read())
             continue
         path = Path(argument)
-        files = picture_files(path) if path.is_dir() else [path]
-        for file in files:
+        for file in picture_files(path) if path.is_dir() else [path]:
             name = file.name if len(given) == 1 and file != path else str(file)
-            yield _Picture(name=name, stem=_unused(file.stem, taken), source=file)
+            if name not in names:
+                names.add(name)
+                yield Picture(name=name, stem=_unused(file.stem, stems), source=file)
 
 
 def _unused(stem: str, taken: set[str]) -> str:
@@ -233,71 +249,72 @@ def _unused(stem: str, taken: set[str]) -> str:
     return name
 
 
-def _answered(ask: Callable[[Any], Masks], picture: _Picture, written: _Written) -> bool:
-    """Whether a picture could be read; of one among several, what is wrong goes to stderr and the others follow."""
-    try:
-        result = ask(picture.source)
-    except SpecError as error:
-        if not written.several:
-            raise
-        message = str(error)  # of a picture that cannot be read the name is in it
-        where = "" if picture.name in message else f"{picture.name}: "
-        typer.secho(f"sam3x: {where}{message}", err=True, fg="red")
-        return False
-    written.add(picture, result)
-    return True
-
-
-class _Written:
-    """What is made of each result, as soon as it is there; COCO's one document at the end."""
+class _Told:
+    """What is told of each answer, in the order of the pictures: a table, a line of JSON, a part of COCO's document."""
 
     def __init__(
-        self, *, output: Path | None, masks: Path | None, json_file: Path | None, coco: Path | None, several: bool, quiet: bool
+        self, drawings: Drawings, keys: Mapping[str, str | None], *, json_file: Path | None, coco: Path | None, quiet: bool
     ) -> None:
         from sam3x.runtime.coco import CocoFile
-        from sam3x.runtime.output import written
+        from sam3x.runtime.lines import AnswerLines
+        from sam3x.runtime.output import made_folder
 
-        self.output, self.masks, self.several, self.json_file, self.coco_path = output, masks, several, json_file, coco
+        self.drawings, self.coco_path, self.count = drawings, coco, len(keys)
         self.coco = CocoFile() if coco is not None else None
+        if drawings.drawn is not None and drawings.several:
+            made_folder(drawings.drawn)
         self.printed = json_file is not None and str(json_file) == STDIN
-        if json_file is not None and not self.printed:
-            written(json_file, lambda path: path.write_text("", encoding="utf-8"))
-        if output is not None and several:
-            written(output, lambda path: path.mkdir(parents=True, exist_ok=True))
+        self.lines = AnswerLines(json_file, keys) if json_file is not None and not self.printed else None
         self.shown = not quiet and not self.printed
+        self.failed: list[str] = []
+        self.earlier = 0
 
-    def __enter__(self) -> _Written:
+    def __enter__(self) -> _Told:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: Any) -> None:
+        if self.lines is not None:
+            self.lines.__exit__(kind, value, trace)
         if kind is None and self.coco is not None and self.coco_path is not None:
             self.coco.write(self.coco_path)
 
-    def add(self, picture: _Picture, result: Masks) -> None:
-        from sam3x.runtime.output import written
+    def already(self, picture: Picture) -> bool:
+        """Whether an earlier run answered it, and its files are still there."""
+        found = None if self.lines is None else self.lines.found(picture.name)
+        return found is not None and self.drawings.stand(picture, len(found["detections"]))
 
-        if self.output is not None:
-            result.draw(self.output / f"{picture.stem}.png" if self.several else self.output)
-        if self.masks is not None:
-            result.write_masks(self.masks, picture.stem)
-        if self.json_file is not None:
-            line = json.dumps({"picture": picture.name, **result.to_dict()})
-            if self.printed:
-                typer.echo(line)
-            else:
-                written(self.json_file, lambda path: _append(path, line))
+    def add(self, picture: Picture, answer: Answer | None) -> None:
+        """Tell an answer; None: what an earlier run found."""
+        if isinstance(answer, SpecError):
+            if not self.drawings.several:
+                raise answer
+            message = str(answer)  # of a picture that cannot be read the name is in it
+            where = "" if picture.name in message else f"{picture.name}: "
+            typer.secho(f"sam3x: {where}{message}", err=True, fg="red")
+            self.failed.append(picture.name)
+            return
+        if answer is None:
+            self.earlier += 1
+        elif self.printed:
+            typer.echo(json.dumps({"picture": picture.name, **answer}))
+        elif self.lines is not None:
+            self.lines.add(picture.name, answer)
         if self.coco is not None:
-            self.coco.add(picture.name, result)
-        if self.shown:
+            found = answer if answer is not None or self.lines is None else self.lines.found(picture.name)
+            self.coco.add_dict(picture.name, found or {})
+        if self.shown and answer is not None:
             from sam3x.cli import pipeline_views
             from sam3x.cli import views as cli_views
 
-            cli_views.show([pipeline_views.detections_view(result, picture.name if self.several else None)])
+            cli_views.show([pipeline_views.detections_view(answer, picture.name if self.drawings.several else None)])
 
-
-def _append(path: Path, line: str) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    def summary(self) -> None:
+        """What an earlier run had done; which pictures have no answer."""
+        if self.earlier and self.shown:
+            typer.echo(f"answered by an earlier run: {self.earlier} of {self.count} (--no-resume: answer them again)")
+        if self.failed:
+            names = ", ".join(self.failed[:_NAMED]) + (", …" if len(self.failed) > _NAMED else "")
+            typer.secho(f"sam3x: {len(self.failed)} of {self.count} pictures have no answer: {names}", err=True, fg="red")
 
 
 def _check_outputs(pictures: list[Path | None], files: list[Path | None]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,42 @@ def run_lengths(mask: np.ndarray) -> np.ndarray:
 
 
 def written(path: str | Path, write: Callable[[Path], object]) -> None:
-    """``write(path)``.
+    """Write a file whole or not at all: ``write`` is given a hidden name beside ``path``, which becomes ``path`` at the end.
+
+    What is no regular file, a pipe or a device, is written into as it stands.
 
     Raises:
         ArtifactError: the folder does not exist, the disk is full, the extension names no format.
     """
+    with told(path):
+        file = Path(path).resolve()  # of a link, the file it leads to
+        if file.exists() and not file.is_file():
+            write(file)
+            return
+        part = file.with_name(f".part-{file.name}")
+        try:
+            write(part)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def made_folder(path: str | Path) -> Path:
+    """The folder ``path``, made where there is none.
+
+    Raises:
+        ArtifactError: it cannot be made.
+    """
+    with told(path):
+        Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def told(path: str | Path) -> Iterator[None]:
+    """What a disk or an encoder raises as an ``ArtifactError`` that names ``path``."""
     try:
-        write(Path(path))
+        yield
     except (OSError, ValueError, TypeError) as error:  # Pillow: unknown extension; a path that is none
         fact = getattr(error, "strerror", None) or str(error)
         remedy = "Name a file in a folder that exists." if isinstance(error, FileNotFoundError) else ""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sam3x.errors import SpecError, Step
-from sam3x.runtime.output import run_lengths, written
+from sam3x.runtime.output import made_folder, run_lengths, written
 from sam3x.runtime.prompts import whole_number
 from sam3x.runtime.resize import resize_bilinear
 
@@ -130,8 +130,7 @@ class Masks:
         """
         from PIL import Image
 
-        written(folder, lambda path: path.mkdir(parents=True, exist_ok=True))
-        paths = [Path(folder) / f"{stem}_{index}.png" for index in range(len(self))]
+        paths = [made_folder(folder) / f"{stem}_{index}.png" for index in range(len(self))]
         for index, path in enumerate(paths):
             written(path, Image.fromarray(self.mask(index).view(np.uint8) * np.uint8(255)).save)
         return paths

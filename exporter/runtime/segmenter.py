@@ -91,7 +91,7 @@ class Segmenter:
         if not isinstance(folder, (str, os.PathLike)) or "\0" in str(folder):
             raise SpecError(f"the folder of a pipeline is a path, got {folder!r}", step=Step.LOAD)
         self.folder = Path(folder)
-        self._arguments = {"check": check, "batch": batch, "threads": threads, "providers": providers, "max_pixels": max_pixels}
+        self.arguments = {"check": check, "batch": batch, "threads": threads, "providers": providers, "max_pixels": max_pixels}
         self.max_pixels = None if max_pixels is None else whole_number(max_pixels, "max_pixels")
         batch = whole_number(batch, "batch")
         self.manifest = load_manifest(folder, check=check)
@@ -101,7 +101,7 @@ class Segmenter:
         self.batch = min(batch, *most)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (str(self.folder.absolute()), self._arguments)
+        return _reopened, (str(self.folder.absolute()), self.arguments)
 
     def __enter__(self) -> Segmenter:
         return self
