@@ -26,6 +26,8 @@ from sam3x.passes.linear.tile_feed_forward import TILED_FEED_FORWARD
 
 aten = torch.ops.aten
 
+_FLOATS = {torch.float32: trt.float32, torch.float16: trt.float16, torch.bfloat16: trt.bfloat16}
+
 
 class Interpreter(TRTInterpreter):
     """Torch-TensorRT's interpreter with converters of our own, which its process-wide registry never sees.
@@ -113,7 +115,15 @@ class Interpreter(TRTInterpreter):
         if waits and isinstance(args[0], trt.ITensor):
             args = (_plus(self, args[0], _nothing(self, self.answer)), *args[1:])
         own = CONVERTERS.get(target)
-        return super().call_function(target, args, kwargs) if own is None else own(self, args, kwargs)
+        return self._typed(super().call_function(target, args, kwargs) if own is None else own(self, args, kwargs))
+
+    def _typed(self, value: Any) -> Any:
+        """``value`` in the float type that torch has: some converters (``cumsum``'s) give float32 whatever they are given."""
+        wanted = self._cur_node.meta.get("val")  # type: ignore[union-attr]
+        if not isinstance(wanted, torch.Tensor) or not isinstance(value, trt.ITensor):
+            return value
+        kind = _FLOATS.get(wanted.dtype, value.dtype)
+        return value if value.dtype == kind else self.ctx.net.add_cast(value, kind).get_output(0)
 
 
 def independent_products(module: GraphModule) -> set[Node]:

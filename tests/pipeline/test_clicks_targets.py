@@ -118,8 +118,19 @@ def test_a_head_in_half_precision_is_as_near_as_rounding(tmp_path: Path) -> None
     assert manifest.verified and all(1e-6 < record.max_rel < 1e-2 for record in item.verification)
 
 
-def test_an_engine_of_the_head_is_built_and_says_that_it_was_not_run(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"target": "trt", "components": [INTERACTIVE_HEAD], **TARGETS["trt"]}
+@pytest.mark.long
+@pytest.mark.parametrize(("precision", "least", "most"), [("fp16", 1e-4, 2e-2), ("int8", 1e-3, 0.1)])
+def test_a_head_for_a_phone_in_a_lower_precision(precision: str, least: float, most: float, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"target": "pte", "components": [INTERACTIVE_HEAD], "precision": precision}
+    manifest = export_pipeline(random_image_source(WITH_CLICKS), output=tmp_path / "out", **options)
+    (item,) = manifest.components
+    assert manifest.verified and least < max(record.max_rel for record in item.verification) < most
+    assert item.metadata["delegated_flops"] > 0.99
+
+
+@pytest.mark.parametrize("precision", ["fp32", *(pytest.param(name, marks=pytest.mark.long) for name in ("fp16", "bf16"))])
+def test_an_engine_of_the_head_is_built_and_says_that_it_was_not_run(precision: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"target": "trt", "components": [INTERACTIVE_HEAD], "precision": precision, **TARGETS["trt"]}
     manifest = export_pipeline(random_image_source(WITH_CLICKS), output=tmp_path / "out", **options)
     (item,) = manifest.components
     assert item.metadata["engines"] == 1 and item.metadata["left_to_torch"] == 0

@@ -16,6 +16,7 @@ from sam3x.capture.capture import capture
 from sam3x.errors import LoweringError, Step, TargetUnavailableError, VerificationError
 from sam3x.pipeline.request import resolve
 from sam3x.sources.encoder import default_source
+from sam3x.spec import make_spec
 from sam3x.targets.tensorrt.driver import import_torch_tensorrt, named_device
 from sam3x.targets.tensorrt.target import TrtTarget
 from support.attention_styles import STYLES, Attention
@@ -187,6 +188,22 @@ def test_feature_maps(tmp_path: Path) -> None:
 
 
 # ---- float32 operations
+
+
+class Running(nn.Linear):
+    """A linear over what its input has summed up to, for which Torch-TensorRT gives float32 whatever it is given."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input + input.cumsum(-1) / 64)
+
+
+def test_what_a_converter_gives_has_the_precision_of_the_graph(tmp_path: Path) -> None:
+    encoder: Any = encoder_of(1)
+    given = encoder.layers[0].linear2
+    encoder.layers[0].linear2 = Running(given.in_features, given.out_features)
+    program = capture(encoder, make_spec(dac=False, pre_norm="module", **SIZES))
+    assert any("cumsum" in str(node.target) for node in program.program.graph.nodes)
+    assert lower(program, tmp_path / "e.engine", precision="fp16")["engines"] == 1
 
 
 def test_named_operations_stay_in_float32() -> None:
