@@ -15,7 +15,7 @@ from sam3x import api
 from sam3x.bench.tools import PORTABLE, TOOLS, Tool, missing, package_version, try_tool, write_case
 from sam3x.capture.samples import Sizes, make_inputs
 from sam3x.fusion.config import FusionConfig
-from sam3x.pipeline.compatibility import SMALL
+from sam3x.pipeline.compatibility import WITH_CLICKS
 from sam3x.pipeline.fuse import export_fused, fused
 from sam3x.pipeline.job import ComponentJob
 from sam3x.pipeline.request import PARTS, resolve_pipeline
@@ -82,7 +82,7 @@ def encoder_files(folder: Path, forms: Sequence[str], tell: Callable[[str], None
 def component_files(folder: Path, tell: Callable[[str], None] = lambda _: None) -> dict[str, Path]:
     """Each component of a small SAM3 and those of ``--fuse`` as one → a folder that ``tools.attempt`` takes."""
     request = resolve_pipeline("onnx", {"verify": "off", "attention_memory": "20KB"}, fuse=True)
-    model = random_image_source(SMALL)(request.spec)
+    model = random_image_source(WITH_CLICKS)(request.spec)
     samples, made, files = samples_of(model, request), {}, {}
     work = folder / "components"
     work.mkdir()
@@ -122,7 +122,9 @@ def markdown(found: Found) -> str:
         "parser has a form for neither: give it the components, or let `--target trt` build their engines. ONNX Runtime's",
         "transformers optimizer looks one sub-graph deep: it drops what an `If` gives to another alone, and what a loop",
         "in a loop alone reads. Give it an encoder of `--branches select`; a text encoder keeps its mask where attention",
-        "is in no loop, as it is unless `--attention-memory` is tiny (here 20 KB). `quant_pre_process` needs",
+        "is in no loop, as it is unless `--attention-memory` is tiny (here 20 KB). It takes norms over channels, which a head",
+        "for clicks has, for norms over the last dimension, and the file's numbers are wrong: set `enable_layer_norm` of its",
+        "`FusionOptions` to False, and they are right. `quant_pre_process` needs",
         "`skip_symbolic_shape=True`: its own inference takes groups of heads, whose number is worked out at run time, for",
         "sizes that do not fit, and fails on products and on sizes of loops; onnx's infers every file.",
         "",
