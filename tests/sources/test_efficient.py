@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sam3x.errors import SourceError
 from sam3x.pipeline import export_pipeline
+from sam3x.runtime import Segmenter
 from sam3x.sources.efficient import student_of, unwrapped
 from sam3x.sources.image import checkpoint_image_source, draw_image_weights, module_image_source
 from sam3x.sources.lint import lint
@@ -73,13 +75,17 @@ def test_what_no_release_has_is_said(state: dict[str, Tensor], fact: str) -> Non
         student_of(unwrapped(state), "any.pt")
 
 
-@pytest.fixture(scope="module")
-def live() -> nn.Module:
+def built(**others: Any) -> nn.Module:
     options: dict[str, Any] = {"device": "cpu", "eval_mode": True, "load_from_HF": False, "text_encoder_context_length": 16}
     options |= {"backbone_type": "repvit", "model_name": "m0.9", "text_encoder_type": "MobileCLIP-S0"}
-    model = efficient_model.build_efficientsam3_image_model(**options)
+    model = efficient_model.build_efficientsam3_image_model(**options, **others)
     draw_image_weights(model, 3)
     return model
+
+
+@pytest.fixture(scope="module")
+def live() -> nn.Module:
+    return built()
 
 
 @pytest.fixture
@@ -103,6 +109,26 @@ def test_a_students_checkpoint_is_exported_from_itself_alone(
     manifest = export_pipeline(source, output=tmp_path / "out", components=["vision_encoder", "text_encoder"])
     assert manifest.verified and manifest.image_size == 1008 and manifest.context_length == 16
     assert manifest.origin == "checkpoint student.pt, EfficientSAM3 RepViT m0.9, MobileCLIP-S0"
+
+
+@pytest.mark.long
+def test_a_students_head_for_clicks_is_exported_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tracker stands beside the detector, as in Meta's release."""
+    monkeypatch.setattr(BUILDER, efficient_model.build_efficientsam3_image_model, raising=False)
+    model, place = built(enable_inst_interactivity=True), "inst_interactive_predictor.model."
+    state = {
+        name.replace(place, "tracker.") if name.startswith(place) else f"detector.{name}": value
+        for name, value in model.state_dict().items()
+    }
+    torch.save({"model": state}, tmp_path / "student.pt")
+    report = lint(tmp_path / "student.pt")
+    assert report.clean and "interactive head" in str(report)
+    source = checkpoint_image_source(tmp_path / "student.pt")
+    manifest = export_pipeline(source, output=tmp_path / "out", components=["vision_encoder", "interactive_head"])
+    assert manifest.verified and manifest.weights_sha256 == module_image_source(model)(make_spec()).weights_sha256
+    assert manifest.origin == "checkpoint student.pt, EfficientSAM3 RepViT m0.9, MobileCLIP-S0, interactive head"
+    found = Segmenter(tmp_path / "out").click(np.full((90, 80, 3), 90, np.uint8), points=[[[9, 8]], [[40, 30], [7, 9]]])
+    assert len(found) == 6 and np.isfinite(found.logits).all() and found.masks.shape == (6, 90, 80)
 
 
 def test_metas_package_is_told_from_efficientsam3s(checkpoint: Path) -> None:
