@@ -46,13 +46,16 @@ def write_config(captured: CapturedProgram, path: Path, backend: str) -> dict[st
 def dynamic_batch(captured: CapturedProgram) -> int:
     """The largest batch Triton may put together out of requests; 0 where it must not.
 
-    It adds a first dimension to every input. Runtime flags have none, seq-first prompts have it second, and dac treats the
-    first half of a batch differently, so that requests would change each other's answers.
+    It adds a first dimension to every input and output. Runtime flags have none, seq-first prompts have it second, features of
+    one picture are not a row a prompt, and dac treats the first half of a batch differently, so that requests would change each
+    other's answers.
     """
-    sizes = {node.name: node.meta["val"].shape for node in captured.program.graph.nodes if node.op == "placeholder"}
-    first = {captured.dim_names.get(str(sizes[name][0])) if sizes[name] else None for name in captured.input_names}
-    low, high = captured.ranges.get("batch", (0, 0))
-    return high if captured.halved is None and first == {"batch"} and low == 1 < high else 0
+    nodes = {node.name: node for node in captured.program.graph.nodes if node.op == "placeholder"}
+    results = captured.program.graph.output_node().args[0]
+    values = [*(nodes[name].meta["val"] for name in captured.input_names), *(node.meta["val"] for node in results)]
+    first = {captured.dim_names.get(str(value.shape[0])) if value.shape else None for value in values}
+    low, high = captured.ranges.get(str(next(iter(first))), (0, 0)) if len(first) == 1 else (0, 0)
+    return high if captured.halved is None and low == 1 < high else 0
 
 
 def config_text(captured: CapturedProgram, name: str, backend: str, batch: int) -> str:
@@ -62,6 +65,8 @@ def config_text(captured: CapturedProgram, name: str, backend: str, batch: int) 
     inputs = [_tensor(item, nodes[item].meta["val"], batch) for item in captured.input_names]
     outputs = [_tensor(item, node.meta["val"], batch) for item, node in zip(captured.output_names, results, strict=True)]
     batching = "dynamic_batching { }\n" if batch else ""
+    if name == "text_encoder":  # the same words come again; used where the server is started with --cache-config
+        batching += "response_cache { enable: true }\n"
     return (
         f'name: "{name}"\nbackend: "{backend}"\nmax_batch_size: {batch}\n'
         f"input [\n{_joined(inputs)}\n]\noutput [\n{_joined(outputs)}\n]\n"

@@ -125,6 +125,19 @@ def demo_pipeline(made_once: MadeOnce) -> Path:
 
 
 @pytest.fixture(scope="session")
+def triton_pipeline(made_once: MadeOnce) -> Path:
+    """Folder of the small trained model exported whole as a model repository of Triton. Read only."""
+
+    def write(folder: Path) -> None:
+        from sam3x.demo import WEIGHTS
+        from sam3x.pipeline import export_pipeline, transformers_image_source
+
+        export_pipeline(transformers_image_source(WEIGHTS), output=folder, layout="triton")
+
+    return made_once("triton_pipeline", write)
+
+
+@pytest.fixture(scope="session")
 def fused_pipeline(request: pytest.FixtureRequest, tiny_pipeline: Path, made_once: MadeOnce) -> Path:
     """Folder of ``tiny_model`` exported whole as three files, dac left in the file as a conditional. Read only."""
 

@@ -22,6 +22,7 @@ from sam3x.pipeline.job import ComponentJob, Progress
 from sam3x.pipeline.quality import Answer, eager_answers, quality_of
 from sam3x.pipeline.request import PARTS, Request, check_available, resolve_pipeline
 from sam3x.pipeline.samples import samples_of
+from sam3x.pipeline.serving import write_model
 from sam3x.pipeline.tokenizer import write_tokenizer
 from sam3x.sources.contract import Component, ImageModel, Model, SourceFactory
 from sam3x.sources.names import COMPONENTS, DETECTOR
@@ -104,7 +105,7 @@ def export_model(
             versions={"sam3x": version("sam3x"), **request.target.versions()},
             verified=request.unverified is None,
             verified_reason=request.unverified,
-            files={name: sha256_of(staging / name) for name in names_in(staging)},
+            files={},
             metrics={
                 **({name: value for name, value in made[0].metrics.items() if name != "seconds"} if len(made) == 1 else {}),
                 "total_seconds": round(time.perf_counter() - started, 3),
@@ -113,6 +114,9 @@ def export_model(
             notes=(*model.notes, *_notes(made)),
             **({**runtime, "quality": quality} if runtime else {}),
         )
+        if isinstance(manifest, PipelineManifest) and getattr(request.options, "layout", "flat") == "triton":
+            write_model(staging, manifest)
+        manifest = manifest.model_copy(update={"files": {name: sha256_of(staging / name) for name in names_in(staging)}})
         (staging / MANIFEST).write_text(sealed(manifest))
         publication.commit()
     return manifest

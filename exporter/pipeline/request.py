@@ -144,9 +144,9 @@ def resolve_pipeline(
         raise SpecError(fact, remedy="Leave --fuse out, or take --target onnx.")
     if fuse and not set(chosen) >= set(DETECTOR):
         raise SpecError("--fuse joins the components of a whole model", remedy="Leave --components out, or --fuse.")
-    if options.get("layout", "flat") != "flat":
-        fact = f"--layout {options['layout']} is for one model; a pipeline has six"
-        raise SpecError(fact, remedy="Leave --layout out.")
+    if fuse and options.get("layout") == "triton":
+        fact = "the model that --layout triton writes asks the components one by one, and --fuse joins them"
+        raise SpecError(fact, remedy="Leave --fuse out, or --layout.")
     alone = [f"--{name.replace('_', '-')}" for name in ENCODER_ALONE if name in options]
     if alone:
         fact = f"{', '.join(alone)} belong to a fusion encoder alone"

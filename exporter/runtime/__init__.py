@@ -7,8 +7,9 @@
 >>> segmenter.click(image, points=[[120, 200]]).best.draw("cut.png")
 """
 
+from sam3x.runtime.client import Client
 from sam3x.runtime.coco import CocoFile
 from sam3x.runtime.result import Clicked, Result
 from sam3x.runtime.segmenter import EncodedImage, Segmenter
 
-__all__ = ["Clicked", "CocoFile", "EncodedImage", "Result", "Segmenter"]
+__all__ = ["Clicked", "Client", "CocoFile", "EncodedImage", "Result", "Segmenter"]

@@ -79,7 +79,7 @@ def picture_files(folder: Path) -> list[Path]:
     return files
 
 
-def to_tensor(picture: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+def to_tensor(picture: Image.Image | np.ndarray, size: int, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """(1, 3, size, size) float32: squeezed to a square, bilinear with antialiasing on 8-bit values, normalized."""
     values: np.ndarray = resize_picture(np.asarray(picture), size, size).astype(np.float32) / np.float32(255)
     values = (values - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,13 +13,14 @@ import numpy as np
 from sam3x.errors import ArtifactError, SpecError, Step
 from sam3x.runtime.clicks import Click, check_inside, read_clicks, to_arrays
 from sam3x.runtime.components import Components
+from sam3x.runtime.detect import Found, PromptReader, detect, result_of
 from sam3x.runtime.everything import Kept, grid
 from sam3x.runtime.manifest import SEGMENTER, load_manifest
-from sam3x.runtime.pictures import open_picture, sigmoid, to_tensor
-from sam3x.runtime.prompts import Limits, Prompt, boxes_to_fractions, boxes_to_pixels, read_prompts, truth, whole_number
+from sam3x.runtime.pictures import open_picture, to_tensor
+from sam3x.runtime.prompts import Prompt, boxes_to_fractions, truth, whole_number
 from sam3x.runtime.regions import mended
 from sam3x.runtime.result import Clicked, Result, joined
-from sam3x.runtime.text import Tokenizer, pad
+from sam3x.runtime.text import Tokenizer
 from sam3x.sources.clicks import Clicks
 from sam3x.sources.names import INTERACTIVE_HEAD
 from sam3x.warning_filters import warnings_not_raised
@@ -45,15 +45,6 @@ class EncodedImage:
     picture: Image.Image
     tensors: dict[str, np.ndarray]
     weights_sha256: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
-    """What one prompt found: scores (N,), boxes (N, 4) as fractions, mask logits (N, h, w)."""
-
-    scores: np.ndarray
-    boxes: np.ndarray
-    masks: np.ndarray
 
 
 class Segmenter:
@@ -95,6 +86,7 @@ class Segmenter:
         self.max_pixels = None if max_pixels is None else whole_number(max_pixels, "max_pixels")
         batch = whole_number(batch, "batch")
         self.manifest = load_manifest(folder, check=check)
+        self._reader = PromptReader(self.folder, self.manifest)
         self._components = Components(self.folder, self.manifest, threads=threads, providers=providers)
         heads = [item for item in self.manifest.components if item.name in (SEGMENTER, "decoder", INTERACTIVE_HEAD)]
         most = [item.ranges.get("prompts", (1, 1))[1] for item in heads or [self.manifest.component("decoder")]]
@@ -114,22 +106,9 @@ class Segmenter:
         self._components.close()
 
     @property
-    def _fused(self) -> bool:
-        return self.manifest.fused
-
-    @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """Words to ids. Raises ``ArtifactError`` where the pipeline was exported without a vocabulary."""
-        name = self.manifest.tokenizer
-        if name is None:
-            raise ArtifactError(
-                f"{self.folder} was exported without a tokenizer, so words cannot be read",
-                remedy=(
-                    "Export again with --tokenizer FILE (bpe_simple_vocab_16e6.txt.gz or a tokenizer.json), or give token ids."
-                ),
-                step=Step.RUN,
-            )
-        return Tokenizer(self.folder / name, self.manifest.context_length, unescape_html=self.manifest.unescape_html)
+        return self._reader.tokenizer
 
     @warnings_not_raised()
     def encode(self, image: Any) -> EncodedImage:
@@ -155,22 +134,7 @@ class Segmenter:
         threshold: float | Sequence[float] | None = None,
     ) -> tuple[Prompt, ...]:
         """Read and check prompts, which ``segment`` does before anything else; its arguments, and what it raises."""
-        part = self.manifest.component(SEGMENTER if self._fused else "prompt_encoder")
-        limits = Limits(
-            context_length=self.manifest.context_length,
-            vocab_size=self.manifest.vocab_size,
-            boxes=part.ranges.get("boxes", (1, 1))[1],
-        )
-        return read_prompts(
-            text,
-            boxes,
-            labels,
-            threshold,
-            default_threshold=self.manifest.threshold,
-            limits=limits,
-            box_text=self.manifest.box_text,
-            tokenize=lambda words: self.tokenizer(words),
-        )
+        return self._reader.read(text, boxes, labels, threshold)
 
     @warnings_not_raised()
     def segment(
@@ -204,22 +168,12 @@ class Segmenter:
         encoded = self._checked(image) if isinstance(image, EncodedImage) else self.encode(image)
         width, height = encoded.picture.size
         fractions = [boxes_to_fractions(item.boxes, height, width) for item in prompts]
-        found: list[_Found] = []
+        found: list[Found] = []
         for start in range(0, len(prompts), self.batch):
             batch = slice(start, start + self.batch)
-            found += self._run(encoded, prompts[batch], fractions[batch], most)
-        logits = [item.masks for item in found if len(item.masks)]
-        masks = np.concatenate(logits) if logits else np.zeros((0, 1, 1), dtype=np.float32)
-        of_logits = self.manifest.mask_interpolation == "logits"
-        return Result(
-            small_masks=masks if of_logits else sigmoid(masks),
-            border=0.0 if of_logits else 0.5,
-            boxes=boxes_to_pixels(np.concatenate([item.boxes for item in found]), height, width),
-            scores=np.concatenate([item.scores for item in found]),
-            prompt=np.repeat(np.arange(len(found)), [len(item.scores) for item in found]),
-            prompts=tuple(item.name for item in prompts),
-            picture=encoded.picture,
-        )
+            asked = self._reader.asked(prompts[batch], fractions[batch])
+            found += detect(self._components.run, self.manifest, encoded.tensors, asked, most)
+        return result_of(found, prompts, encoded.picture, self.manifest)
 
     @property
     def clickable(self) -> bool:
@@ -367,57 +321,6 @@ class Segmenter:
             )
         return encoded
 
-    def _valid(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """(prompts, length) bool, True where there is a token of the text."""
-        lengths = np.array([len(item.ids) for item in prompts])
-        longest = self.manifest.context_length if self.manifest.fixed_length else lengths.max()
-        return np.arange(longest)[None] < lengths[:, None]
-
-    def _run(
-        self, encoded: EncodedImage, prompts: Sequence[Prompt], boxes: Sequence[np.ndarray], most: int | None
-    ) -> Iterator[_Found]:
-        """What each prompt found, the ``most`` that score highest."""
-        count, longest = len(prompts), max([1, *(len(item) for item in boxes)])
-        thresholds = np.array([item.threshold for item in prompts], dtype=np.float32)
-        tensors = {
-            **encoded.tensors,
-            "input_ids": pad(
-                [item.ids for item in prompts],
-                self.manifest.context_length,
-                self.manifest.pad_id,
-                fixed_length=self.manifest.fixed_length,
-            ),
-            "attention_mask": self._valid(prompts),
-            "boxes": np.full((count, longest, 4), 0.5, dtype=np.float32),
-            "box_labels": np.ones((count, longest), dtype=np.int64),
-            "box_mask": np.ones((count, longest), dtype=bool),  # True: padding, as everywhere
-        }
-        for row, (item, own) in enumerate(zip(prompts, boxes, strict=True)):
-            used = len(own)
-            tensors["boxes"][row, :used], tensors["box_labels"][row, :used] = own, item.labels
-            tensors["box_mask"][row, :used] = False
-        tensors.update(self._components.run("text_encoder", tensors))
-        if self._fused:
-            found = self._components.run(SEGMENTER, {**tensors, "threshold": thresholds.min(keepdims=True)})
-            for row in range(count):
-                rows = np.flatnonzero(found["found_prompts"] == row)
-                keep = rows[_best(found["found_scores"][rows], thresholds[row], most)]
-                yield _Found(
-                    scores=found["found_scores"][keep], boxes=found["found_boxes"][keep], masks=found["found_masks"][keep]
-                )
-            return
-        for name in ("prompt_encoder", "fusion_encoder", "decoder"):
-            tensors.update(self._components.run(name, tensors))
-        scores = sigmoid(tensors["pred_logits"]) * sigmoid(tensors["presence_logit_dec"])
-        for row in range(count):
-            keep = _best(scores[row], thresholds[row], most)
-            masks = np.zeros((0, 1, 1), dtype=np.float32)
-            if len(keep):  # the mask head sees what is wanted alone
-                given = {name: tensors[name][row : row + 1] for name in ("encoded", "prompt", "prompt_mask")}
-                given["queries"] = np.ascontiguousarray(tensors["queries"][row : row + 1, keep])
-                masks = self._components.run("mask_head", {**encoded.tensors, **given})["pred_masks"][0]
-            yield _Found(scores=scores[row, keep], boxes=tensors["pred_boxes"][row, keep], masks=masks)
-
 
 def _reopened(folder: str, arguments: dict[str, Any]) -> Segmenter:
     return Segmenter(folder, **arguments)
@@ -426,11 +329,3 @@ def _reopened(folder: str, arguments: dict[str, Any]) -> Segmenter:
 def _is(value: Any, dtype: str, shape: Sequence[int | str]) -> bool:
     """Whether ``value`` is an array of one picture, of that dtype and, the first size aside, that shape."""
     return isinstance(value, np.ndarray) and value.dtype == np.dtype(dtype) and value.shape == (1, *shape[1:])
-
-
-def _best(scores: np.ndarray, threshold: np.floating, most: int | None) -> np.ndarray:
-    """Indices, in order, of the scores above ``threshold``, or of the ``most`` highest of those."""
-    keep = np.flatnonzero(scores > threshold)
-    if most is not None and len(keep) > most:
-        keep = np.sort(keep[np.argsort(-scores[keep], kind="stable")[:most]])
-    return keep

@@ -76,7 +76,7 @@ def test_weights_key_on_the_command_line(state: dict[str, Tensor], tmp_path: Pat
         (["export", "--tokenizer", "x"], "belong to --pipeline"),
         (["export", "--pipeline", "--tokens", "64"], "--tokens belong to a fusion encoder alone"),
         (["export", "--pipeline", "--target", "nowhere"], "nowhere"),
-        (["export", "--pipeline", "--layout", "triton"], "a pipeline has six"),
+        (["export", "--pipeline", "--layout", "triton", "--fuse"], "asks the components one by one"),
         (["export", "--pipeline", "--source", "transformers"], "--source transformers takes --checkpoint FOLDER"),
         (["export", "--pipeline", "--source", "sam3", "--checkpoint", "."], "is a folder"),
         (["run", ".", "none.jpg"], "Give --text, --ids, --box, --point or --everything"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +17,13 @@ from sam3x.pipeline.request import resolve
 from sam3x.spec import make_spec
 from sam3x.targets.tensorrt.target import TrtTarget
 from sam3x.targets.triton import dynamic_batch
+from support.triton import model_config
 from support.upstream import encoder_of
 
 
 @pytest.fixture(scope="module")
 def schema() -> Any:
-    """``model_config.proto`` as NVIDIA publishes it; its package's ``__init__`` would want gRPC."""
-    path = next(item for item in files("tritonclient") or () if item.name == "model_config_pb2.py")
-    spec = importlib.util.spec_from_file_location("model_config_pb2", str(path.locate()))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return model_config()
 
 
 def config(schema: Any, folder: Path) -> Any:
