@@ -24,7 +24,7 @@ _BAND = 1 << 20  # pixels that are stretched at a time
 _OF_EACH = ("scores", "prompt", "small_masks", "logits")  # fields of ``Clicked`` with a row a mask
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Masks:
     """Masks of a picture, those of one prompt together.
 
@@ -48,6 +48,12 @@ class Masks:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def __repr__(self) -> str:
+        width, height = self.picture.size
+        found = [f"{label} {score:.3f}" for label, score in zip(self.labels[:4], self.scores[:4], strict=True)]
+        listed = ", ".join([*found, *(["…"] if len(self) > 4 else [])]) or "none"
+        return f"<{type(self).__name__}: {len(self)} masks in {width} x {height} pixels: {listed}>"
 
     if TYPE_CHECKING:  # else a field of that name in a subclass would take it as its default
 
@@ -163,7 +169,7 @@ class Masks:
         return resize_bilinear(self.small_masks[index : index + 1], height, width, rows)[0]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Result(Masks):
     """Detections of all prompts, those of one prompt in the order of the model's queries.
 
@@ -174,7 +180,7 @@ class Result(Masks):
     boxes: np.ndarray
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Clicked(Masks):
     """The masks that clicks gave, three or one for each object; ``prompt`` counts the objects.
 

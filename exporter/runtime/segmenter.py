@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ class EncodedImage:
     """
 
     picture: Image.Image
-    tensors: dict[str, np.ndarray]
+    tensors: dict[str, np.ndarray] = field(repr=False)
     weights_sha256: str
 
 

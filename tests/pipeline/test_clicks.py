@@ -202,6 +202,14 @@ def test_a_picture_of_any_kind_is_clicked(pixels: np.ndarray, segmenter: Segment
     assert found.masks.shape == (3, height, width) and found.best.draw().size == (width, height)
 
 
+def test_a_result_is_one_line_where_it_is_printed(segmenter: Segmenter, encoded: EncodedImage) -> None:
+    found = segmenter.click(encoded, points=[[POINT], [AWAY]])
+    first = f"object 1 {found.scores[0]:.3f}, object 1 {found.scores[1]:.3f}"
+    assert repr(found).startswith(f"<Clicked: 6 masks in 640 x 427 pixels: {first}, ") and repr(found).endswith(", …>")
+    assert repr(found.chosen(np.array([], dtype=np.int64))) == "<Clicked: 0 masks in 640 x 427 pixels: none>"
+    assert len(repr(encoded)) < 300
+
+
 def test_the_best_of_each_object(segmenter: Segmenter, encoded: EncodedImage) -> None:
     found = segmenter.click(encoded, points=[[POINT], [AWAY]])
     assert found.top(2).prompt.tolist() == [0, 0, 1, 1] and len(found.top(9)) == 6
