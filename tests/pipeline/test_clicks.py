@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from sam3x.errors import ArtifactError, SpecError
+from sam3x.pipeline import export_pipeline, module_image_source
 from sam3x.runtime import Clicked, EncodedImage, Segmenter
 from support.image_model import Predictor, iou
 
@@ -61,6 +62,22 @@ def test_the_same_masks_as_upstreams_predictor(
     labels = None if points is None else np.asarray(click.get("labels", np.ones(points.shape[:-1])), dtype=np.int64)
     given = {"point_coords": points, "point_labels": labels, "box": np.asarray(click["box"]) if "box" in click else None}
     assert_same(found, upstream(**given, multimask_output=multimask))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", ["pte", "openvino"])
+def test_the_same_masks_from_files_of_other_targets(
+    target: str, tiny_model: nn.Module, picture: Image.Image, upstream: Predictor, tmp_path: Path
+) -> None:
+    parts = ["vision_encoder", "interactive_head"]
+    export_pipeline(module_image_source(tiny_model), output=tmp_path / "out", target=target, components=parts)
+    segmenter = Segmenter(tmp_path / "out")
+    encoded = segmenter.encode(picture)
+    for name in CLICKS:
+        for multimask in (True, False):
+            test_the_same_masks_as_upstreams_predictor(name, multimask, segmenter, encoded, upstream)
+    test_a_mask_fed_back_is_taken_as_upstream_takes_it(True, segmenter, encoded, upstream)
+    test_objects_of_any_number_of_points_are_each_as_if_alone(segmenter, encoded)
 
 
 @pytest.mark.parametrize("multimask", [True, False])
