@@ -34,6 +34,9 @@ def folder(tmp_path: Path) -> Path:
     state = tiny_image_model(vocabulary).state_dict()
     torch.save({"model": {f"detector.{name}": value for name, value in state.items()}}, tmp_path / "sam3.pt")
     photograph().save(tmp_path / "photo.jpg")
+    (tmp_path / "photos").mkdir()
+    for name in ("one.jpg", "two.jpg"):
+        photograph().save(tmp_path / "photos" / name)
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "mod.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"

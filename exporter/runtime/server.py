@@ -17,6 +17,7 @@ from sam3x.runtime.components import run_component
 from sam3x.runtime.detect import Asked, Found, detect
 from sam3x.runtime.pictures import to_tensor
 from sam3x.runtime.prompts import fraction, refused, whole_number
+from sam3x.sources.names import INTERACTIVE_HEAD
 
 BATCH = 4
 """Prompts that go through the components together, as in ``Segmenter``."""
@@ -35,6 +36,8 @@ class PipelineModel:
         if not isinstance(manifest, PipelineManifest):
             raise ArtifactError("manifest.json is no pipeline's", step=Step.LOAD)
         self.manifest = manifest
+        reads = {item.name: set(item.reads.values()) for item in manifest.components}
+        self._of_clicks = reads.pop(INTERACTIVE_HEAD, set()).difference(*reads.values())
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """A response for each request; what is wrong with one is told in its own. Called by the server."""
@@ -88,7 +91,7 @@ class PipelineModel:
             ArtifactError: it failed, or is not loaded.
         """
         spec = self.manifest.component(name)
-        model = _Model(name, tuple(item.name for item in spec.outputs))
+        model = _Model(name, [key for key, tensor in spec.writes.items() if tensor not in self._of_clicks])
         if name != "text_encoder":
             return run_component(spec, model, tensors)
         needed = {tensor: tensors[tensor] for tensor in spec.reads.values()}
@@ -137,7 +140,7 @@ class PipelineModel:
 class _Model:
     """A component's model in the same server, as a runner of its file."""
 
-    def __init__(self, name: str, outputs: tuple[str, ...]) -> None:
+    def __init__(self, name: str, outputs: list[str]) -> None:
         self.name, self.outputs = name, outputs
 
     def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -146,7 +149,7 @@ class _Model:
         inputs = [pb_utils.Tensor(key, np.atleast_1d(value)) for key, value in arrays.items()]  # a request has no scalars
         cpu = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
         request = pb_utils.InferenceRequest(
-            model_name=self.name, requested_output_names=list(self.outputs), inputs=inputs, preferred_memory=cpu
+            model_name=self.name, requested_output_names=self.outputs, inputs=inputs, preferred_memory=cpu
         )
         response = request.exec()
         if response.has_error():

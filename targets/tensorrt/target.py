@@ -27,6 +27,10 @@ DISTRIBUTIONS = {"torch-tensorrt-rtx": "TensorRT-RTX", "torch-tensorrt": "Tensor
 SMALL_HIDDEN = 32 << 20
 """Bytes of a feed-forward block's hidden layer, of a known size, that need no tiles."""
 _INSTALL = 'pip install "sam3x[trt-rtx]", or "sam3x[trt]" for TensorRT itself'
+_NOT_IN_TRITON = (
+    "an engine of TensorRT-RTX, and Triton's tensorrt backend loads those of TensorRT: export with sam3x[trt] on the GPU, or "
+    "--format plan-onnx for Triton's onnxruntime backend"
+)
 _SUFFIX = {"engine": ".engine", "ep": ".pt2", "plan-onnx": ".onnx"}
 
 
@@ -165,7 +169,10 @@ class TrtTarget(Target):
             return {**metadata, **write_program(captured, path, options)}
         built = trt_build.build(captured, options, capability)
         path.write_bytes(built.engine)
-        return {**metadata, **built.metadata}
+        notes = [*built.metadata.get("notes", ())]
+        if options.layout == "triton" and DISTRIBUTIONS[name] == "TensorRT-RTX":
+            notes.append(_NOT_IN_TRITON)
+        return {**metadata, **built.metadata, **({"notes": notes} if notes else {})}
 
     def unverifiable(self, options: TrtOptions) -> str | None:
         from sam3x.targets.tensorrt.driver import gpu_count, this_gpu

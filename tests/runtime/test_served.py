@@ -14,7 +14,9 @@ import onnxruntime
 import pytest
 from google.protobuf import text_format
 
+from sam3x.demo import WEIGHTS
 from sam3x.errors import ArtifactError, SpecError
+from sam3x.pipeline import export_pipeline, transformers_image_source
 from sam3x.pipeline.serving import MODEL, write_model
 from sam3x.runtime import Result, Segmenter
 from sam3x.runtime.client import Client
@@ -102,6 +104,7 @@ def test_the_model_over_the_components_gives_what_the_segmenter_gives(
 
     client = Client(tiny_pipeline)
     monkeypatch.setattr(client, "_infer", infer)
+    assert "image_embed" not in model.run("vision_encoder", {"image": np.zeros((1, 3, 112, 112), np.float32)})  # for clicks
     check(client.segment(picture, **QUESTIONS[question]), Segmenter(tiny_pipeline).segment(picture, **QUESTIONS[question]))
 
 
@@ -179,6 +182,18 @@ def test_the_repository_is_of_tritons_schema_and_of_the_files(triton_pipeline: P
         cached |= {name} if config.response_cache.enable else set()
     assert batched == cached == {"text_encoder"}  # every other one reads something of one picture
     assert Segmenter(triton_pipeline).segment(np.zeros((60, 80, 3), np.uint8), "dog", threshold=0)
+
+
+@pytest.mark.long
+def test_an_engine_of_a_component_is_a_model_too(tmp_path: Path) -> None:
+    source, chosen = transformers_image_source(WEIGHTS), ["text_encoder"]
+    options: dict[str, Any] = {"compute_capability": "sm89", "layout": "triton"}
+    manifest = export_pipeline(source, target="trt", output=tmp_path / "out", components=chosen, **options)
+    assert {"text_encoder/1/model.plan", "text_encoder/config.pbtxt"} <= manifest.files.keys()
+    assert not any(name.startswith(f"{MODEL}/") for name in manifest.files)
+    config = text_format.Parse((tmp_path / "out/text_encoder/config.pbtxt").read_text(), model_config().ModelConfig())
+    most = manifest.components[0].ranges["prompts"][1]
+    assert (config.backend, config.max_batch_size) == ("tensorrt", most) and config.HasField("dynamic_batching")
 
 
 @pytest.mark.long

@@ -15,7 +15,7 @@ from sam3x.capture.capture import capture
 from sam3x.errors import SpecError
 from sam3x.pipeline.request import resolve
 from sam3x.spec import make_spec
-from sam3x.targets.tensorrt.target import TrtTarget
+from sam3x.targets.tensorrt.target import DISTRIBUTIONS, TrtTarget, distribution
 from sam3x.targets.triton import dynamic_batch
 from support.triton import model_config
 from support.upstream import encoder_of
@@ -61,6 +61,8 @@ def test_an_engine_of_one_branch_batches_requests(schema: Any, encoder: nn.Modul
     assert (found.backend, found.max_batch_size) == ("tensorrt", 4) and found.HasField("dynamic_batching")
     assert {item.name: list(item.dims) for item in found.input}["tgt"] == [36, 32]
     assert list(found.output[0].dims) == [36, 32]
+    of_rtx = DISTRIBUTIONS[str(distribution())] == "TensorRT-RTX"
+    assert any("Triton's tensorrt backend" in note for note in artifact.manifest.notes) == of_rtx
 
 
 @pytest.mark.parametrize(
