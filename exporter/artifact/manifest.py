@@ -229,9 +229,8 @@ class PipelineManifest(Manifest):
         for item in self.components:
             if item.name == name:
                 return item
-        raise ArtifactError(
-            f"the pipeline was exported without its {name}", remedy="Export it whole: leave --components out.", step=Step.RUN
-        )
+        fact = f"the pipeline was exported without its {name}: it has {', '.join(item.name for item in self.components)}"
+        raise ArtifactError(fact, remedy="Export a source that has it, whole: leave --components out.", step=Step.RUN)
 
 
 def sealed(manifest: BaseModel) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sam3x.errors import ArtifactError
 from sam3x.pipeline import export_pipeline
 from sam3x.runtime import EncodedImage, Segmenter
 from sam3x.sources.image import transformers_image_source
@@ -88,6 +89,13 @@ def test_the_same_masks_as_transformers_gives(
     np.testing.assert_allclose(found.logits, logits, atol=1e-5 * np.abs(logits).max())
     np.testing.assert_allclose(found.scores, scores.ravel(), atol=1e-5)
     assert all(iou(a, b) >= 0.999 for a, b in zip(found.masks, masks.reshape(found.masks.shape), strict=True))
+
+
+def test_words_for_a_pipeline_of_clicks_alone_are_one_sentence(segmenter: Segmenter, encoded: EncodedImage) -> None:
+    with pytest.raises(
+        ArtifactError, match=r"without its prompt_encoder: it has vision_encoder, interactive_head\. Export a source"
+    ):
+        segmenter.segment(encoded, "dog")
 
 
 @pytest.mark.parametrize("rules", [(0.3, 0.1, 0.7), (0.5, 0.6, 0.9)])
