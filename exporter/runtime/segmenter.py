@@ -62,6 +62,9 @@ class Segmenter:
             ``"CUDAExecutionProvider"``), or a list of names and of pairs (name, options). None: the CPU.
         max_pixels: most pixels that a picture's file may hold; None: as many as Pillow decodes (178,956,970).
 
+    Attributes:
+        arguments: all of these but ``folder``, as they were given.
+
     Raises:
         ArtifactError: ``folder`` is no pipeline, or a file was changed.
         SpecError: an argument of another kind, or a setting that the pipeline's target does not have.

@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +215,25 @@ def test_a_server_gives_what_the_segmenter_gives(triton_pipeline: Path, picture:
         check(client.segment(picture, "dog", threshold=0), segmenter.segment(picture, "dog", threshold=0))
         with pytest.raises(ArtifactError, match="no_such"):
             Client(triton_pipeline, f"localhost:{server.http}", model="no_such").segment(picture, "dog")
+
+
+@pytest.mark.long
+def test_clients_at_a_time_do_not_touch_each_others_answers(triton_pipeline: Path, tmp_path: Path) -> None:
+    (tmp_path / "wheel").mkdir()
+    root = installed(tmp_path / "wheel")
+    repository = with_stand_ins(triton_pipeline, tmp_path / "models", tmp_path / "wheel" / "packages")
+    config = repository / MODEL / "config.pbtxt"
+    config.write_text(config.read_text().replace("count: 1", "count: 4"))
+    segmenter, draw = Segmenter(triton_pipeline), np.random.default_rng(3)
+    pictures = [draw.integers(0, 256, (60 + index, 80, 3), dtype=np.uint8) for index in range(4)]
+    texts = ["a red circle", "dog", "a green triangle", "cat"]
+    wanted = [[segmenter.segment(item, [text, "blue"], threshold=0.01) for text in texts] for item in pictures]
+
+    def asked(index: int) -> list[Result]:
+        with Client(triton_pipeline, f"localhost:{server.grpc}", protocol="grpc") as client:
+            return [client.segment(pictures[index], [text, "blue"], threshold=0.01) for text in texts * 3]
+
+    with serving(root, repository, tmp_path) as server, ThreadPoolExecutor(4) as threads:
+        for found, of_picture in zip(threads.map(asked, range(4)), wanted, strict=True):
+            for result, expected in zip(found, of_picture * 3, strict=True):
+                check(result, expected)
