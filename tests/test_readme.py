@@ -12,6 +12,8 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
+from support.npm import lacking_npm
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ("--checkpoint", "--module", "--pipeline")
 
@@ -66,9 +68,7 @@ def lacking(words: list[str]) -> str | None:
     """What the refusal names where this machine lacks what a command needs."""
     if "cuda" in words and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         return "pip install onnxruntime-gpu"
-    if words[1] == "web" and shutil.which("npm") is None:
-        return "Install Node"
-    return None
+    return "npm" if words[1] == "web" and lacking_npm() else None
 
 
 @pytest.mark.long

@@ -19,6 +19,7 @@ from sam3x.web.packages import PACKAGES
 from sam3x.web.serve import server_of
 from sam3x.web.site import Site, opened_site
 from support.browser import SECONDS, Browsed, Served
+from support.npm import lacking_npm
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 
@@ -38,6 +39,9 @@ def fake_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packages themselves, from npm's registry."""
+    absent = lacking_npm()
+    if absent is not None:
+        pytest.skip(absent)
     folder = tmp_path_factory.mktemp("npm")
     command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", *map(str, PACKAGES)]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
