@@ -31,6 +31,21 @@ def test_every_decision_is_in_the_index() -> None:
     assert pages == set(re.findall(r"\]\((0[\w-]+\.md)\)", (ROOT / "docs" / "decisions" / "index.md").read_text()))
 
 
+def test_files_that_pages_name_are_there_and_define_what_is_said_of_them() -> None:
+    lacking = []
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text()
+        for name in re.findall(r"`((?:exporter|passes|targets|tests)/[\w/*]+\.py)", text):
+            lacking += [] if list(ROOT.glob(name)) else [f"{page.name}: {name}"]
+        for names, path in re.findall(r"((?:`[\w.]+`,? )+)\(`([\w/*]+\.py)`\)", text):
+            code = "\n".join(item.read_text() for item in ROOT.glob(path))
+            found = {
+                name for name in re.findall(r"\w+(?=`)", names) if re.search(rf"(?:def |class |^){name}\b", code, re.MULTILINE)
+            }
+            lacking += [f"{page.name}: {name} in {path}" for name in re.findall(r"\w+(?=`)", names) if name not in found]
+    assert lacking == []
+
+
 def test_the_code_of_the_walk_through_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs" / "walkthrough-encoder.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)

@@ -60,7 +60,7 @@ def test_the_wheel_holds_exactly_the_three_folders(tmp_path: Path) -> None:
 
 ROOMS = (
     "cli", "bench", "demo", "fidelity", "api", "pipeline", "precision", "web", "runtime", "artifact", "targets", "verify",
-    "passes", "capture", "sources", "fusion", "spec", "html", "errors", "warning_filters",
+    "passes", "capture", "sources", "fusion", "spec", "pages", "errors", "warning_filters",
 )  # fmt: skip
 """From the top floor down; a room imports only itself and what stands below it. ``docs/architecture.md`` says why."""
 

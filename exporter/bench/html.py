@@ -22,7 +22,7 @@ from sam3x.bench.views import (
     versions_text,
     weights_text,
 )
-from sam3x.html import STYLE
+from sam3x.pages.style import STYLE
 
 WIDTH, NAMES, VALUES = 620, 130, 112
 """Of a chart, of the names to its left and of the figures to its right, in SVG units."""

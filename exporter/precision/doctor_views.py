@@ -6,7 +6,7 @@ import math
 from html import escape
 from typing import TYPE_CHECKING
 
-from sam3x.html import STYLE
+from sam3x.pages.style import STYLE
 from sam3x.precision.doctor_report import DoctorReport, OperationReport
 
 if TYPE_CHECKING:

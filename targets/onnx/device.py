@@ -19,14 +19,14 @@ DEVICES = {
 
 
 class DeviceMemory:
-    """Runs sessions that share a device: arrays come back to numpy, and their twins on the device are read in their place.
+    """Runs sessions that share a device: arrays come back to numpy, and their copies on the device are read in their place.
 
-    An array that has a twin is read-only; the twin goes when the array does.
+    An array that has a copy is read-only; the copy goes when the array does.
     """
 
     def __init__(self, device: str, number: int = 0) -> None:
         self.device, self.number = device, number
-        self._twins: dict[tuple[Any, ...], Any] = {}
+        self._copies: dict[tuple[Any, ...], Any] = {}
 
     def run(self, session: Any, outputs: Sequence[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """The arrays of ``outputs``, in order."""
@@ -34,7 +34,7 @@ class DeviceMemory:
         known = {item.name for item in session.get_inputs()}
         for name, array in inputs.items():
             if name in known:
-                binding.bind_ortvalue_input(name, self._twins.get(_place(array)) or self._uploaded(array))
+                binding.bind_ortvalue_input(name, self._copies.get(_place(array)) or self._uploaded(array))
         for name in outputs:
             binding.bind_output(name, self.device, self.number)
         session.run_with_iobinding(binding)
@@ -49,8 +49,8 @@ class DeviceMemory:
         array: np.ndarray = value.numpy().copy()
         array.flags.writeable = False
         key = _place(array)
-        self._twins[key] = value
-        weakref.finalize(array, self._twins.pop, key, None)
+        self._copies[key] = value
+        weakref.finalize(array, self._copies.pop, key, None)
         return array
 
 
