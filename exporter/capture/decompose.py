@@ -18,7 +18,11 @@ from sam3x.capture.program import erase_dead, sync_outputs
 aten = torch.ops.aten
 KEPT_WHOLE = (aten.linear.default, aten.layer_norm.default, aten.matmul.default, aten.scaled_dot_product_attention.default)
 """Operators the passes and targets want to see as one node."""
+_AUTOCAST, _GRAD_MODE = torch.ops.higher_order.wrap_with_autocast, torch.ops.higher_order.wrap_with_set_grad_enabled
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+
+_SCATTERED = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
+"""A view of a part → what puts a new part into the whole."""
 
 ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")
 """Where a node came from, in its ``meta``."""
@@ -44,8 +48,9 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
     only the nodes that change are traced; the whole program is where a node cannot change by itself (a write into a view).
     """
     table = core_decompositions()
-    graphs = [module for module in program.graph_module.modules() if isinstance(module, GraphModule)]
     try:
+        _inline_modes(program.graph_module)
+        graphs = [module for module in program.graph_module.modules() if isinstance(module, GraphModule)]
         for module in graphs:
             _functionalize(module)
         first = next(node for node in program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor))
@@ -88,8 +93,36 @@ def expansion(node: Node, function: Callable[..., Any], table: Table, inputs: Se
     return traced
 
 
+def _inline_modes(module: GraphModule) -> None:
+    """Put the bodies of blocks under ``torch.no_grad`` or an autocast that is off, or not the CPU's, in their places.
+
+    Raises:
+        _NeedsTraceError: a block casts, or holds branches.
+    """
+    for child in list(module.children()):
+        if isinstance(child, GraphModule):
+            _inline_modes(child)
+    for node in list(module.graph.nodes):
+        arguments: Any = node.args
+        if node.target is _AUTOCAST:
+            device, _, enabled, _, body, *inputs = arguments
+            if enabled and device == "cpu":
+                raise _NeedsTraceError(node)
+        elif node.target is _GRAD_MODE:
+            _, body, *inputs = arguments
+        else:
+            continue
+        block = getattr(module, body.target)
+        if any(n.op == "get_attr" for n in block.graph.nodes):
+            raise _NeedsTraceError(node)
+        _replace(module, node, _Expansion(inputs=inputs, graph=block.graph), {})
+        if not body.users:
+            module.graph.erase_node(body)
+            delattr(module, body.target)
+
+
 def _functionalize(module: GraphModule) -> None:
-    """``x.op_()`` → ``x = x.op()``, where nothing else sees the memory of ``x``.
+    """``x.op_()`` → ``x = x.op()``, and written back where ``x`` is a part of a tensor; where nothing else sees that memory.
 
     Raises:
         _NeedsTraceError: something else may.
@@ -97,17 +130,33 @@ def _functionalize(module: GraphModule) -> None:
     before: set[Node] = set()
     for node in module.graph.nodes:
         if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
-            written, op = node.args[0], _functional(node.target)
-            readers = [user for user in written.users if user in before]
-            if op is None or not all(map(_new_memory, (written, *readers))):
-                raise _NeedsTraceError(node)
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            value, old = op(*args, **kwargs), node.meta["val"]
-            if value.dtype != old.dtype or tuple(value.shape) != tuple(old.shape):
-                raise _NeedsTraceError(node)  # the functional form promotes or broadcasts
-            node.target = op
-            written.replace_all_uses_with(node, delete_user_cb=lambda user, now=node: user not in before and user is not now)
+            _functionalize_one(module, node, before)
         before.add(node)
+
+
+def _functionalize_one(module: GraphModule, node: Any, before: set[Node]) -> None:
+    written: Any = node.args[0]
+    op: Any = _functional(node.target)
+    parts: list[Any] = []  # the views that lead from the tensor to what is written, each read by the next alone
+    while written.target in _SCATTERED and len(written.users) == 1:
+        parts.append(written)
+        written = written.args[0]
+    readers = [user for user in written.users if user in before and user not in parts]
+    if op is None or not _new_memory(written) or not all(_settled(user, before) for user in readers) or (parts and node.users):
+        raise _NeedsTraceError(node)
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    value, old = op(*args, **kwargs), node.meta["val"]
+    if value.dtype != old.dtype or tuple(value.shape) != tuple(old.shape):
+        raise _NeedsTraceError(node)  # the functional form promotes or broadcasts
+    node.target = op
+    now = node
+    for part in parts:
+        with module.graph.inserting_after(now):
+            now = module.graph.call_function(_SCATTERED[part.target], (part.args[0], now, *part.args[1:]), part.kwargs)
+        whole = part.args[0].meta["val"]
+        now.meta = {**{key: value for key, value in node.meta.items() if key in ORIGIN}, "val": torch.empty_like(whole)}
+    made = {node, now, *parts}
+    written.replace_all_uses_with(now, delete_user_cb=lambda user: user not in before and user not in made)
 
 
 def _functional(op: OpOverload) -> OpOverload | None:
@@ -125,6 +174,11 @@ def _new_memory(node: Node) -> bool:
     if not isinstance(op, OpOverload) or (op._can_decompose() and op not in KEPT_WHOLE):
         return False
     return not any(item.alias_info for item in op._schema.returns)
+
+
+def _settled(reader: Node, before: set[Node]) -> bool:
+    """Whether nothing outside ``before`` reads memory through ``reader``."""
+    return _new_memory(reader) or all(user in before and _settled(user, before) for user in reader.users)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,12 @@ STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "scaled in place": lambda x, _: x.mul_(0.5),
     "hidden in place": lambda x, y: x.masked_fill_(y > 0, 0.25),
     "a row written": lambda x, y: _written(x, y),
+    "columns written": lambda x, y: _columns(x.clone(), y),
+    "columns added to": lambda x, y: _added_to(x.clone(), y),
+    "a view that is read later": lambda x, y: x[:, 1:2] + _written(x, y),
+    "a view that was read before": lambda x, y: x[:, 1:2].clone() + _written(x, y),
+    "a view kept over a write": lambda x, y: _kept(x, y),
+    "no autocast": lambda x, y: _without_autocast(x, y),
     "a row, in place": lambda x, _: x[1:2].add_(1).expand(x.shape) + x,
     "zeros filled": lambda x, y: x + torch.zeros_like(x).masked_fill_(y > 0, -3.0),
     "dropout that is off, in place": lambda x, _: nn.functional.dropout(x, training=False).add_(2),
@@ -33,6 +39,30 @@ STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def _written(x: Tensor, y: Tensor) -> Tensor:
     x[:1] = y[:1]
     return x
+
+
+def _columns(x: Tensor, y: Tensor) -> Tensor:
+    x[:, 0] = x[:, 0] / 2
+    x[:, 1:3] = y[:, :2]
+    x[1:, 3].mul_(3)
+    return x
+
+
+def _added_to(x: Tensor, y: Tensor) -> Tensor:
+    x[:, 1:3] += y[:, :2]
+    return x
+
+
+def _kept(x: Tensor, y: Tensor) -> Tensor:
+    view = x[1:2]
+    x[1:2, :2] = y[:1, :2]
+    return x + view
+
+
+def _without_autocast(x: Tensor, y: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        left, right = x.chunk(2, -1)
+    return torch.cat([right * y[:, :2], left], -1)
 
 
 class Straight(nn.Module):
@@ -79,7 +109,9 @@ def test_any_steps_give_what_they_give_in_eager(steps: list[tuple[str, int]]) ->
             assert torch.equal(program.module()(*copy.deepcopy(given)), module(*copy.deepcopy(given)))
 
 
-@pytest.mark.parametrize("step", ["add", "halves", "scaled in place", "hidden in place", "zeros filled"])
+@pytest.mark.parametrize(
+    "step", ["add", "halves", "scaled in place", "hidden in place", "zeros filled", "columns written", "no autocast"]
+)
 def test_the_whole_program_is_not_traced_again_where_nodes_change_by_themselves(step: str) -> None:
     with torch.no_grad():
         program, _ = exported(Straight([(step, 0)]))
