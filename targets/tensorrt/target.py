@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sam3x.errors import SpecError, TargetUnavailableError
 from sam3x.spec import Branches
 from sam3x.targets.base import Target, TargetOptions, TargetStatus
-from sam3x.targets.tensorrt.options import TrtOptions, optima
+from sam3x.targets.tensorrt.options import TrtOptions, capability_of, optima
 from sam3x.targets.triton import model_path, write_config
 
 if TYPE_CHECKING:
@@ -66,13 +66,20 @@ class TrtTarget(Target):
         """Refuse what can be refused before anything heavy is imported.
 
         Raises:
-            SpecError: a profile outside its range, no GPU and none named, ``fp32_ops`` where all is float32.
+            SpecError: a profile outside its range, no GPU and none named, ``fp32_ops`` where all is float32, ``bf16`` on a GPU
+                without it.
             TargetUnavailableError: TensorRT itself, which builds on the GPU only.
         """
         from sam3x.targets.tensorrt.driver import gpu_count
 
         optima(ranges, options)
         options.refuse_idle(("fp32", "tf32"), "Choose --precision fp16 or bf16.")
+        if options.precision == "bf16" and capability_of(options.compute_capability or "sm80") < (8, 0):
+            raise SpecError(
+                f"{options.compute_capability} (Turing) computes in no bfloat16",
+                subject="--precision bf16",
+                remedy="Choose --precision fp16, or a GPU from sm80 on.",
+            )
         if options.layout == "triton" and options.format == "ep":
             raise SpecError("Triton serves an engine or ONNX", subject="--layout triton", remedy="Choose another --format.")
         if gpu_count() == 0 and distribution() is not None:

@@ -26,6 +26,7 @@ from support.upstream import encoder_of
         ({"compute_capability": "sm89", "opt_prompt_length": 78}, r"--opt-prompt-length 78 is outside"),
         ({"compute_capability": "sm89", "fp32_ops": "layer_norm"}, r"everything is float32 already"),
         ({"compute_capability": "sm89", "precision": "int8"}, r"precision"),
+        ({"compute_capability": "sm75", "precision": "bf16"}, r"sm75 \(Turing\) computes in no bfloat16.*--precision fp16"),
         pytest.param({}, r"no GPU here.*--compute-capability sm89", marks=NO_GPU),
         pytest.param({"compute_capability": "sm89", "format": "ep"}, r"--format ep loads the engine", marks=NO_GPU),
     ],
