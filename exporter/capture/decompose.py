@@ -61,6 +61,7 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
         replaced: dict[Node, Node] = {}
         for node, item in plan.items():
             _replace(module, node, item, replaced)
+        _share_sizes(module)
         erase_dead(module)
         module.recompile()
     sync_outputs(program)
@@ -219,6 +220,18 @@ def _expansions(module: GraphModule, table: Table, first: Node) -> dict[Node, _E
             raise _NeedsTraceError(node)
         found[node] = _Expansion(inputs=inputs, graph=traced.graph)
     return found
+
+
+def _share_sizes(module: GraphModule) -> None:
+    """Read each size at one place, the first."""
+    first: dict[str, Node] = {}
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.SymInt):
+            continue
+        earlier = first.setdefault(str(value.node.expr), node)
+        if earlier is not node and node.target is aten.sym_size.int:
+            node.replace_all_uses_with(earlier)
 
 
 def _replace(module: GraphModule, node: Node, item: _Expansion, replaced: dict[Node, Node]) -> None:

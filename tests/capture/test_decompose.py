@@ -155,6 +155,14 @@ def test_products_inside_a_composite_operator_stay_whole() -> None:
         torch.testing.assert_close(made.module()(*inputs), module(*inputs))
 
 
+def test_a_size_is_read_at_one_place() -> None:
+    with torch.no_grad():
+        program, _ = exported(Straight([("halves", 0), ("flat", 1), ("columns written", 2), ("transposed twice", 3)]))
+        made = decomposed(program)
+    sizes = [str(node.meta["val"]) for node in made.graph.nodes if node.target is torch.ops.aten.sym_size.int]
+    assert len(sizes) == len(set(sizes))
+
+
 def test_the_origin_of_a_node_stays_with_it() -> None:
     with torch.no_grad():
         program, _ = exported(Straight([("halves", 0)]))
