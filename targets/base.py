@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from sam3x.errors import SpecError, Step
+from sam3x.errors import LoweringError, SpecError, Step
 from sam3x.spec import Branches
 from sam3x.verify.record import Runner
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
     from sam3x.capture.program import CapturedProgram
     from sam3x.passes.base import Pass
 
@@ -31,6 +33,35 @@ class TargetStatus:
     available: bool
     detail: str
     install: str
+
+
+def refuse_conditionals(program: ExportedProgram, subject: str, why: str) -> None:
+    """Refuse a program in which ``torch.cond`` is left.
+
+    Args:
+        subject: the target. why: what becomes of conditionals there.
+
+    Raises:
+        LoweringError: names them; the remedy tells conditionals that were asked for from a size that no pass could do without.
+    """
+    from sam3x.passes.graph.cond_graph import cond_places, gives_a_size_alone
+
+    left = list(cond_places(program))
+    if not left:
+        return
+    names = ", ".join(name for name, _, _ in left[:3])
+    if all(gives_a_size_alone(node) for _, _, node in left):
+        raise LoweringError(
+            f"a size that dac decides is left as a conditional ({names}): something in the module's own attention works over "
+            f"all of the halved dimension; {why}",
+            subject=subject,
+            remedy="Fix the flag (--dac off), or halve the batch (--dac-dim 0).",
+        )
+    raise LoweringError(
+        f"{len(left)} conditionals are left ({names}): {why}",
+        subject=subject,
+        remedy="Make the flags data flow (--branches select), or fix them (--dac off --pre-norm on).",
+    )
 
 
 class TargetOptions(BaseModel):

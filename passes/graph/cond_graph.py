@@ -250,6 +250,11 @@ def views_an_input(node: Node) -> bool:
     return True
 
 
+def gives_a_size_alone(cond: Node) -> bool:
+    """Whether nothing but sizes is read of what a conditional gives, as of the size that dac decides."""
+    return all(reader.target is aten.sym_size.int for item in cond.users for reader in item.users)
+
+
 def cond_places(program: ExportedProgram) -> Iterator[tuple[str, GraphModule, Node]]:
     """Every conditional of a program with the graph it stands in, innermost first."""
     for prefix, module in reversed(list(graph_modules(program))):

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from sam3x.errors import LoweringError, Step, TargetUnavailableError
 from sam3x.spec import Branches
-from sam3x.targets.base import Target, TargetOptions, TargetStatus
+from sam3x.targets.base import Target, TargetOptions, TargetStatus, refuse_conditionals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,10 +67,11 @@ class CoreMlTarget(Target):
         """Write the package that ``path`` stands in.
 
         Raises:
-            LoweringError: what coremltools does not convert, in its words.
+            LoweringError: conditionals that are left, or what coremltools does not convert, in its words.
         """
         from sam3x.targets.coreml.convert import convert
 
+        refuse_conditionals(captured.program, "coreml", "coremltools converts none")
         try:
             model, metadata = convert(captured)
             model.save(str(path.parent))

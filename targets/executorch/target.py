@@ -13,12 +13,11 @@ from pydantic import Field, model_validator
 
 from sam3x.errors import ArtifactError, LoweringError, Step, TargetUnavailableError
 from sam3x.spec import Branches
-from sam3x.targets.base import Numerics, Target, TargetOptions, TargetStatus
+from sam3x.targets.base import Numerics, Target, TargetOptions, TargetStatus, refuse_conditionals
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from torch.export import ExportedProgram
 
     from sam3x.capture.program import CapturedProgram
     from sam3x.passes.base import Pass
@@ -108,15 +107,10 @@ class PteTarget(Target):
         """Write ``path``; returns what ``pte_metadata.metadata_of`` counts."""
         from sam3x.targets.executorch.lower import write
 
-        left = conditionals(captured.program)
         release = version("executorch")
-        if left and not conditionals_are_sound(release):
-            raise LoweringError(
-                f"{len(left)} conditionals are left ({', '.join(left[:3])}): ExecuTorch {release} gives silently wrong numbers "
-                f"where several share memory ({COND_ISSUE}), and XNNPACK takes nothing inside them",
-                subject="pte",
-                remedy="Make the flags data flow (--branches select), or fix them (--dac off --pre-norm on).",
-            )
+        if not conditionals_are_sound(release):
+            wrong = f"ExecuTorch {release} gives silently wrong numbers where several share memory ({COND_ISSUE})"
+            refuse_conditionals(captured.program, "pte", f"{wrong}, and XNNPACK takes nothing inside them")
         try:
             legal = captured
             if options.precision == "int8":
@@ -164,13 +158,6 @@ class PteTarget(Target):
 
     def versions(self) -> dict[str, Any]:
         return {name: version(name) for name in ("torch", "executorch")}
-
-
-def conditionals(program: ExportedProgram) -> list[str]:
-    """Names of the ``torch.cond`` that are left, those in branches too."""
-    from sam3x.passes.graph.cond_graph import cond_places
-
-    return [name for name, _, _ in cond_places(program)]
 
 
 def conditionals_are_sound(executorch: str) -> bool:

@@ -107,11 +107,16 @@ def _below_float32(case: Case) -> bool:
 
 
 def _known_limit(case: Case, error: LoweringError) -> bool:
-    """TensorRT follows some sizes into no conditional and no loop, and says so."""
+    """TensorRT follows some sizes into no conditional and no loop; ExecuTorch and Core ML take no size that a flag decides."""
+    by_flag = case.spec["dac"] == "runtime" or (case.spec["dac"] is True and case.spec["pre_norm"] in ("runtime", "per-layer"))
+    if case.target in ("pte", "coreml"):
+        halved = case.spec["dac"] is not False and case.spec["dac_dim"] == 1
+        words = "a size that dac decides is left", "should share the same data type"  # coremltools on half of a dynamic size
+        return halved and any(item in str(error) for item in words)
     dynamic = not isinstance(case.spec.get("tokens", 1), int) and case.spec["dac"] == "runtime"
-    by_flag = case.spec["dac"] is True and case.spec["pre_norm"] in ("runtime", "per-layer")
     halved_tokens = case.spec["dac"] == "runtime" and case.spec["dac_dim"] == 1 and case.encoder.styles[0] in REFUSED
-    return case.target == "trt" and (dynamic or by_flag or halved_tokens) and "Data-dependent shapes" in str(error)
+    halves = dynamic or (by_flag and case.spec["dac"] is True) or halved_tokens
+    return case.target == "trt" and halves and "Data-dependent shapes" in str(error)
 
 
 def _runs_here(artifact: sam3x.Artifact) -> bool:

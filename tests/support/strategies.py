@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sam3x.sources.encoder import draw_weights
 from sam3x.spec import TOKENS_INPUTS
-from support.attention_styles import BELOW_FLOAT32, REFUSED, STYLES
+from support.attention_styles import BELOW_FLOAT32, STYLES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,9 +216,6 @@ def cases(draw: st.DrawFn, target: str = "onnx") -> Case:
     pre_norm = draw(st.sampled_from(["runtime", "module", "per-layer", True, False]))
     dac = draw(st.sampled_from(["runtime", False, True] if pre_norm is not False else ["runtime", False]))
     dac_dim = draw(st.sampled_from([0, 0, 1])) if not maps else 0
-    # dimension 1 holds the keys, half of which a mask hides: not without an attention
-    if target == "pte" and dac == "runtime" and encoder.styles[0] in REFUSED:
-        dac_dim = 0
     options |= {"pre_norm": pre_norm, "dac": dac, "dac_dim": dac_dim}
     halves = dac is not False
     # batch 1 with dac as a runtime input is allowed: dac can then only be off
