@@ -123,6 +123,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, default_artifact:
     return tmp_path
 
 
+@pytest.mark.long
 def test_a_real_run(workplace: Path) -> None:
     baselines = ("--baseline", "eager", "--baseline", "onnx-default", "--module", "small:make")
     sizes = ("--tokens", "20,30", "--batch", "2", "--prompt-length", "5", "--branch", "dac=on")

@@ -20,6 +20,7 @@ from sam3x.sources.image import random_image_source
 from sam3x.verify.component import verify_component
 
 
+@pytest.mark.long
 def test_a_component_to_executorch_is_verified_and_a_part_does_not_run_alone(tmp_path: Path) -> None:
     manifest = export_pipeline(random_image_source(SMALL), target="pte", output=tmp_path / "out", components=["text_encoder"])
     (item,) = manifest.components

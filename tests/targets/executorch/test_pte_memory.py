@@ -98,7 +98,9 @@ def test_a_mask_of_all_pairs_beside_padding_stands_in_memory_once(
     assert made.metadata["workspace_bytes"] <= images * pairs / 4 + images * 8 * TOKENS * WIDTH * 4
 
 
-@pytest.mark.parametrize("inputs", [None, BESIDE], ids=["padding", "every mask of the tokens"])
+@pytest.mark.parametrize(
+    "inputs", [pytest.param(None, id="padding"), pytest.param(BESIDE, id="every mask of the tokens", marks=pytest.mark.long)]
+)
 def test_scores_of_a_dynamic_number_of_tokens_are_computed_in_parts(
     encoder: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: tuple[str, ...] | None
 ) -> None:

@@ -79,6 +79,7 @@ def test_masks_of_the_image_tokens(tmp_path: Path) -> None:
     check_branches(artifact, encoder, Sizes(batch=2, tokens=36, prompt_length=5))
 
 
+@pytest.mark.long
 def test_a_mask_of_all_pairs_where_dac_halves_the_tokens(tmp_path: Path) -> None:
     encoder = encoder_of(1)
     names = ("tgt", "memory", "tgt_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "query_pos")
@@ -94,6 +95,7 @@ def test_fixed_flags_are_no_inputs_and_agree(tmp_path: Path) -> None:
     check_branches(artifact, encoder, Sizes(batch=1, tokens=36, prompt_length=7), [(False, True)])
 
 
+@pytest.mark.long
 def test_feature_maps(tmp_path: Path) -> None:
     options: dict[str, Any] = {"interface": "feature_maps", "feature_sizes": ((6, 6),), "dac": False, "pre_norm": "module"}
     artifact = sam3x.export(encoder_of(1), target="pte", output=tmp_path / "out", tokens=(16, 9216), **options)

@@ -58,10 +58,10 @@ def test_features_stay_on_the_device(tiny_pipeline: Path, monkeypatch: pytest.Mo
     for result, expected in zip(got[1:], wanted[:1], strict=True):
         assert np.array_equal(result.scores, expected.scores) and np.array_equal(result.small_masks, expected.small_masks)
     memory = segmenter._components._settings["memory"]
-    assert len(memory._twins) >= len(features)
+    assert len(memory._copies) >= len(features)
     del image, got, result
     gc.collect()
-    assert not memory._twins
+    assert not memory._copies
 
 
 def test_a_device_has_a_number() -> None:
