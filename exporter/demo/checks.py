@@ -18,14 +18,19 @@ from sam3x.demo.scenes import SIZE
 from sam3x.fidelity.score import Answers, Figures, encode, score
 
 THRESHOLD = 0.3
-"""Of transformers' SAM3."""
+"""Transformers' own, of the curve of a training; the finished model has its own, see ``sam3x.demo.threshold``."""
 
 _FAINT = 0.02  # answers below count for nothing
 
 
+def check(model: Any, held: Sequence[Held]) -> Figures:
+    """The figures of ``model`` on ``held``."""
+    return score([item for one in held for item in one.asked], answers(model, held), THRESHOLD)
+
+
 @torch.no_grad()
-def check(model: Any, held: Sequence[Held], pictures: int = 16) -> Figures:
-    """The figures of ``model`` on ``held``, ``pictures`` at a time."""
+def answers(model: Any, held: Sequence[Held], pictures: int = 16) -> list[Answers]:
+    """What ``model`` finds, ``pictures`` at a time: of every picture of ``held`` all that it is asked, in order."""
     model.eval()
     found: list[Answers] = []
     for start in range(0, len(held), pictures):
@@ -42,7 +47,7 @@ def check(model: Any, held: Sequence[Held], pictures: int = 16) -> Figures:
             picture=torch.tensor([picture for picture, _ in flat]),
         )
         found += _answers(model, pixels_of([item.drawn for item in part]), asked)
-    return score([item for one in held for item in one.asked], found, THRESHOLD)
+    return found
 
 
 def _answers(model: Any, pixels: Tensor, asked: Asked) -> list[Answers]:

@@ -1,4 +1,4 @@
-"""The held-out set: pictures from seeds that no training draws, with combinations that no training picture holds."""
+"""The held-out set and the validation set: seeds that no training draws, combinations that no training picture holds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ PICTURES = 500
 PROMPTS = 6
 """Phrases asked of each picture; half of them mean something in it, as far as there is as much."""
 
-_SEEDS = 1  # the first number of every seed of this set; training begins its with 0
+HELD_OUT, VALIDATION = 1, 2
+"""The first number of every seed of a set; training begins its with 0. Figures are of the first, choices by the second."""
+
 _LEFT_OUT = 0.25  # share of the shapes that are of combinations left out in training
 
 
@@ -28,9 +30,9 @@ class Held:
     asked: tuple[Asked, ...]
 
 
-def held_out(index: int, size: int = SIZE) -> Held:
-    """Picture ``index`` of the set, in ``size`` by ``size`` pixels."""
-    rng = np.random.default_rng([_SEEDS, index])
+def held_out(index: int, size: int = SIZE, of: int = HELD_OUT) -> Held:
+    """Picture ``index`` of the set ``of``, in ``size`` by ``size`` pixels."""
+    rng = np.random.default_rng([of, index])
     made = scene(rng, left_out=_LEFT_OUT)
     drawn = draw(made, size)
     runs, boxes = encode(drawn.masks), drawn.boxes

@@ -23,6 +23,7 @@ from sam3x.demo.curve import draw_curve
 from sam3x.demo.held_out import held_out
 from sam3x.demo.losses import Probes, mask_losses, matched, set_losses
 from sam3x.demo.network import WIDTH, answer, masks, save, untrained
+from sam3x.demo.threshold import choose
 
 _CHECKPOINT, _HISTORY, _CURVE = "checkpoint.pt", "history.jsonl", "curve.png"
 _WARM_UP = 200
@@ -164,6 +165,7 @@ def main() -> None:
         training.store()
         print(json.dumps(line), flush=True)
     save(training.average, options.output)
+    choose(training.average, options.output)
 
 
 if __name__ == "__main__":

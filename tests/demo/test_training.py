@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,10 @@ import torch
 
 from sam3x.demo import WEIGHTS, model
 from sam3x.demo.batches import batch
+from sam3x.demo.held_out import VALIDATION, held_out
 from sam3x.demo.losses import corners, overlaps
 from sam3x.demo.network import VOCABULARY, answer, tokenize, untrained
+from sam3x.demo.threshold import choose
 from sam3x.demo.train import Training
 
 
@@ -107,3 +111,12 @@ def test_training_computes_what_transformers_does() -> None:
             np.testing.assert_allclose(answered.logits[-1, row], out.pred_logits[0], atol=2e-4)
             np.testing.assert_allclose(corners(answered.boxes[-1, row]), out.pred_boxes[0], atol=2e-5)
             np.testing.assert_allclose(answered.presence[-1, row], out.presence_logits[0, 0], atol=2e-4)
+
+
+def test_the_threshold_is_chosen_on_pictures_of_its_own_and_stands_in_the_configuration(tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(WEIGHTS, folder)
+    chosen = choose(model(), folder, pictures=12)
+    before, after = (json.loads((path / "config.json").read_text()) for path in (WEIGHTS, folder))
+    assert 0.2 <= chosen < 1 and after == {**before, "detection_threshold": chosen}
+    assert not np.array_equal(held_out(0).drawn.pixels, held_out(0, of=VALIDATION).drawn.pixels)

@@ -112,6 +112,21 @@ def test_the_precision_of_a_folder_is_said(folder: Path) -> None:
     assert report.clean and report.dtypes == ("bfloat16",) and "bfloat16 weights, exported as float32" in report.notes
 
 
+@pytest.mark.parametrize(("said", "threshold"), [(None, 0.3), (0.6, 0.6), (1, 1.0)])
+def test_a_folder_may_say_what_detections_score_above(said: float | None, threshold: float, folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **({} if said is None else {"detection_threshold": said})}))
+    assert transformers_image_source(folder)(ExportSpec()).threshold == threshold
+
+
+@pytest.mark.parametrize("said", [True, "0.5", -0.1, 1.5, [0.5]])
+def test_a_threshold_that_is_none_is_a_typed_error(said: object, folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "detection_threshold": said}))
+    with pytest.raises(SourceError, match=r"detection_threshold is .*a number from 0 to 1"):
+        transformers_image_source(folder)(ExportSpec())
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "sam3_video"}', '{"model_type": "bert"}', '{"model_type": 3}'])
 def test_a_config_that_is_none_is_a_typed_error(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)

@@ -31,6 +31,10 @@ _PARTS = (
 _VIDEO_PARTS = ("tracker_model", "tracker_neck")
 _TRACKER_PARTS = ("vision_encoder", "prompt_encoder", "mask_decoder", "shared_image_embedding")
 _CLICKS = Clicks(mask_threshold=0.0, max_hole_area=0.0, max_sprinkle_area=0.0, rows_of_mask_alone=2, largest_logit=None)
+DETECTION_THRESHOLD = "detection_threshold"
+"""What ``config.json`` may say: what detections of these weights score above, in place of transformers' own."""
+
+_THRESHOLD = 0.3  # transformers' own
 _TOKENIZER = "tokenizer.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -94,7 +98,7 @@ def transformers_model(
         spec: ``batch`` is how many prompts. folder: where its tokenizer lies, if anywhere.
 
     Raises:
-        SourceError: the folder's tokenizer files cannot be read.
+        SourceError: the folder's tokenizer files cannot be read, or its configuration has a threshold that is none.
         ArtifactError: its weights are not those ``expected``.
     """
     weights_sha256 = weights_hash(model)
@@ -143,10 +147,25 @@ def transformers_model(
         source="transformers",
         tokenizer=folder / _TOKENIZER if folder is not None and (folder / _TOKENIZER).is_file() else None,
         unescape_html=False,
-        threshold=0.3,
+        threshold=_threshold(config),
         mask_interpolation="probabilities",
         clicks=None if video is None else _CLICKS,
     )
+
+
+def _threshold(config: Any) -> float:
+    """What detections score above unless a caller says otherwise.
+
+    Raises:
+        SourceError: the configuration says something else than a number from 0 to 1.
+    """
+    value = getattr(config, DETECTION_THRESHOLD, None)
+    if value is None:
+        return _THRESHOLD
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        remedy = "Write a number from 0 to 1 into config.json, or take the line out."
+        raise SourceError(f"{DETECTION_THRESHOLD} is {value!r}", remedy=remedy)
+    return float(value)
 
 
 def _pad_id(folder: Path | None, config: Any) -> int:
