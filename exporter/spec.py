@@ -134,6 +134,9 @@ class ExportSpec(BaseModel):
     """What is compared with eager: nothing (off), the artifact (final), the graph after every pass too (each), or the artifact
     also at 72x72 tokens (full)."""
 
+    image_size: int | None = Field(default=None, ge=1, json_schema_extra={"metavar": "PIXELS"})
+    """With --pipeline: side of the square picture that the model sees, as 672; left out: what its source was made for."""
+
     seed: int = 0
     """Seed of random default weights and of the verification inputs."""
 

@@ -24,6 +24,9 @@ PROMPTS = {"dac": False, "pre_norm": "module", "batch": (1, MAX_PROMPTS)}
 ENCODER_ALONE = ("interface", "inputs", "dac_dim", "tokens", "prompt_length", "feature_sizes", "mask_dtype")
 """Fields of ``ExportSpec`` that a whole model settles itself."""
 
+WHOLE_ALONE = ("image_size",)
+"""Fields of ``ExportSpec`` that a fusion encoder has no use for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -84,17 +87,32 @@ def resolve(
     *,
     disable_pass: Sequence[str] = (),
     dump_graphs: str | Path | None = None,
-    **others: Any,
 ) -> Request:
     """The request for a fusion encoder out of ``sam3x.export``'s keywords, the target's defaults filled in.
 
     Args:
-        options: fields of ``ExportSpec``, and of the target's own options. others: further fields of ``Request``.
+        options: fields of ``ExportSpec``, and of the target's own options.
 
     Raises:
         SpecError: a value is wrong, or a name is known to neither, with the nearest that is.
         UnknownTargetError: no target of that name.
     """
+    whole = [f"--{name.replace('_', '-')}" for name in WHOLE_ALONE if options.get(name) is not None]
+    if whole:
+        fact = f"{', '.join(whole)} belongs to a whole model, whose vision encoder sees the picture"
+        raise SpecError(fact, remedy="Add --pipeline, or leave it out; a fusion encoder's sizes are --tokens.")
+    return _resolved(target, options, disable_pass=disable_pass, dump_graphs=dump_graphs)
+
+
+def _resolved(
+    target: str | Target,
+    options: Mapping[str, Any],
+    *,
+    disable_pass: Sequence[str] = (),
+    dump_graphs: str | Path | None = None,
+    **others: Any,
+) -> Request:
+    """Fill in the target's defaults and check every field; ``others`` are further fields of ``Request``."""
     back_end = get_target(target) if isinstance(target, str) else target
     own = back_end.options_type.model_fields
     unknown = [name for name in options if name not in own and name not in ExportSpec.model_fields]
@@ -157,7 +175,7 @@ def resolve_pipeline(
             remedy="Take --dac runtime to keep the branch in the file, or export the fusion encoder without --pipeline.",
         )
     given = {**PROMPTS, **back_end.default_options, **options}
-    return resolve(back_end, given, components=chosen, fuse=fuse, **passes)
+    return _resolved(back_end, given, components=chosen, fuse=fuse, **passes)
 
 
 def check_available(target: Target) -> None:

@@ -50,7 +50,7 @@ def write_vocabulary(path: Path) -> Path:
     return path
 
 
-def tiny_image_model(vocabulary: Path, seed: int = 5) -> nn.Module:
+def tiny_image_model(vocabulary: Path, seed: int = 5, image_size: int = TINY.image_size) -> nn.Module:
     """``TINY`` with distinct weights, upstream's own tokenizer, and its interactive predictor, whose tracker has no memory."""
     import warnings
 
@@ -58,19 +58,20 @@ def tiny_image_model(vocabulary: Path, seed: int = 5) -> nn.Module:
     from sam3.model.sam3_tracker_base import Sam3TrackerBase
     from sam3.model.tokenizer_ve import SimpleTokenizer
 
-    model: Any = build_image_model(TINY.model_copy(update={"interactive": True}), SimpleTokenizer(bpe_path=str(vocabulary)))
+    config = TINY.model_copy(update={"interactive": True, "image_size": image_size})
+    model: Any = build_image_model(config, SimpleTokenizer(bpe_path=str(vocabulary)))
     tracker = Sam3TrackerBase(
         backbone=None,
         transformer=SimpleNamespace(decoder=None, d_model=TINY.d_model),
         maskmem_backbone=None,
-        image_size=TINY.image_size,
+        image_size=image_size,
         backbone_stride=TINY.patch_size,
         sam_mask_decoder_extra_args=model.inst_interactive_predictor.model.sam_mask_decoder_extra_args,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit.script is deprecated
         predictor: Any = SAM3InteractiveImagePredictor(tracker)
-    size = TINY.image_size // TINY.patch_size
+    size = image_size // TINY.patch_size
     predictor._bb_feat_sizes = [(4 * size, 4 * size), (2 * size, 2 * size), (size, size)]  # upstream's are SAM3's own
     model.inst_interactive_predictor = predictor
     draw_image_weights(model, seed)

@@ -18,6 +18,7 @@ from sam3x.sources.components import build_components, ranges_of
 from sam3x.sources.contract import Clicks, Component, Expected, ImageModel, Port
 from sam3x.sources.encoder import weights_hash
 from sam3x.sources.meta import parts as meta
+from sam3x.sources.meta.picture_size import resize
 from sam3x.sources.names import INTERACTIVE_HEAD
 from sam3x.spec import ExportSpec
 
@@ -54,10 +55,11 @@ def meta_model(
     """Split a ``Sam3Image`` into components. The model is left as it is: adapters work on a second tree over its tensors.
 
     Args:
-        image_size: side of the picture it was built for. spec: dac, pre_norm, branches of the fusion encoder.
+        image_size: side of the picture it was built for. spec: dac, pre_norm, branches of the fusion encoder, and the side that
+            pictures are to have.
 
     Raises:
-        SourceError: it uses more than one feature level.
+        SourceError: it uses more than one feature level, or cannot take pictures of that size.
         ArtifactError: its weights are not those ``expected``.
     """
     weights_sha256 = weights_hash(model)
@@ -68,13 +70,17 @@ def meta_model(
     predictor = getattr(model, "inst_interactive_predictor", None)
     model = _for_pictures(model)
     shadow: Any = private_shadow(model)
+    tracker: Any = tracker_of(shadow)
+    notes = []
+    if spec.image_size is not None and spec.image_size != image_size:
+        notes.append(resize(shadow, image_size, spec.image_size, tracker))
+        image_size = spec.image_size
     text = shadow.backbone.language_backbone
-    fresh: Any = private_shadow(model)  # its caches would hold tensors without values
+    fresh: Any = private_shadow(shadow)  # its caches would hold tensors without values
     maps = shapes_of(lambda: fresh.backbone.forward_image(torch.zeros((1, 3, image_size, image_size))))["backbone_fpn"]
     size, levels = maps[-1].shape[-1], len(maps) - 1
     fixed = not isinstance(getattr(text.encoder, "positional_embedding", None), nn.Parameter)  # students stretch positions
     ranges = ranges_of(text.context_length, shadow.transformer.decoder.num_queries, fixed_length=fixed, prompts=spec.batch)
-    tracker: Any = tracker_of(shadow)
     modules = {
         "vision_encoder": meta.VisionEncoder(without(shadow.backbone, "language_backbone"), tracker),
         "text_encoder": meta.TextEncoder(text),
@@ -99,6 +105,7 @@ def meta_model(
         box_text="visual",
         origin=origin,
         weights_sha256=weights_sha256,
+        notes=tuple(notes),
         tokenizer=_installed_vocabulary() if vocab_size == _WORDS else None,
         clicks=None if tracker is None else _clicks(predictor),
     )

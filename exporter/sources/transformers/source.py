@@ -17,6 +17,7 @@ from sam3x.sources.encoder import reason_of, weights_hash
 from sam3x.sources.meta.source import private_shadow, without
 from sam3x.sources.names import INTERACTIVE_HEAD
 from sam3x.sources.transformers import parts
+from sam3x.sources.transformers.picture_size import resize
 from sam3x.spec import ExportSpec
 
 _PARTS = (
@@ -59,17 +60,22 @@ def tracker_model(model: nn.Module, origin: str, spec: ExportSpec, expected: Exp
     """Split a ``Sam3TrackerModel``, which answers clicks alone, into vision encoder and interactive head; it is left as it is.
 
     Raises:
+        SourceError: it cannot take pictures of the size that ``spec`` asks for.
         ArtifactError: its weights are not those ``expected``.
     """
     weights_sha256 = weights_hash(model)
     if expected is not None:
         expected.check(weights_sha256=weights_sha256)
     shadow: Any = private_shadow(model)
+    size, notes = shadow.prompt_encoder.input_image_size, []
+    if spec.image_size is not None and spec.image_size != size:
+        notes.append(resize(shadow.vision_encoder, size, spec.image_size, shadow))
+        size = spec.image_size
     modules = {"vision_encoder": parts.ClickEncoder(shadow), INTERACTIVE_HEAD: parts.InteractiveHead(_heads(shadow))}
     ranges = ranges_of(1, 1, fixed_length=False, prompts=spec.batch)
     return ImageModel(
         components=build_components(modules, 0, ranges, attention_mask=False),
-        image_size=shadow.prompt_encoder.input_image_size,
+        image_size=size,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         context_length=0,
@@ -79,6 +85,7 @@ def tracker_model(model: nn.Module, origin: str, spec: ExportSpec, expected: Exp
         box_text="",
         origin=origin,
         weights_sha256=weights_sha256,
+        notes=tuple(notes),
         source="transformers",
         clicks=_CLICKS,
     )
@@ -95,10 +102,12 @@ def transformers_model(
     """Split a ``Sam3Model``, or a ``Sam3VideoModel`` with the interactive head of its tracker; it is left as it is.
 
     Args:
-        spec: ``batch`` is how many prompts. folder: where its tokenizer lies, if anywhere.
+        spec: ``batch`` is how many prompts, ``image_size`` the side that pictures are to have. folder: where its tokenizer
+            lies, if anywhere.
 
     Raises:
-        SourceError: the folder's tokenizer files cannot be read, or its configuration has a threshold that is none.
+        SourceError: the folder's tokenizer files cannot be read, its configuration has a threshold that is none, or it cannot
+            take pictures of that size.
         ArtifactError: its weights are not those ``expected``.
     """
     weights_sha256 = weights_hash(model)
@@ -111,7 +120,11 @@ def transformers_model(
         video.__dict__["_modules"] = {"tracker_model": _heads(video.tracker_model), "tracker_neck": video.tracker_neck}
     config: Any = shadow.config
     size = config.vision_config.image_size
-    size = size if isinstance(size, int) else size[0]
+    size, notes = size if isinstance(size, int) else size[0], []
+    if spec.image_size is not None and spec.image_size != size:
+        tracker = None if video is None else video.tracker_model
+        notes.append(resize(shadow.vision_encoder, size, spec.image_size, tracker))
+        size = spec.image_size
     with torch.no_grad():  # fills the position caches too
         maps = shadow.vision_encoder(torch.zeros((1, 3, size, size))).fpn_hidden_states[:-1]
     grid = maps[-1].shape[-1]
@@ -144,6 +157,7 @@ def transformers_model(
         box_text="visual",
         origin=origin,
         weights_sha256=weights_sha256,
+        notes=tuple(notes),
         source="transformers",
         tokenizer=folder / _TOKENIZER if folder is not None and (folder / _TOKENIZER).is_file() else None,
         unescape_html=False,
