@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
 from sam3x.errors import LoweringError, SpecError, Step
 from sam3x.spec import Branches
@@ -17,6 +17,7 @@ from sam3x.verify.record import Runner
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
+    from typing_extensions import Self
 
     from sam3x.capture.program import CapturedProgram
     from sam3x.passes.base import Pass
@@ -73,6 +74,10 @@ class TargetOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def of_component(self, name: str) -> Self:
+        """The options of one component where several are exported."""
+        return self
+
 
 class AttentionMemory(TargetOptions):
     """What the scores of one attention may take: a whole number and a unit, as in ``256MB``."""
@@ -101,19 +106,33 @@ class AttentionMemory(TargetOptions):
 class Float32Operations(TargetOptions):
     """Operations that stay in float32 where the precision is lower, separated by commas.
 
-    A kind (``layer_norm``), a place (``layers.3.linear2``), or a pattern with ``*``; ``sam3x doctor`` names them.
+    A kind (``layer_norm``), a place (``layers.3.linear2``), or a pattern with ``*``; ``sam3x doctor`` names them. Of a whole
+    model, ``decoder:layer_norm`` is of one component, and a name alone of every component that has it.
     """
 
     fp32_ops: str = Field(
         "",
-        description="operations that stay in float32: kinds, places, patterns; see sam3x doctor.",
+        description="operations that stay in float32: kinds, places, patterns; decoder:layer_norm is of one component.",
         json_schema_extra={"metavar": "A,B,C"},
     )
+    _shared: bool = PrivateAttr(False)
 
     @property
     def fp32_names(self) -> tuple[str, ...]:
         """``fp32_ops`` one by one."""
         return tuple(name.strip() for name in self.fp32_ops.split(",") if name.strip())
+
+    @property
+    def fp32_shared(self) -> bool:
+        """Whether other components are given the names too, so that one need not have each."""
+        return self._shared
+
+    def of_component(self, name: str) -> Self:
+        """``fp32_ops`` without those of other components."""
+        own = [word.removeprefix(f"{name}:") for word in self.fp32_names if ":" not in word or word.startswith(f"{name}:")]
+        options = self.model_copy(update={"fp32_ops": ",".join(own)})
+        options._shared = True
+        return options
 
     def refuse_idle(self, idle: Sequence[str], remedy: str) -> None:
         """Refuse operations in float32 where everything is.

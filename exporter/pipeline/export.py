@@ -93,7 +93,9 @@ def export_model(
             runtime = {**model.runtime(), "tokenizer": write_tokenizer(tokenizer or model.tokenizer, staging, model)}
         work = _Work.of(model, request, tell)
         model = replace(model, components=())
-        made, quality = work.done(ComponentJob(request, staging, tell))
+        job = ComponentJob(request, staging, tell)
+        made, quality = work.done(job)
+        job.refuse_idle()
         manifest = (PipelineManifest if runtime else Manifest)(
             target=request.target.name,
             opset=request.target.opset,

@@ -15,9 +15,10 @@ from torch import Tensor
 from sam3x.artifact.manifest import ComponentSpec, PassRecordModel
 from sam3x.capture.component import capture_component
 from sam3x.capture.program import CapturedProgram, Sample
-from sam3x.errors import Step
+from sam3x.errors import PreconditionError, Step
 from sam3x.passes.default_pipeline import default_pipeline
-from sam3x.passes.pipeline import PassPipeline
+from sam3x.passes.graph.op_paths import IDLE
+from sam3x.passes.pipeline import PassPipeline, PassRecord
 from sam3x.pipeline.request import Request
 from sam3x.precision.component import reduced, rounded
 from sam3x.sources.contract import Component
@@ -35,13 +36,20 @@ class ComponentJob:
     request: Request
     folder: Path
     tell: Progress
-    passes: PassPipeline = field(init=False)
+    idle: list[set[str]] = field(default_factory=list)
+    """Of each component so far, the names in ``--fp32-ops`` that it has no operation for."""
 
     def __post_init__(self) -> None:
         """Raises ``SpecError`` where there is no pass of a name to leave out."""
-        first = default_pipeline(str(self.request.spec.branches))
-        own = self.request.target.legalization_passes(self.request.options)
-        object.__setattr__(self, "passes", first.then(*own).without(*self.request.disable_pass))
+        self.passes_of(self.request.components[0])
+
+    def passes_of(self, component: str) -> PassPipeline:
+        """What rewrites the graph of ``component``."""
+        request = self.request
+        several = len(request.components) > 1 or ":" in getattr(request.options, "fp32_ops", "")
+        options = request.options.of_component(component) if several else request.options
+        own = request.target.legalization_passes(options)
+        return default_pipeline(str(request.spec.branches)).then(*own).without(*request.disable_pass)
 
     @property
     def runs(self) -> bool:
@@ -73,7 +81,8 @@ class ComponentJob:
             self.say(component.name, "passes")
             with metrics.timing("passes_seconds"):
                 check = check_pass if request.spec.verify == "each" else None
-                captured, records = self.passes.run(captured, check=check, dump_graphs=dump)
+                captured, records = self.passes_of(component.name).run(captured, check=check, dump_graphs=dump)
+            self._note_idle(component.name, records)
             self.say(component.name, f"lower to {request.target.name}")
             path = self.folder / request.file(component.name)
             with metrics.timing("lower_seconds"):
@@ -99,6 +108,31 @@ class ComponentJob:
             metrics=metrics.seconds(),
             notes=(*notes, *reference_notes(verification)),
         )
+
+    def _note_idle(self, component: str, records: Sequence[PassRecord]) -> None:
+        """Keep the names that ``component`` has no operation for.
+
+        Raises:
+            PreconditionError: one that is of this component alone.
+        """
+        idle = {item.node for record in records for item in record.match_failures if item.reason == IDLE}
+        own = [name for name in getattr(self.request.options, "fp32_names", ()) if name.partition(":")[2] in idle]
+        own = [name for name in own if name.startswith(f"{component}:")]
+        if own:
+            remedy = f"See sam3x doctor FOLDER --components {component}, which names its operations."
+            raise PreconditionError(f"'{own[0]}' {IDLE}", subject="--fp32-ops", remedy=remedy)
+        self.idle.append(idle)
+
+    def refuse_idle(self) -> None:
+        """Refuse a name that none of the components had an operation for.
+
+        Raises:
+            PreconditionError: the first of them.
+        """
+        nowhere = sorted(set.intersection(*self.idle)) if self.idle else []
+        if nowhere:
+            fact = f"'{nowhere[0]}' names no operation of any component"
+            raise PreconditionError(fact, subject="--fp32-ops", remedy="See sam3x doctor FOLDER, which names them.")
 
     def verified(
         self, component: Component, path: Path, samples: Sequence[Sample], remedy: str

@@ -131,8 +131,19 @@ def _resolved(
         given["branches"] = back_end.branches_of(own_options)
     spec = make_spec(**given)
     back_end.check(spec.ranges, own_options)
+    _check_places(own_options, others.get("components", (FUSION_ENCODER,)))
     passes = {"disable_pass": tuple(disable_pass), "dump_graphs": None if dump_graphs is None else Path(dump_graphs)}
     return Request(target=back_end, options=own_options, spec=spec, **passes, **others)  # type: ignore[arg-type]
+
+
+def _check_places(options: TargetOptions, components: Sequence[str]) -> None:
+    """Refuse operations of a component that is not exported."""
+    for word in getattr(options, "fp32_names", ()):
+        place, colon, _ = word.partition(":")
+        if colon and place not in components:
+            near = did_you_mean(place, components)
+            fact = f"'{word}' is of no component of this export ({', '.join(components)})"
+            raise SpecError(fact, subject="--fp32-ops", remedy=near)
 
 
 def resolve_pipeline(

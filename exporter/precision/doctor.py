@@ -60,9 +60,7 @@ def doctor(
     """
     say = tell or (lambda _: None)
     manifest = load(folder).manifest
-    allowed = BOUNDS[precision] if bound is None else bound
-    if not allowed > 0:
-        raise SpecError(f"--bound {allowed} is no error anything can hold", remedy="Give a number above 0.", step=Step.DOCTOR)
+    allowed = allowed_error(precision, bound)
     say("source")
     spec = _examined(ExportSpec(**manifest.spec), tokens)
     given = source_for(source, spec.seed)
@@ -74,19 +72,45 @@ def doctor(
         )
     encoder = FusionEncoder(given.module, spec)
     say("capture")
-    program, _ = default_pipeline("select").then(SimplifyAttentionMasksPass()).run(capture_encoder(encoder))
+    program = rewritten(capture_encoder(encoder))
     say(f"emulate {precision}")
     probe = Probe(program, _samples(encoder, tokens), DTYPES[precision])
     return examine(probe, precision=precision, bound=allowed, origin=manifest.origin, tell=say)
 
 
-def examine(probe: Probe, *, precision: Precision, bound: float, origin: str, tell: Tell = lambda _: None) -> DoctorReport:
+def rewritten(captured: CapturedProgram) -> CapturedProgram:
+    """The graph that a target lowers the precision of; an operation has the same name there."""
+    return default_pipeline("select").then(SimplifyAttentionMasksPass()).run(captured)[0]
+
+
+def allowed_error(precision: Precision, bound: float | None) -> float:
+    """``bound``, or that of the precision.
+
+    Raises:
+        SpecError: nothing can hold it.
+    """
+    allowed = BOUNDS[precision] if bound is None else bound
+    if not allowed > 0:
+        raise SpecError(f"--bound {allowed} is no error anything can hold", remedy="Give a number above 0.", step=Step.DOCTOR)
+    return allowed
+
+
+def examine(
+    probe: Probe,
+    *,
+    precision: Precision,
+    bound: float,
+    origin: str,
+    tell: Tell = lambda _: None,
+    component: str | None = None,
+) -> DoctorReport:
     """Everything low, each operation low alone, then the fewest that must stay in float32."""
     everything = frozenset(probe.paths)
     plain = probe.error(frozenset())
     if plain["max_abs"] > bound:
         raise VerificationError(
             f"float32 itself is {plain['max_abs']:.1e} from eager, more than --bound {bound:g}",
+            subject=component or "",
             remedy="Choose a larger bound.",
             step=Step.DOCTOR,
         )
@@ -110,6 +134,8 @@ def examine(probe: Probe, *, precision: Precision, bound: float, origin: str, te
         for path in ranked
     )
     return DoctorReport(
+        component=component,
+        scaled=probe.program.scaled,
         precision=precision,
         bound=bound,
         origin=origin,
@@ -174,7 +200,7 @@ class Probe:
         for sample, expected in zip(self.samples, self.expected, strict=True):
             got = self._run(sample, low)
             for name, value in expected.items():
-                yield distance(got[name], value)
+                yield _distance(got[name], value, scaled=self.program.scaled)
 
     def _run(self, sample: Sample, low: frozenset[str], peaks: dict[str, float] | None = None) -> dict[str, Tensor]:
         nodes = {node for node, path in self.nodes.items() if path in low}
@@ -218,6 +244,19 @@ class _Emulated(Interpreter):
 
 def _is_constant(node: Node) -> bool:
     return not node.all_input_nodes
+
+
+def _distance(got: Tensor, expected: Tensor, *, scaled: bool) -> dict[str, float]:
+    """``distance``, of the largest value where ``scaled``; what only picks or hides is right or infinitely far."""
+    if torch.equal(got, expected) or not expected.is_floating_point():
+        same = torch.equal(got, expected)
+        return {"max_abs": 0.0 if same else math.inf, "cosine": 1.0 if same else 0.0}
+    if not bool((got.isfinite() == expected.isfinite()).all()):
+        return {"max_abs": math.inf, "cosine": 0.0}
+    finite = expected.isfinite()  # a mask of numbers has −∞
+    found = distance(got[finite], expected[finite])
+    largest = float(expected[finite].abs().max()) if scaled else 1.0
+    return {**found, "max_abs": found["max_abs"] / (largest or 1.0)}
 
 
 def _worst(errors: Iterable[dict[str, float]]) -> dict[str, float]:

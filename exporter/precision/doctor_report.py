@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -31,10 +32,16 @@ class OperationReport(BaseModel):
 
 
 class DoctorReport(BaseModel):
-    """All operations, worst first, and the fewest that keep the rest within the bound."""
+    """All operations, worst first, and the fewest that keep the rest within the bound.
+
+    ``component``: of a whole model; None: the fusion encoder by itself. ``scaled``: whether errors and ``bound`` are taken of
+    the largest value of each output, as everywhere but in a fusion encoder, whose scale is one.
+    """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
+    component: str | None = None
+    scaled: bool = False
     precision: Precision
     bound: float
     origin: str
@@ -50,13 +57,13 @@ class DoctorReport(BaseModel):
     @property
     def option(self) -> str:
         """What to give to ``sam3x export``."""
-        fp32_ops = f" --fp32-ops {','.join(self.fp32_ops)}" if self.fp32_ops else ""
-        return f"--precision {self.precision}{fp32_ops}"
+        return option_of([self])
 
     @property
     def verdict(self) -> str:
         """One sentence."""
-        far = f"is {self.max_abs:.2g} from eager float32 (cosine {self.cosine:.5f})"
+        of = " of the largest value" if self.scaled else ""
+        far = f"is {self.max_abs:.2g}{of} from eager float32 (cosine {self.cosine:.5f})"
         everything = f"everything in {self.precision} {'is not finite' if math.isinf(self.max_abs) else far}"
         if not self.fp32_ops:
             return f"{everything}, within {self.bound:g}: no operation needs float32."
@@ -65,3 +72,28 @@ class DoctorReport(BaseModel):
             f"{everything}, where {self.bound:g} is allowed. With {count} in float32 it is {self.max_abs_with_fp32_ops:.2g} "
             f"(cosine {self.cosine_with_fp32_ops:.5f})."
         )
+
+
+class PipelineDoctorReport(BaseModel):
+    """Each component of a whole model that was examined, in the order in which they run."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+
+    components: tuple[DoctorReport, ...]
+
+    @property
+    def option(self) -> str:
+        """What to give to ``sam3x export --pipeline``."""
+        return option_of(self.components)
+
+
+def option_of(reports: Sequence[DoctorReport]) -> str:
+    """The precision, and each operation that stays in float32 with its component."""
+    names = [f"{report.component}:{name}" if report.component else name for report in reports for name in report.fp32_ops]
+    return f"--precision {reports[0].precision}" + (f" --fp32-ops {','.join(names)}" if names else "")
+
+
+def command_of(reports: Sequence[DoctorReport]) -> str:
+    """The export that the reports propose."""
+    whole = "--pipeline " if reports[0].component else ""
+    return f"sam3x export {whole}--target {'onnx' if reports[0].precision == 'int8' else 'trt'} {option_of(reports)}"

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
 from sam3x.pages.style import STYLE
-from sam3x.precision.doctor_report import DoctorReport, OperationReport
+from sam3x.precision.doctor_report import DoctorReport, OperationReport, command_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-ROWS = 20
-"""Of the terminal's table; the page and the JSON have all."""
+ROWS, OF_SEVERAL = 20, 8
+"""Of the terminal's table, and where there is one for each component; the page and the JSON have all."""
 
 MEANINGS = {
     "operation": "module or layer it belongs to; what sam3x export --fp32-ops takes",
-    "error alone": "largest absolute distance of the outputs from eager float32, this operation alone in the low precision, "
-    "the worst of all branches",
+    "error alone": "largest distance of the outputs from eager float32, this operation alone in the low precision, the worst "
+    "of all branches; absolute of a fusion encoder, elsewhere of the largest value of each output",
     "cosine": "of the outputs as vectors, in the same run",
     "peak": "largest magnitude of its result in float32",
 }
 
 
-def doctor_view(report: DoctorReport) -> list[RenderableType]:
-    """The verdict, the worst operations, the option."""
+def doctor_view(reports: Sequence[DoctorReport]) -> list[RenderableType]:
+    """Of each component the verdict and the worst operations; then the export that is proposed."""
+    from rich.text import Text
+
+    parts = [part for report in reports for part in _report_view(report, ROWS if len(reports) == 1 else OF_SEVERAL)]
+    return [*parts, Text(command_of(reports), style="bold")]
+
+
+def _report_view(report: DoctorReport, rows: int) -> list[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
@@ -34,13 +42,13 @@ def doctor_view(report: DoctorReport) -> list[RenderableType]:
         table.add_column(name, header_style="dim", overflow="fold")
     for name in ("error alone", "cosine", "peak", "in float32"):
         table.add_column(name, justify="right", header_style="dim")
-    for row in report.operations[:ROWS]:
+    for row in report.operations[:rows]:
         table.add_row(*cells(row), "yes" if row.in_float32 else "", style="bold" if row.in_float32 else "")
-    more = len(report.operations) - ROWS
+    more = len(report.operations) - rows
     parts: list[RenderableType] = [Text(_sentence(report)), table]
     if more > 0:
         parts.append(Text(f"{more} more in --json and --html", style="dim"))
-    return [*parts, Text(f"sam3x export --target trt {report.option}", style="bold")]
+    return parts
 
 
 def cells(row: OperationReport) -> tuple[str, str, str, str, str]:
@@ -52,40 +60,57 @@ def cells(row: OperationReport) -> tuple[str, str, str, str, str]:
 
 def _sentence(report: DoctorReport) -> str:
     text = report.verdict
-    return text[0].upper() + text[1:]
+    return f"{report.component}: {text}" if report.component else text[0].upper() + text[1:]
 
 
-def doctor_page(report: DoctorReport) -> str:
+def doctor_page(reports: Sequence[DoctorReport]) -> str:
     """One page, no script, nothing fetched."""
+    parts = [
+        "<h1>sam3x doctor</h1>",
+        f"<pre><code>{escape(command_of(reports))}</code></pre>",
+        *(part for report in reports for part in _section(report)),
+        "<h2>What the columns mean</h2><dl>",
+        *(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in MEANINGS.items()),
+        "</dl>",
+        *(
+            f"<details><summary>All figures{_of(report)} as JSON</summary><pre>{escape(report.model_dump_json(indent=1))}</pre>"
+            "</details>"
+            for report in reports
+        ),
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>sam3x doctor, {escape(reports[0].precision)}</title><style>{STYLE}</style></head>"
+        f"<body><main>{''.join(parts)}</main></body></html>\n"
+    )
+
+
+def _of(report: DoctorReport) -> str:
+    return f" of {escape(report.component)}" if report.component else ""
+
+
+def _section(report: DoctorReport) -> list[str]:
+    """The verdict on a component, what was run, and its operations."""
     worst = max((row.max_abs for row in report.operations if math.isfinite(row.max_abs)), default=0.0) or 1.0
     body = "".join(_row(row, worst) for row in report.operations)
+    unit = "of the largest value of each output" if report.scaled else "absolute"
     metadata = {
         "Precision": report.precision,
-        "Bound": f"{report.bound:g} absolute, against eager float32",
+        "Bound": f"{report.bound:g} {unit}, against eager float32",
         "Weights": report.origin,
         "Branches": ", ".join(report.branches),
         "Sizes": ", ".join(report.cases),
         "Everything low": f"{report.max_abs:.3g}, cosine {report.cosine:.6f}",
         "With float32 operations": f"{report.max_abs_with_fp32_ops:.3g}, cosine {report.cosine_with_fp32_ops:.6f}",
     }
-    parts = [
-        "<h1>sam3x doctor</h1>",
+    return [
+        f"<h2>{escape(report.component)}</h2>" if report.component else "",
         f"<p>{escape(_sentence(report))}</p>",
-        f"<pre><code>sam3x export --target trt {escape(report.option)}</code></pre>",
         "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in metadata.items()) + "</dl>",
-        '<h2>Operations, worst first</h2><div class="table"><table>',
+        f'<h2>Operations{_of(report)}, worst first</h2><div class="table"><table>',
         "<tr><th>operation</th><th>kind</th><th>error alone</th><th></th>"
         f"<th>cosine</th><th>peak</th><th>in float32</th></tr>{body}</table></div>",
-        "<h2>What the columns mean</h2><dl>",
-        *(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in MEANINGS.items()),
-        "</dl>",
-        f"<details><summary>All figures as JSON</summary><pre>{escape(report.model_dump_json(indent=1))}</pre></details>",
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>sam3x doctor, {escape(report.precision)}</title><style>{STYLE}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
-    )
 
 
 def _row(row: OperationReport, worst: float) -> str:

@@ -15,11 +15,15 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from sam3x.passes.base import MatchFailure
 from sam3x.passes.graph.aten_nodes import SDPA
 from sam3x.passes.graph.cond_graph import is_cond, placeholders, read_cond
 
 ALIASES = {"softmax": "attention", "scaled_dot_product_attention": "attention"}
 """Other words for an operation; the softmax of canonical attention is inside it."""
+
+IDLE = "names no operation of this graph"
+"""Why a name of an operation changes nothing, where several graphs are given it."""
 
 
 def op_paths(program: ExportedProgram) -> dict[Node, str]:
@@ -27,8 +31,8 @@ def op_paths(program: ExportedProgram) -> dict[Node, str]:
 
     What reads a weight is named after the module that owns it, anything else after the layer that it follows.
     """
-    signature = program.graph_signature
-    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    parameters = program.graph_signature.inputs_to_parameters
+    targets = {name: target for name, target in parameters.items() if "." in target}  # what passes add is of no module
     owners = {
         node: _module(targets[node.name]) for node in program.graph.nodes if node.op == "placeholder" and node.name in targets
     }
@@ -38,9 +42,12 @@ def op_paths(program: ExportedProgram) -> dict[Node, str]:
 
 
 def _module(target: str) -> str:
-    """``encoder.layers.0.self_attn.in_proj_weight`` → ``layers.0.self_attn.in_proj``."""
+    """``encoder.layers.0.self_attn.in_proj_weight`` → ``layers.0.self_attn.in_proj``.
+
+    ``encoder`` is the fusion encoder, ``module`` another component of an image model.
+    """
     module = re.sub(r"[._](weight|bias)$", "", target)
-    return module.removeprefix("encoder.")
+    return re.sub(r"^(encoder|module)\.", "", module)
 
 
 def _walk(module: GraphModule, owners: dict[Node, str], paths: dict[Node, str], scope: str) -> str:
@@ -62,16 +69,16 @@ def _walk(module: GraphModule, owners: dict[Node, str], paths: dict[Node, str], 
         elif owned:
             scope = paths[node] = owned[0]
         elif node.target is SDPA:
-            paths[node] = f"{scope.rpartition('.')[0]}.attention"
+            paths[node] = f"{scope.rpartition('.')[0]}.attention".lstrip(".")
         else:
             paths[node] = f"{_layer(scope)}.{op_name(node)}".lstrip(".")
     return scope
 
 
 def _layer(scope: str) -> str:
-    """``layers.0.self_attn.in_proj`` → ``layers.0``."""
-    found = re.match(r"(.*?layers\.\d+|\d+)(\.|$)", scope)
-    return found[1] if found else ""
+    """``layers.0.self_attn.in_proj`` → ``layers.0``, ``blocks.7.mlp.fc1`` → ``blocks.7``, ``head.proj`` → ``head``."""
+    found = re.match(r"(.*?layers\.\d+|(?:.*?\.)?\d+)(\.|$)", scope)
+    return found[1] if found else scope.rpartition(".")[0]
 
 
 def op_name(node: Node) -> str:
@@ -103,6 +110,11 @@ def matching(paths: dict[Node, str], wanted: Sequence[str]) -> tuple[set[Node], 
 
 def _matches(word: str, node: Node, path: str) -> bool:
     return op_name(node) == word or path == word or path.startswith(f"{word}.") or fnmatch.fnmatchcase(path, word)
+
+
+def idle(program: ExportedProgram, wanted: Sequence[str]) -> tuple[MatchFailure, ...]:
+    """The names in ``wanted`` that match nothing."""
+    return tuple(MatchFailure(node=name, reason=IDLE) for name in matching(op_paths(program), wanted)[1])
 
 
 def float_ops(program: ExportedProgram) -> Iterator[tuple[Node, str]]:

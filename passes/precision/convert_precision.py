@@ -18,7 +18,7 @@ from sam3x.passes.graph.aten_nodes import FILLS, NOOPS, PERMUTES, RESHAPES, SDPA
 from sam3x.passes.graph.cond_graph import is_cond, outputs, placeholders, read_cond
 from sam3x.passes.graph.constants import Constants
 from sam3x.passes.graph.emitter import Emitter, fake_mode_of, following, quietly
-from sam3x.passes.graph.op_paths import matching, op_paths
+from sam3x.passes.graph.op_paths import IDLE, idle, matching, op_paths
 
 MOVES = RESHAPES | PERMUTES | NOOPS | {aten.select.int, aten.slice.Tensor, aten.split_with_sizes.default, aten.unbind.int}
 MOVES |= {aten.cat.default, aten.where.self, aten.relu.default, aten.constant_pad_nd.default, aten.flatten.using_ints}
@@ -55,12 +55,12 @@ def lowered(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def require_known(program: ExportedProgram, fp32_ops: Sequence[str]) -> None:
     """Raise ``PreconditionError`` for a name that is no operation of ``program``."""
     paths = op_paths(program)
-    idle = matching(paths, fp32_ops)[1]
-    if idle:
+    unknown = matching(paths, fp32_ops)[1]
+    if unknown:
         known = sorted({path for path in paths.values() if "." in path})
         shown = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
         raise PreconditionError(
-            f"'{idle[0]}' names no operation of this graph",
+            f"'{unknown[0]}' {IDLE}",
             subject="--fp32-ops",
             remedy=f"Name one by its kind (layer_norm, attention), by its place ({shown}), or with *.",
         )
@@ -77,6 +77,7 @@ class ConvertPrecisionPass(Pass):
         stays: tells of a node whether it is float32, as where the back end has it in that alone.
         follows: tells of a node whether it computes in the widest dtype of what it is given, constants aside; None: only what
             moves numbers does, and its constants count.
+        shared: whether ``fp32_ops`` are given to several graphs: a name that this one has not is then no fault of it.
     """
 
     name = "convert_precision"
@@ -88,15 +89,20 @@ class ConvertPrecisionPass(Pass):
         fp32_ops: Sequence[str] = (),
         stays: Callable[[Node], bool] = lambda _: False,
         follows: Callable[[Node], bool] | None = None,
+        *,
+        shared: bool = False,
     ) -> None:
+        self.shared = shared
         self.dtype, self.fp32_ops, self.stays, self.follows = dtype, tuple(fp32_ops), stays, follows
 
     def requires(self, program: ExportedProgram) -> None:
-        require_known(program, self.fp32_ops)
+        if not self.shared:
+            require_known(program, self.fp32_ops)
 
     def call(self, program: ExportedProgram) -> PassResult:
+        failures = idle(program, self.fp32_ops)
         if any(value.dtype is self.dtype for value in _float_values(program)):
-            return PassResult()
+            return PassResult(match_failures=failures)
         in_float32, _ = matching(op_paths(program), self.fp32_ops)
         in_float32 = {
             *in_float32,
@@ -104,7 +110,7 @@ class ConvertPrecisionPass(Pass):
         }
         rewrites = _Converter(program.graph_module, self.dtype, in_float32, self.follows).run(_constants(program))
         _restore_outputs(program)
-        return PassResult(rewrites=rewrites)
+        return PassResult(rewrites=rewrites, match_failures=failures)
 
 
 def _constants(program: ExportedProgram) -> set[Node]:

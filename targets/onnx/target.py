@@ -271,8 +271,10 @@ def _precision_passes(options: OnnxOptions) -> tuple[Pass, ...]:
     if options.precision == "int8":
         from sam3x.passes.precision.keep_float32 import KeepFloat32Pass
 
-        return (KeepFloat32Pass(options.fp32_names), FoldConstantsPass())
-    convert = ConvertPrecisionPass(torch.float16, options.fp32_names, autocast.stays_in_float32, autocast.follows)
+        return (KeepFloat32Pass(options.fp32_names, shared=options.fp32_shared), FoldConstantsPass())
+    convert = ConvertPrecisionPass(
+        torch.float16, options.fp32_names, autocast.stays_in_float32, autocast.follows, shared=options.fp32_shared
+    )
     return (convert, FoldConstantsPass())
 
 

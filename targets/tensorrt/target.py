@@ -217,8 +217,13 @@ def precision_passes(options: TrtOptions) -> tuple[Pass, ...]:
     from sam3x.passes.precision.convert_precision import ConvertPrecisionPass
 
     if options.precision == "fp16":
-        return (ClampInputMasksPass(torch.float16), ConvertPrecisionPass(torch.float16, options.fp32_names))
-    convert = ConvertPrecisionPass(torch.bfloat16, options.fp32_names, stays=_is_transposed_convolution)
+        return (
+            ClampInputMasksPass(torch.float16),
+            ConvertPrecisionPass(torch.float16, options.fp32_names, shared=options.fp32_shared),
+        )
+    convert = ConvertPrecisionPass(
+        torch.bfloat16, options.fp32_names, stays=_is_transposed_convolution, shared=options.fp32_shared
+    )
     return (ClampInputMasksPass(torch.bfloat16), convert)
 
 

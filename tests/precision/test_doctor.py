@@ -73,10 +73,10 @@ def test_the_float32_operations_hold_the_bound_and_none_can_be_spared(report: Do
 
 
 def test_the_report_as_table_and_page(report: DoctorReport) -> None:
-    page = doctor_page(report)
+    page = doctor_page([report])
     assert page.count("<tr>") == len(report.operations) + 1 and "not finite" in page
     assert "<script" not in page and "src=" not in page and 'href="http' not in page
-    assert doctor_view(report) and DoctorReport.model_validate_json(report.model_dump_json()) == report
+    assert doctor_view([report]) and DoctorReport.model_validate_json(report.model_dump_json()) == report
 
 
 def test_a_sound_encoder_needs_no_float32_operations_and_a_tight_bound_is_refused() -> None:
