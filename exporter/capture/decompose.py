@@ -41,22 +41,26 @@ def core_decompositions() -> Table:
     return {op: function for op, function in table.items() if op not in KEPT_WHOLE}
 
 
-def decomposed(program: ExportedProgram) -> ExportedProgram:
-    """``program`` in core ATen, functional, ``KEPT_WHOLE`` left as they are.
+def decomposed(program: ExportedProgram, table: Table | None = None) -> ExportedProgram:
+    """``program``, functional, less the operators of ``table``. It is consumed.
 
     ``ExportedProgram.run_decompositions`` gives the same and traces every branch twice, which takes most of a capture. Here
     only the nodes that change are traced; the whole program is where a node cannot change by itself (a write into a view).
+
+    Args:
+        table: operator → what stands in its place; by default all that is no core ATen, ``KEPT_WHOLE`` left as they are.
     """
-    table = core_decompositions()
+    core = table is None
+    table = core_decompositions() if table is None else table
     try:
         _inline_modes(program.graph_module)
         graphs = [module for module in program.graph_module.modules() if isinstance(module, GraphModule)]
         for module in graphs:
             _functionalize(module)
         first = next(node for node in program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor))
-        plans = [_expansions(module, table, first) for module in graphs]
+        plans = [_expansions(module, table, first, core) for module in graphs]
     except _NeedsTraceError:
-        return program.run_decompositions(dict(table))
+        return ExportedProgram.run_decompositions(program, dict(table))
     for module, plan in zip(graphs, plans, strict=True):
         replaced: dict[Node, Node] = {}
         for node, item in plan.items():
@@ -190,11 +194,12 @@ class _Expansion:
     graph: torch.fx.Graph
 
 
-def _expansions(module: GraphModule, table: Table, first: Node) -> dict[Node, _Expansion]:
-    """What is to stand in the place of each node that is no core ATen.
+def _expansions(module: GraphModule, table: Table, first: Node, core: bool) -> dict[Node, _Expansion]:
+    """What is to stand in the place of each node that ``table`` has.
 
     Args:
         first: a tensor whose fake mode new values take, where a node takes no tensor.
+        core: also in the place of composite operators that it lacks, but for ``KEPT_WHOLE``.
 
     Raises:
         _NeedsTraceError: a node needs a constant, or holds a product that torch would keep whole.
@@ -207,15 +212,16 @@ def _expansions(module: GraphModule, table: Table, first: Node) -> dict[Node, _E
             known.setdefault(str(value.node.expr), node)
         if isinstance(op, torch._ops.HigherOrderOperator) and op is not torch.ops.higher_order.cond:
             raise _NeedsTraceError(node)
-        if not isinstance(op, OpOverload) or op in KEPT_WHOLE or not isinstance(value, (torch.Tensor, tuple, list)):
+        if not isinstance(op, OpOverload) or not isinstance(value, (torch.Tensor, tuple, list)):
             continue
-        function = table.get(op, op.decompose if op._can_decompose() else None)
+        composite = core and op not in KEPT_WHOLE and op._can_decompose()
+        function = table.get(op, op.decompose if composite else None)
         if function is None:
             continue
         inputs = [first, *known.values(), *node.all_input_nodes]
         traced = expansion(node, function, table, inputs)
         made = {n.target for n in traced.graph.nodes if n.op == "call_function"}
-        hides_product = op._can_decompose() and op is not aten.einsum.default and made & _PRODUCTS
+        hides_product = composite and op is not aten.einsum.default and made & _PRODUCTS
         if hides_product or any(n.op == "get_attr" for n in traced.graph.nodes):
             raise _NeedsTraceError(node)
         found[node] = _Expansion(inputs=inputs, graph=traced.graph)

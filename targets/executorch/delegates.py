@@ -3,66 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from sam3x.passes.graph.aten_nodes import aten
 from sam3x.targets.executorch.metadata import flops_of
 from sam3x.targets.executorch.partition import partitions
-
-_CAT = 5
-"""The most tensors XNNPACK joins at once."""
 
 PLACE = "sam3x_place"
 """In a node's ``meta``: where it stood in the graph before delegates were cut out of it."""
 
 _LIGHT = 1_000_000
 """FLOPs that are no reason for a delegate of their own; ExecuTorch's kernels need about a millisecond for them."""
-
-_PLAIN = {
-    *(aten.linear.default, aten.bmm.default, aten._softmax.default, aten.permute.default, aten.relu.default, aten.gelu.default),
-    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.rsqrt.default, aten.reshape.default, aten.where.self),
-    *(aten.full.default, aten.full_like.default, aten.scalar_tensor.default, aten.arange.start_step, aten.any.dim),
-    *(aten.gt.Scalar, aten.lt.Scalar, aten.logical_not.default, aten.logical_and.default, aten.logical_or.default),
-    *(aten.sym_size.int, aten.select.int, aten.slice.Tensor, operator.floordiv, operator.mul, operator.getitem),
-}
-_QUANTIZED = {"choose_qparams", "quantize_per_tensor", "dequantize_per_tensor", "dequantize_per_channel"}
-"""PT2E's operators, which exist once torchao is imported."""
-
-
-def is_plain(program: ExportedProgram) -> bool:
-    """Whether XNNPACK's graph passes have nothing to do: every operator is one they leave as it is."""
-
-    def plain(node: Node) -> bool:
-        if node.target is aten.cat.default:
-            return len(node.args[0]) <= _CAT  # type: ignore[arg-type]
-        if node.target is aten._to_copy.default:
-            return node.meta["val"].dtype is not node.args[0].meta["val"].dtype  # type: ignore[union-attr]
-        namespace, _, name = getattr(getattr(node.target, "_schema", None), "name", "").partition("::")
-        return node.target in _PLAIN or (namespace == "quantized_decomposed" and name in _QUANTIZED)
-
-    return all(plain(node) for node in program.graph.nodes if node.op == "call_function")
-
-
-class PlainProgram(ExportedProgram):
-    """A program of ``_PLAIN`` operators: asked to decompose, it returns itself and spares a retrace that changes nothing."""
-
-    @classmethod
-    def of(cls, program: ExportedProgram) -> PlainProgram:
-        """``program``, which is consumed, with the one composite operator that edge programs have another word for."""
-        for node in program.graph.nodes:
-            if node.target is aten.reshape.default:
-                node.target = aten.view.default  # edge programs copy at every view, so that each source is contiguous
-        names = ("graph_signature", "state_dict", "range_constraints", "module_call_graph", "example_inputs", "constants")
-        given = {name: getattr(program, name) for name in (*names, "verifiers")}
-        return cls(root=program.graph_module, graph=program.graph, **given)
-
-    def run_decompositions(self, decomp_table: Any = None, *args: Any, **kwargs: Any) -> ExportedProgram:
-        return self
 
 
 def _too_dynamic(node: Node) -> bool:
@@ -109,18 +63,16 @@ def dynamic_slices() -> Iterator[None]:
         known[target] = original
 
 
-def partitioners(delegate: str, precision: str, *, plain: bool) -> list[Any]:
+def partitioners(delegate: str, precision: str) -> list[Any]:
     """ExecuTorch's partitioner for a delegate, none for the portable kernels.
 
     Args:
         precision: what a delegate of its own kind of numbers computes in; XNNPACK takes the graph's.
-        plain: leave out XNNPACK's own graph passes (for convolutions, batch norms, long concatenations, copies), which retrace
-            the graph seventeen times; ``is_plain`` says when they have nothing to do.
     """
-    return {"xnnpack": _xnnpack, "coreml": _coreml, "vulkan": _vulkan}[delegate](precision, plain) if delegate != "none" else []
+    return {"xnnpack": _xnnpack, "coreml": _coreml, "vulkan": _vulkan}[delegate](precision) if delegate != "none" else []
 
 
-def _coreml(precision: str, plain: bool) -> list[Any]:
+def _coreml(precision: str) -> list[Any]:
     import coremltools
     from executorch.backends.apple.coreml.compiler import CoreMLBackend
     from executorch.backends.apple.coreml.partition.coreml_partitioner import CoreMLPartitioner
@@ -132,26 +84,18 @@ def _coreml(precision: str, plain: bool) -> list[Any]:
     return [CoreMLPartitioner(compile_specs=specs)]
 
 
-def _vulkan(precision: str, plain: bool) -> list[Any]:
+def _vulkan(precision: str) -> list[Any]:
     from executorch.backends.vulkan.partitioner.vulkan_partitioner import VulkanPartitioner
 
     return [VulkanPartitioner({"require_dynamic_shapes": True, "force_fp16": precision == "fp16"})]
 
 
-def _xnnpack(precision: str, plain: bool) -> list[Any]:
+def _xnnpack(precision: str) -> list[Any]:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir.backend.compile_spec_schema import CompileSpec
-    from executorch.exir.backend.partitioner import DelegationSpec
     from torch.fx.passes.infra.partitioner import Partition
 
     class LegalPartitioner(XnnpackPartitioner):
-        """XNNPACK's, less what would only retrace a graph that is legal already: two thirds of the time."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            if plain:  # XNNPACK's name for "the first pass is enough"
-                specs = [CompileSpec("dqlinear_partitioner", b"")]
-                self.delegation_spec = DelegationSpec("XnnpackBackend", specs)
+        """XNNPACK's, with delegates that are worth their start."""
 
         def get_matched_nodes_from_configs(self, ep: ExportedProgram) -> list[list[Node]]:
             """Less the squeezes that its configuration takes and its serializer then refuses, with slices of rows."""
@@ -171,13 +115,5 @@ def _xnnpack(precision: str, plain: bool) -> list[Any]:
 
             found = partitions(ep.graph, groups, light)
             return [Partition(id=index, nodes=nodes) for index, nodes in enumerate(found)]
-
-        def ops_to_not_decompose(self, ep: ExportedProgram) -> Any:
-            ops, check = super().ops_to_not_decompose(ep)
-            if not plain:
-                return ops, check
-            if ep.dialect == "ATEN":
-                ops = [*ops, aten.sym_size.int]  # it has no decomposition, and counts as one
-            return ops, None  # every linear is XNNPACK's: none is tried and put back
 
     return [LegalPartitioner()]

@@ -21,8 +21,9 @@ from sam3x.passes.graph.aten_nodes import aten, expression, slice_args
 from sam3x.passes.graph.emitter import fake_mode_of
 from sam3x.passes.linear.canonicalize_layouts import unify_sizes
 from sam3x.passes.pipeline import PassPipeline
-from sam3x.targets.executorch.delegates import PLACE, PlainProgram, dynamic_slices, is_plain, partitioners
+from sam3x.targets.executorch.delegates import PLACE, dynamic_slices, partitioners
 from sam3x.targets.executorch.metadata import metadata_of
+from sam3x.targets.executorch.retraces import NodeByNodeProgram, names_memory_format, passes_with_work
 from sam3x.targets.quiet import suppressed_output
 
 
@@ -175,14 +176,16 @@ def write(captured: CapturedProgram, path: Path, delegate: str, precision: str, 
     split = SplitScoresPass(captured.dim_names, captured.ranges)
     captured, _ = PassPipeline((UnifyDimensionsPass(captured), *((split,) if delegate == "xnnpack" else ()))).run(captured)
     names = {"inputs": captured.input_names, "outputs": captured.output_names}
-    plain = delegate == "xnnpack" and is_plain(captured.program)
-    with torch.no_grad(), _bounded(captured), _graph_order(), dynamic_slices(), suppressed_output():
+    own = delegate == "xnnpack"
+    with torch.no_grad(), _bounded(captured), _graph_order(), dynamic_slices(), passes_with_work(), suppressed_output():
+        program = NodeByNodeProgram.of(captured.program) if own else captured.program
         edge = to_edge_transform_and_lower(
-            PlainProgram.of(captured.program) if plain else captured.program,
-            partitioner=partitioners(delegate, precision, plain=plain),
+            program,
+            partitioner=partitioners(delegate, precision),
             constant_methods={contract: json.dumps(names)},
-            # a plain graph names no memory format, so there is none to make explicit: two retraces less
-            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=plain),
+            compile_config=EdgeCompileConfig(
+                _check_ir_validity=False, _skip_dim_order=own and not names_memory_format(captured.program)
+            ),
         )
         metadata = metadata_of(edge.exported_program().graph_module)
         # inputs are read where the caller has them, no copy and no room in the arena, unless one is an output too: ExecuTorch

@@ -27,8 +27,6 @@ def half_sums(delegate: str) -> bool:
         linear = torch.nn.Linear(_TERMS, 1, bias=False, dtype=torch.float16)
         torch.nn.init.ones_(linear.weight)
         ones = torch.ones(1, _TERMS, dtype=torch.float16)
-        edge = to_edge_transform_and_lower(
-            torch.export.export(linear, (ones,)), partitioner=partitioners(delegate, "fp16", plain=False)
-        )
+        edge = to_edge_transform_and_lower(torch.export.export(linear, (ones,)), partitioner=partitioners(delegate, "fp16"))
         (total,) = Runtime.get().load_program(edge.to_executorch().buffer).load_method("forward").execute([ones])  # type: ignore[union-attr]
     return int(total) < _TERMS
