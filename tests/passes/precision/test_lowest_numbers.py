@@ -85,3 +85,18 @@ def test_emulation_keeps_the_bits_of_what_overflows_and_what_is_infinite() -> No
 def test_constants_keep_what_is_infinite_and_clamp_what_is_finite() -> None:
     value = lowered(torch.tensor([LOW, -torch.inf, torch.inf, 1e9, 1.0]), torch.float16)
     assert value.tolist() == [-65504.0, -torch.inf, torch.inf, 65504.0, 1.0]
+
+
+@LOWERINGS
+def test_sizes_that_are_dynamic_stay_so(dtype: torch.dtype, lowering: Pass) -> None:
+    batch = torch.export.Dim("batch", min=1, max=8)
+    program = capture(Module(filled), ARGS, dynamic=({0: batch}, {0: batch}))
+    sizes = {node.name: value.shape for node, value in tensors(program)}
+    lowering.call(program)
+    for node, value in tensors(program):
+        assert value.shape == sizes.get(node.name, value.shape), node
+
+
+def tensors(program: torch.export.ExportedProgram) -> list[tuple[torch.fx.Node, Tensor]]:
+    found = ((node, node.meta.get("val")) for node in program.graph.nodes)
+    return [(node, value) for node, value in found if isinstance(value, Tensor)]
