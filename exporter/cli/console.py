@@ -36,7 +36,7 @@ def suppressed_output(verbose: bool) -> Iterator[None]:
             from sam3x.targets.quiet import errors_only
 
             warnings.simplefilter("ignore")
-            stack.enter_context(errors_only("torch.onnx", "torch.export"))
+            stack.enter_context(errors_only("torch.onnx", "torch.export", "torch.utils._pytree"))
         yield
 
 

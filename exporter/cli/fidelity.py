@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sam3x.cli.console import reporting, shown_steps, suppressed_output
-from sam3x.cli.options import Json, Quiet, Verbose
+from sam3x.cli.options import Json, Quiet, Verbose, named_path
 from sam3x.errors import SpecError, Step
 
 if TYPE_CHECKING:
     from sam3x.cli.views import Steps
     from sam3x.fidelity.cases import Case
     from sam3x.runtime.segmenter import Segmenter
+
+    Opened = tuple[str, Segmenter, float | None]
 
 EXPORTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("onnx", {}),
@@ -49,6 +52,16 @@ def fidelity(
         list[str] | None,
         typer.Option("--target", metavar="NAME", help="Without FOLDER: onnx, pte or trt alone (emulated); repeatable."),
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            parser=named_path,
+            metavar="DIR",
+            help="Without FOLDER: keep what is exported there, and take what an earlier run exported of the same weights.",
+        ),
+    ] = None,
     annotations: Annotated[
         Path | None, typer.Option(metavar="FILE", help="COCO annotations. Default: the demo's held-out pictures.")
     ] = None,
@@ -56,8 +69,11 @@ def fidelity(
         Path | None, typer.Option(metavar="DIR", help="Where the pictures of --annotations lie. Default: beside the file.")
     ] = None,
     absent: Annotated[
-        int, typer.Option(min=0, metavar="N", help="With --annotations: names asked of each picture that are not in it.")
-    ] = 3,
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help="With --annotations: names asked of each picture that are not in it. Default: 3."
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only as many pictures.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads of ONNX Runtime.")] = None,
     page: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Also write the figures as a page.")] = None,
@@ -70,26 +86,34 @@ def fidelity(
     Without FOLDER the small trained model that sam3x brings is exported in every precision and measured.
     """
     with reporting(verbose):
-        if pictures is not None and annotations is None:
-            raise SpecError("--pictures belongs to --annotations", remedy="Give the file of annotations.", step=Step.RUN)
-        wanted = [name for name in TARGETS if name in (targets or TARGETS)]
-        unknown = [name for name in targets or () if name not in TARGETS]
-        if unknown or (folders and targets):
-            fact = f"no target {', '.join(unknown)} here" if unknown else "--target belongs to the model that sam3x brings"
-            raise SpecError(fact, remedy=f"Give folders, or --target {', '.join(TARGETS)}.", step=Step.RUN)
+        wanted = _targets(folders, targets, output)
+        for option, value in (("--pictures", pictures), ("--absent", absent)):
+            if value is not None and annotations is None:
+                raise SpecError(f"{option} belongs to --annotations", remedy="Give the file of annotations.", step=Step.RUN)
+        if page is not None and (page.is_dir() or not page.absolute().parent.is_dir()):
+            raise SpecError(f"{page} cannot be written", remedy="Name a file in a folder that exists.", step=Step.RUN)
         from sam3x.fidelity import report
+        from sam3x.runtime.output import written
 
         with shown_steps(quiet) as steps:
-            cases = _cases(annotations, pictures, limit, absent)
-            contenders = list(_measured(_opened(folders or [], wanted, threads, steps, verbose), cases, steps))
+            opened = _pipelines(folders, threads) if folders else []
+            cases = _cases(annotations, pictures, limit, absent, steps)
+            contenders = list(_measured(opened or _exported(wanted, output, threads, steps, verbose), cases, steps))
             steps.end()
         words = ["sam3x", "fidelity", *map(str, folders or ())]
         words += [word for name in targets or () for word in ("--target", name)]
-        given = (("annotations", annotations), ("pictures", pictures), ("limit", limit), ("markdown", page))
+        given = (
+            ("annotations", annotations),
+            ("pictures", pictures),
+            ("absent", absent),
+            ("limit", limit),
+            ("markdown", page),
+        )
         words += [word for name, value in given if value is not None for word in (f"--{name}", str(value))]
         if page is not None:
             of = "the demo's held-out set" if annotations is None else annotations.name
-            page.write_text(report.markdown(contenders, shlex.join(words), of), encoding="utf-8")
+            text = report.markdown(contenders, shlex.join(words), of)
+            written(page, lambda file: file.write_text(text, encoding="utf-8"))
         if as_json:
             typer.echo(json.dumps(report.document(contenders), indent=2))
         elif not quiet:
@@ -101,47 +125,88 @@ def fidelity(
             cli_views.show([table])
 
 
-def _cases(annotations: Path | None, pictures: Path | None, limit: int | None, absent: int) -> list[Case]:
+def _targets(folders: list[Path] | None, targets: list[str] | None, output: Path | None) -> list[str]:
+    """What the demo model is exported to; nothing where there are folders.
+
+    Raises:
+        SpecError: there is no such target, or options that belong to the demo model.
+        TargetUnavailableError: a package is missing.
+    """
+    unknown = [name for name in targets or () if name not in TARGETS]
+    if unknown:
+        remedy = f"Give folders, or --target {', '.join(TARGETS)}."
+        raise SpecError(f"no target {', '.join(unknown)} here", remedy=remedy, step=Step.RUN)
+    if folders:
+        for option, value in (("--target", targets), ("--output", output)):
+            if value:
+                fact = f"{option} belongs to the model that sam3x brings"
+                raise SpecError(fact, remedy="Leave it out, or the folders.", step=Step.RUN)
+        return []
+    from sam3x.pipeline.request import check_available
+    from sam3x.targets.registry import get_target
+
+    wanted = [name for name in TARGETS if name in (targets or TARGETS)]
+    for name in dict.fromkeys(("onnx", *wanted)):  # the first is the reference of all
+        if name != "trt":  # emulated
+            check_available(get_target(name))
+    return wanted
+
+
+def _cases(annotations: Path | None, pictures: Path | None, limit: int | None, absent: int | None, steps: Steps) -> list[Case]:
     if annotations is not None:
         from sam3x.fidelity.cases import coco_cases
 
-        return coco_cases(annotations, pictures or annotations.parent, limit=limit, absent=absent)
+        steps.begin("pictures")
+        more = {} if absent is None else {"absent": absent}
+        say = functools.partial(steps.say, warn=True)
+        return coco_cases(annotations, pictures or annotations.parent, limit=limit, tell=say, **more)
     from sam3x.demo.held_out import cases
 
     return cases(limit)
 
 
-def _measured(opened: Iterator[tuple[str, Segmenter, float | None]], cases: list[Case], steps: Steps) -> Iterator[Any]:
+def _measured(opened: Iterable[Opened], cases: list[Case], steps: Steps) -> Iterator[Any]:
     from sam3x.fidelity.measure import against, answers_of, figures_of
     from sam3x.fidelity.report import Contender
 
-    first = None
+    first = weights = None
     for name, segmenter, size in opened:
         steps.begin(f"{name}: {len(cases)} pictures")
         with segmenter:
-            answers = answers_of(segmenter, cases)
-            threshold = segmenter.manifest.threshold
+            answers = answers_of(segmenter, cases, steps.at)
+            manifest = segmenter.manifest
+        weights = weights or manifest.weights_sha256
+        if manifest.weights_sha256 != weights:
+            steps.say(f"{name} was exported from other weights than the first", warn=True)
         yield Contender(
             name=name,
             megabytes=size,
-            figures=figures_of(cases, answers, threshold),
-            against=None if first is None else against(first, answers, threshold),
+            figures=figures_of(cases, answers, manifest.threshold),
+            against=None if first is None else against(first, answers, manifest.threshold),
+            same_weights=manifest.weights_sha256 == weights,
         )
         first = first or answers
 
 
-def _opened(
-    folders: list[Path], targets: list[str], threads: int | None, steps: Steps, verbose: bool
-) -> Iterator[tuple[str, Segmenter, float | None]]:
-    """Name, pipeline and megabytes of every contender, each made when it is its turn."""
-    from sam3x.runtime.segmenter import Segmenter
+def _pipelines(folders: list[Path], threads: int | None) -> list[Opened]:
+    """Name, pipeline and megabytes of every folder, all opened before the first is measured.
 
-    for folder in folders:
-        segmenter = Segmenter(folder, threads=threads)
-        yield f"{folder.name} ({_named(segmenter)})", segmenter, _megabytes(segmenter)
-    if folders:
-        return
-    with suppressed_output(verbose), tempfile.TemporaryDirectory() as made:
+    Raises:
+        ArtifactError: a folder is no pipeline, or one that cannot be asked in words.
+    """
+    names = [folder.resolve().name for folder in folders]
+    opened: list[Opened] = []
+    for folder, name in zip(folders, names, strict=True):
+        segmenter = _segmenter(folder, threads)
+        segmenter.prompts("word")
+        shown = name if names.count(name) == 1 else str(folder)
+        opened.append((f"{shown} ({_named(segmenter)})", segmenter, _megabytes(segmenter)))
+    return opened
+
+
+def _exported(targets: list[str], output: Path | None, threads: int | None, steps: Steps, verbose: bool) -> Iterator[Opened]:
+    """The same of the demo's model, each exported when it is its turn."""
+    with suppressed_output(verbose), tempfile.TemporaryDirectory() as scratch:
         from sam3x.demo import WEIGHTS
         from sam3x.fidelity.emulated import EmulatedSegmenter
         from sam3x.pipeline.export import export_pipeline
@@ -149,14 +214,35 @@ def _opened(
         from sam3x.sources.image import transformers_image_source
 
         source = transformers_image_source(WEIGHTS)
-        exports = [item for item in EXPORTS if item[0] in targets or item == EXPORTS[0]]  # the first is the reference of all
-        for index, (target, options) in enumerate(exports):
-            export_pipeline(source, target=target, output=Path(made) / str(index), progress=steps.begin, **options)
-            segmenter = Segmenter(Path(made) / str(index), threads=threads if target == "onnx" else None)
-            yield _named(segmenter), segmenter, _megabytes(segmenter)
+        steps.begin("source")
         model = source(resolve_pipeline("onnx", {}).spec)
+        exports = [item for item in EXPORTS if item[0] in targets or item == EXPORTS[0]]
+        for target, options in exports:
+            folder = (output or Path(scratch)) / "-".join((target, *(f"{key}-{value}" for key, value in options.items())))
+            if not _is_of(folder, model.weights_sha256):
+                export_pipeline(source, target=target, output=folder, progress=steps.begin, **options)
+            segmenter = _segmenter(folder, threads)
+            yield _named(segmenter), segmenter, _megabytes(segmenter)
+        reference = (output or Path(scratch)) / "onnx"
         for precision in EMULATED if "trt" in targets else ():
-            yield f"trt {precision}, emulated", EmulatedSegmenter(Path(made) / "0", model, precision), None
+            yield f"trt {precision}, emulated", EmulatedSegmenter(reference, model, precision), None
+
+
+def _is_of(folder: Path, weights_sha256: str) -> bool:
+    """Whether an earlier run exported these weights there."""
+    from sam3x.artifact.manifest import MANIFEST
+    from sam3x.runtime.manifest import load_manifest
+
+    return (folder / MANIFEST).exists() and load_manifest(folder).weights_sha256 == weights_sha256
+
+
+def _segmenter(folder: Path, threads: int | None) -> Segmenter:
+    """``threads`` are ONNX Runtime's; other runtimes have their own."""
+    from sam3x.runtime.manifest import load_manifest
+    from sam3x.runtime.segmenter import Segmenter
+
+    of_onnx = threads is not None and load_manifest(folder, check=False).target == "onnx"
+    return Segmenter(folder, threads=threads if of_onnx else None)
 
 
 def _megabytes(segmenter: Segmenter) -> float:

@@ -87,6 +87,11 @@ class Steps:
         self._current = (name, time.perf_counter())
         self._live.add_task(name, total=None)
 
+    def at(self, words: str) -> None:
+        """How far the current step is, where it is shown while it runs."""
+        for task in self._live.task_ids:
+            self._live.update(task, description=f"{self._current[0]}, {words}" if self._current else words)
+
     def end(self) -> None:
         """The current step is done."""
         self._finish("done")

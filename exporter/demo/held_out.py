@@ -54,6 +54,5 @@ def held_out(index: int, size: int = SIZE, of: int = HELD_OUT) -> Held:
 
 def cases(count: int | None = None) -> list[Case]:
     """The first ``count`` pictures of the set, or all ``PICTURES``, as the model sees them."""
-    return [
-        Case(picture=one.drawn.pixels, asked=one.asked) for one in (held_out(index, SIZE) for index in range(count or PICTURES))
-    ]
+    held = (held_out(index, SIZE) for index in range(min(count or PICTURES, PICTURES)))
+    return [Case(picture=one.drawn.pixels, asked=one.asked) for one in held]

@@ -39,7 +39,7 @@ def answers_of(segmenter: Segmenter, cases: Sequence[Case], tell: Callable[[str]
         if index % 50 == 0:
             tell(f"picture {index + 1} of {len(cases)}")
         texts = [item.phrase for item in case.asked]
-        result = segmenter.segment(case.picture, text=texts, threshold=FAINT, max_detections=100)
+        result = segmenter.segment(case.opened(), text=texts, threshold=FAINT, max_detections=100)
         masks = encode(result.masks)
         for prompt in range(len(texts)):
             rows = np.flatnonzero(result.prompt == prompt)

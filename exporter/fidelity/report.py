@@ -28,12 +28,16 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """A pipeline measured: ``megabytes`` of its model files (None: emulated), ``against`` the first (None: it is the first)."""
+    """A pipeline measured: ``megabytes`` of its model files (None: emulated), ``against`` the first (None: it is the first).
+
+    ``same_weights``: it was exported from those of the first.
+    """
 
     name: str
     megabytes: float | None
     figures: Figures
     against: Against | None
+    same_weights: bool = True
 
 
 def document(contenders: Sequence[Contender]) -> list[dict[str, Any]]:
@@ -86,6 +90,7 @@ def markdown(contenders: Sequence[Contender], command: str, pictures: str) -> st
         if marked
         else f"None loses more than {POINT * 100:.0f} point of AP50 against the first."
     )
+    others = [item.name for item in contenders if not item.same_weights]
     lines = [
         "# What a precision costs",
         "",
@@ -98,8 +103,10 @@ def markdown(contenders: Sequence[Contender], command: str, pictures: str) -> st
         "",
         verdict,
         "",
+        *([f"Exported from other weights than the first: {', '.join(others)}.", ""] if others else []),
         "AP50 is COCO's, by pycocotools, the mean over phrases, of all answers; the other columns are of answers above the "
-        "model's own threshold. A hit is an answer whose mask overlaps an annotated one by half. False alarms: prompts for "
+        "model's own threshold. A hit is an answer whose mask overlaps an annotated one by half, or whose box does where "
+        "boxes alone are annotated. False alarms: prompts for "
         "nothing in the picture that were answered. The last columns compare masks with those of the first pipeline, of "
         "all that it found: mean and worst IoU, where what was not found again counts 0, and how many were lost and gained.",
     ]

@@ -31,13 +31,16 @@ class Answers:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Asked:
-    """One prompt of one picture and what is right: ``boxes`` (K, 4) in pixels, ``masks`` RLE of each; ``crowd`` (K,) bool."""
+    """One prompt of one picture and what is right: ``boxes`` (K, 4) in pixels, ``masks`` RLE of each; ``crowd`` (K,) bool.
+
+    ``masks`` is None where boxes alone are annotated, then of all that is asked.
+    """
 
     picture: int
     phrase: str
     size: tuple[int, int]
     boxes: np.ndarray
-    masks: Sequence[dict[str, Any]]
+    masks: Sequence[dict[str, Any]] | None
     crowd: np.ndarray
 
 
@@ -47,9 +50,10 @@ class Figures:
 
     Attributes:
         box_ap50, mask_ap50: COCO's AP at IoU 0.5, the mean over phrases, of all answers. None: nothing is annotated.
-        mask_iou: mean over the hits, which are answers above the threshold that overlap an annotated object by half.
+        mask_iou: mean over the hits, which are answers above the threshold whose mask overlaps an annotated one by half.
+            Where boxes alone are annotated hits are of boxes, and ``mask_iou`` and ``mask_ap50`` are None.
         recall: share of the annotated objects that were hit. false_alarms: share of the prompts for nothing with an answer.
-        pictures, prompts, objects: how many.
+        pictures, prompts, objects: how many; crowds, which need not be found, are no objects.
     """
 
     box_ap50: float | None
@@ -72,6 +76,14 @@ def encode(masks: np.ndarray) -> list[dict[str, Any]]:
     return made.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8))) if len(masks) else []
 
 
+def box_ious(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(N, 4) and (K, 4) corners in pixels → (N, K) IoU."""
+    if not len(first) or not len(second):
+        return np.zeros((len(first), len(second)))
+    given = (np.array([_xywh(box) for box in boxes]) for boxes in (first, second))
+    return np.asarray(tools().iou(*given, [False] * len(second)))
+
+
 def mask_ious(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -> np.ndarray:
     """(N, K) IoU of masks as RLE."""
     if not first or not second:
@@ -90,29 +102,31 @@ def score(asked: Sequence[Asked], answers: Sequence[Answers], threshold: float) 
     """
     names = sorted({item.phrase for item in asked})
     truth, found, shapes = _documents(asked, answers, {name: index + 1 for index, name in enumerate(names)})
-    objects = sum(len(item.boxes) for item in asked)
+    of_masks = all(item.masks is not None for item in asked)
     overlaps: list[float] = []
-    nothing = alarmed = hits = wanted = 0
+    nothing = alarmed = wanted = 0
     for item, given in zip(asked, answers, strict=True):
-        kept = [mask for mask, value in zip(given.masks, given.scores, strict=True) if value > threshold]
-        own = [mask for mask, crowd in zip(item.masks, item.crowd, strict=True) if not crowd]
+        kept = np.flatnonzero(given.scores > threshold)
         if not len(item.boxes):
             nothing += 1
-            alarmed += bool(kept)
+            alarmed += bool(len(kept))
             continue
-        shared = mask_ious(kept, own)
-        found_again = [float(shared[pair]) for pair in pairs(shared)]
-        overlaps += found_again
-        hits, wanted = hits + len(found_again), wanted + len(own)
+        own = np.flatnonzero(~item.crowd)
+        if item.masks is None:
+            shared = box_ious(given.boxes[kept], item.boxes[own])
+        else:
+            shared = mask_ious([given.masks[row] for row in kept], [item.masks[row] for row in own])
+        overlaps += [float(shared[pair]) for pair in pairs(shared)]
+        wanted += len(own)
     return Figures(
-        box_ap50=_ap50(truth, found, shapes, names, "bbox") if objects else None,
-        mask_ap50=_ap50(truth, found, shapes, names, "segm") if objects else None,
-        mask_iou=float(np.mean(overlaps)) if overlaps else None,
-        recall=hits / wanted if wanted else None,
+        box_ap50=_ap50(truth, found, shapes, names, "bbox") if wanted else None,
+        mask_ap50=_ap50(truth, found, shapes, names, "segm") if wanted and of_masks else None,
+        mask_iou=float(np.mean(overlaps)) if overlaps and of_masks else None,
+        recall=len(overlaps) / wanted if wanted else None,
         false_alarms=alarmed / nothing if nothing else None,
         pictures=len({item.picture for item in asked}),
         prompts=len(asked),
-        objects=objects,
+        objects=wanted,
     )
 
 
@@ -135,9 +149,11 @@ def _documents(
     for item, given in zip(asked, answers, strict=True):
         shapes[item.picture] = item.size
         common = {"image_id": item.picture, "category_id": number[item.phrase]}
-        for box, mask, crowd in zip(item.boxes, item.masks, item.crowd, strict=True):
-            area = float(tools().area(mask))
-            truth.append({**common, "bbox": _xywh(box), "segmentation": mask, "area": area, "iscrowd": int(crowd)})
+        for row, (box, crowd) in enumerate(zip(item.boxes, item.crowd, strict=True)):
+            own: dict[str, Any] = {"area": float(np.prod(_xywh(box)[2:]))}
+            if item.masks is not None:
+                own = {"area": float(tools().area(item.masks[row])), "segmentation": item.masks[row]}
+            truth.append({**common, **own, "bbox": _xywh(box), "iscrowd": int(crowd)})
         for box, mask, value in zip(given.boxes, given.masks, given.scores, strict=True):
             found.append({**common, "bbox": _xywh(box), "segmentation": mask, "score": float(value)})
     for index, annotation in enumerate(truth):

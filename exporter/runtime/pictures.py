@@ -62,6 +62,16 @@ def open_picture(source: Any, max_pixels: int | None = None) -> Image.Image:
     return Image.fromarray(_channels_of_eight_bits(_array(source)))
 
 
+def stored_picture(path: str | Path) -> Image.Image:
+    """The picture in a file as ``open_picture`` gives it, but not turned by its EXIF orientation.
+
+    Raises:
+        SpecError, TargetUnavailableError: as ``open_picture``.
+    """
+    _pillow()
+    return _read(path, os.fsdecode(path), None, turned=False)
+
+
 def picture_files(folder: Path) -> list[Path]:
     """The files in ``folder``, those in its folders not, whose endings are of formats that Pillow reads, by name.
 
@@ -110,7 +120,7 @@ def _read_object(file: Any, max_pixels: int | None) -> Image.Image:
     return _read(file, name, max_pixels)
 
 
-def _read(file: Any, name: str, max_pixels: int | None) -> Image.Image:
+def _read(file: Any, name: str, max_pixels: int | None, turned: bool = True) -> Image.Image:
     from PIL import Image
 
     with _told(name), _bomb_limit(max_pixels), Image.open(file) as opened:
@@ -121,7 +131,7 @@ def _read(file: Any, name: str, max_pixels: int | None) -> Image.Image:
                 remedy="Raise it where you trust the file.",
                 step=Step.RUN,
             )
-        return _rgb(opened)
+        return _rgb(opened, turned)
 
 
 @contextlib.contextmanager
@@ -167,13 +177,13 @@ def _told(name: str, what: str = "as a picture") -> Iterator[None]:
         raise SpecError(f"{name} cannot be read {what} ({fact})", step=Step.RUN) from error
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    """A Pillow image of any mode as one of its own in RGB, turned as its EXIF orientation says."""
+def _rgb(picture: Image.Image, turned: bool = True) -> Image.Image:
+    """A Pillow image of any mode as one of its own in RGB; ``turned`` as its EXIF orientation says."""
     from PIL import Image, ImageOps
 
     if not picture.width or not picture.height:
         raise SpecError(f"a picture of {picture.width} by {picture.height} pixels has none", step=Step.RUN)
-    if _orientation(picture) != 1:
+    if turned and _orientation(picture) != 1:
         picture = ImageOps.exif_transpose(picture)
     if picture.mode == "I" and getattr(picture, "format", None) in _SIXTEEN_BITS:
         return Image.fromarray(_channels_of_eight_bits(np.asarray(picture).astype(np.uint16)))

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from sam3x.errors import ArtifactError, LoweringError, Step, TargetUnavailableError
 from sam3x.spec import Branches
 from sam3x.targets.base import Numerics, Target, TargetOptions, TargetStatus, refuse_conditionals
+from sam3x.targets.quiet import errors_only
 
 if TYPE_CHECKING:
     import numpy as np
@@ -170,7 +171,8 @@ class PteRunner:
 
     def __init__(self, path: Path) -> None:
         try:
-            from executorch.runtime import Runtime
+            with errors_only("torch.utils._pytree"):  # torchao, which it imports, registers what torch knows by now
+                from executorch.runtime import Runtime
         except ImportError:
             raise TargetUnavailableError(
                 "running a .pte needs executorch", remedy=f"Install it: {_INSTALL}", step=Step.LOAD

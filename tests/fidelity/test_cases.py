@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sam3x.artifact.manifest import read_manifest
 from sam3x.demo.scenes import draw, scene
 from sam3x.errors import SpecError
 from sam3x.fidelity.cases import coco_cases
 from support.command_line import run
+from support.folders import altered
 
 
 @pytest.fixture
@@ -68,9 +71,9 @@ def test_a_picture_is_asked_its_own_categories_and_some_others(dataset: tuple[Pa
     ("text", "fact"),
     [
         ("{", "cannot be read as COCO"),
-        ("[]", "lists images"),
-        ('{"images": 3}', "lists images"),
-        (None, "cannot be read as COCO"),
+        ("[]", "Input should be an object"),
+        ('{"images": 3}', r"cannot be read as COCO annotations \(images"),
+        (None, "No such file"),
     ],
 )
 def test_annotations_that_are_none_are_told(text: str | None, fact: str, tmp_path: Path) -> None:
@@ -99,5 +102,47 @@ def test_the_command_measures_folders_on_annotations(dataset: tuple[Path, list[A
     assert first["figures"] == second["figures"] and first["figures"]["pictures"] == 3
     assert first["figures"]["objects"] == sum(len(made.shapes) for made, _ in kept)
     assert "annotations.json: 3" in (folder / "page.md").read_text()
-    done = run("fidelity", demo_pipeline, "--pictures", folder)
-    assert done.exit_code == 2 and "--pictures belongs to --annotations" in done.stderr
+
+
+def test_options_that_do_not_fit_are_told_before_anything_is_measured(
+    demo_pipeline: Path, default_artifact: Path, tmp_path: Path
+) -> None:
+    for arguments, fact in (
+        ((demo_pipeline, "--pictures", tmp_path), "--pictures belongs to --annotations"),
+        ((demo_pipeline, "--absent", "1"), "--absent belongs to --annotations"),
+        ((demo_pipeline, "--target", "onnx"), "--target belongs to the model that sam3x brings"),
+        ((demo_pipeline, "-o", tmp_path / "kept"), "--output belongs to the model that sam3x brings"),
+        (("--target", "tpu"), "no target tpu here"),
+        ((demo_pipeline, "--markdown", tmp_path / "none" / "page.md"), "page.md cannot be written"),
+        ((demo_pipeline, "--markdown", tmp_path), "cannot be written"),
+        ((demo_pipeline, tmp_path / "none"), "manifest.json cannot be read"),
+        ((demo_pipeline, default_artifact), "holds no pipeline, but a single encoder"),
+    ):
+        done = run("fidelity", *arguments, "--limit", "1")
+        assert done.exit_code == 2 and fact in done.stderr and "demo_pipeline (onnx" not in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipeline_without_words_is_refused_before_anything_is_measured(demo_pipeline: Path, tmp_path: Path) -> None:
+    for number, fields in enumerate(({"tokenizer": None}, {"components": read_manifest(demo_pipeline).components[:4]})):
+        folder = altered(demo_pipeline, tmp_path / str(number), **fields)
+        done = run("fidelity", demo_pipeline, folder, "--limit", "1")
+        assert done.exit_code == 2 and "1 pictures" not in done.stderr, done.stderr
+
+
+def test_pipelines_of_one_name_and_of_other_weights_are_told_apart(demo_pipeline: Path, tmp_path: Path) -> None:
+    other = altered(demo_pipeline, tmp_path / demo_pipeline.name, weights_sha256="0" * 64)
+    done = run("fidelity", demo_pipeline, other, "--limit", "1", "--threads", "1", "--markdown", tmp_path / "page.md")
+    assert done.exit_code == 0, done.stderr
+    assert f"{other} (onnx fp32) was exported from other weights" in done.stderr.replace("\n", " ")
+    page = (tmp_path / "page.md").read_text()
+    assert f"Exported from other weights than the first: {other} (onnx fp32)." in page and f"| {demo_pipeline} (onnx" in page
+
+
+def test_what_an_earlier_run_exported_of_the_same_weights_is_taken(demo_pipeline: Path, tmp_path: Path) -> None:
+    shutil.copytree(demo_pipeline, tmp_path / "onnx")
+    done = run("fidelity", "--target", "trt", "--limit", "1", "-o", tmp_path, "--json")
+    assert done.exit_code == 0, done.stderr
+    names = [item["name"] for item in json.loads(done.stdout)]
+    assert names == ["onnx fp32", "trt tf32, emulated", "trt fp16, emulated", "trt bf16, emulated"]
+    assert "capture" not in done.stderr and [path.name for path in tmp_path.iterdir()] == ["onnx"]

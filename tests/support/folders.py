@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sam3x.artifact.files import names_in, sha256_of
-from sam3x.artifact.manifest import MANIFEST, ComponentSpec, Manifest, PipelineManifest, sealed
+from sam3x.artifact.manifest import MANIFEST, ComponentSpec, Manifest, PipelineManifest, read_manifest, sealed
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 """The fixture ``made_once``."""
@@ -31,6 +32,13 @@ def edit_manifest(folder: Path, *, seal: bool, **changes: Callable[[Any], Any]) 
         values[name] = change(values[name])
     kind = PipelineManifest if values["kind"] == "pipeline" else Manifest
     path.write_text(sealed(kind.model_validate(values)) if seal else json.dumps(values))
+
+
+def altered(folder: Path, to: Path, **fields: Any) -> Path:
+    """A copy of an export whose manifest has other values, sealed anew."""
+    shutil.copytree(folder, to)
+    (to / MANIFEST).write_text(sealed(read_manifest(folder).model_copy(update=fields)))
+    return to
 
 
 def write_export(folder: Path, files: dict[str, bytes]) -> None:

@@ -19,13 +19,7 @@ from sam3x.web import site as site_module
 from sam3x.web.serve import server_of
 from sam3x.web.site import SITE, Site, opened_site, write_site
 from support.command_line import run
-
-
-def changed(folder: Path, to: Path, **fields: Any) -> Path:
-    """A copy of an export whose manifest has other values, sealed anew."""
-    shutil.copytree(folder, to)
-    (to / MANIFEST).write_text(sealed(read_manifest(folder).model_copy(update=fields)))
-    return to
+from support.folders import altered
 
 
 def test_a_site_is_the_page_and_the_files_it_runs_and_a_pipeline_itself(
@@ -119,13 +113,13 @@ def test_nothing_else_is_served(responses: Any) -> None:
 def test_a_pipeline_that_the_page_cannot_ask_is_refused(
     fields: dict[str, Any], error: type[Sam3xError], fact: str, tiny_pipeline: Path, fake_modules: Path, tmp_path: Path
 ) -> None:
-    folder = changed(tiny_pipeline, tmp_path / "out", **fields)
+    folder = altered(tiny_pipeline, tmp_path / "out", **fields)
     with pytest.raises(error, match=fact), opened_site(folder, fake_modules):
         pass
 
 
 def test_a_pipeline_without_words_is_asked_by_clicks(tiny_pipeline: Path, fake_modules: Path, tmp_path: Path) -> None:
-    with opened_site(changed(tiny_pipeline, tmp_path / "out", tokenizer=None), fake_modules) as site:
+    with opened_site(altered(tiny_pipeline, tmp_path / "out", tokenizer=None), fake_modules) as site:
         facts = json.loads(site.files[SITE].read_text())
     assert not facts["words"] and facts["clicks"]
 
