@@ -24,6 +24,13 @@ class Low(str, Enum):
     INT8 = "int8"
 
 
+class Form(str, Enum):
+    """Values of ``sam3x doctor --attention``, those of the TensorRT target."""
+
+    LAYER = "layer"
+    EXPLICIT = "explicit"
+
+
 Bound = Annotated[
     float | None,
     typer.Option(
@@ -56,6 +63,9 @@ def doctor(
     components: Components = None,
     precision: Annotated[Low, typer.Option(help="The precision to examine.")] = Low.FP16,
     bound: Bound = None,
+    attention: Annotated[
+        Form, typer.Option(help="TensorRT's layer, which may round every step of it, or products around a softmax in float32.")
+    ] = Form.LAYER,
     tokens: Tokens = None,
     image_size: ImageSize = None,
     checkpoint: Checkpoint = None,
@@ -81,7 +91,7 @@ def doctor(
             steps.begin("import torch")
             with suppressed_output(verbose):
                 steps.begin("source")
-                asked: dict[str, Any] = {"precision": precision.value, "bound": bound}
+                asked: dict[str, Any] = {"precision": precision.value, "bound": bound, "attention": attention.value}
                 if whole:
                     from sam3x.pipeline.doctor import doctor_pipeline
 

@@ -13,7 +13,7 @@ from sam3x.pipeline.job import Progress
 from sam3x.pipeline.request import Request, resolve_pipeline
 from sam3x.pipeline.samples import samples_of
 from sam3x.precision.doctor import DTYPES, Probe, allowed_error, examine, rewritten
-from sam3x.precision.doctor_report import PipelineDoctorReport, Precision
+from sam3x.precision.doctor_report import AttentionForm, PipelineDoctorReport, Precision
 from sam3x.sources.contract import Expected, ImageModel, SourceFactory
 
 
@@ -25,6 +25,7 @@ def doctor_pipeline(
     components: Sequence[str] | None = None,
     precision: Precision = "fp16",
     bound: float | None = None,
+    attention: AttentionForm = "layer",
     image_size: int | None = None,
     progress: Progress | None = None,
 ) -> PipelineDoctorReport:
@@ -35,6 +36,7 @@ def doctor_pipeline(
         components: those to examine; None: all that there are.
         bound: largest error against eager float32, of the largest value of each output (of a fusion encoder absolute); None:
             ``BOUNDS``.
+        attention: how attention is computed in the low precision, as ``--attention`` of the TensorRT target.
         image_size: side of the pictures that it is examined with; None: as exported, or the model's own. Smaller ones are
             quicker, and errors of an operation hardly depend on it.
         progress: told each step as it begins.
@@ -44,7 +46,7 @@ def doctor_pipeline(
         SpecError: no such component. SourceError: the model cannot take pictures of that size.
         VerificationError: float32 itself is beyond the bound.
     """
-    tell, allowed = progress or (lambda _: None), allowed_error(precision, bound)
+    tell, allowed = progress or (lambda _: None), allowed_error(precision, bound, attention)
     request, expected = _request(folder, components)
     size = request.spec.image_size if image_size is None else image_size
     spec = request.spec.model_copy(update={"branches": "select", "verify": "off", "image_size": size})
@@ -59,7 +61,7 @@ def doctor_pipeline(
         tell(f"{component.name}: capture")
         program = rewritten(capture_component(component, samples[component.name][0]))
         tell(f"{component.name}: emulate {precision}")
-        probe = Probe(program, samples[component.name][:1], DTYPES[precision])
+        probe = Probe(program, samples[component.name][:1], DTYPES[precision], attention)
 
         def say(step: str, name: str = component.name) -> None:
             tell(f"{name}: {step}")

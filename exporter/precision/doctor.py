@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Interpreter, Node
 
 from sam3x.artifact.artifact import load
 from sam3x.capture.capture import capture_encoder
@@ -24,10 +24,11 @@ from sam3x.errors import ArtifactError, SpecError, Step, VerificationError
 from sam3x.fusion.encoder import FusionEncoder
 from sam3x.passes.attention.simplify_attention_masks import SimplifyAttentionMasksPass
 from sam3x.passes.default_pipeline import default_pipeline
-from sam3x.passes.graph.aten_nodes import aten
+from sam3x.passes.graph.aten_nodes import SDPA, aten
 from sam3x.passes.graph.op_paths import float_ops, op_name
 from sam3x.passes.precision.convert_precision import MOVES
-from sam3x.precision.doctor_report import BOUNDS, DoctorReport, OperationReport, Precision
+from sam3x.precision.attention import emulated_attention
+from sam3x.precision.doctor_report import BOUNDS, AttentionForm, DoctorReport, OperationReport, Precision
 from sam3x.sources.encoder import Source, source_for
 from sam3x.spec import ExportSpec
 from sam3x.targets.tensorrt.check import distance
@@ -43,6 +44,7 @@ def doctor(
     *,
     precision: Precision = "fp16",
     bound: float | None = None,
+    attention: AttentionForm = "layer",
     tokens: int = 256,
     tell: Tell | None = None,
 ) -> DoctorReport:
@@ -52,6 +54,7 @@ def doctor(
         source: what it was exported from; None rebuilds the seeded default.
         precision: the one to examine.
         bound: largest absolute error against eager float32 that is allowed; None: ``BOUNDS``.
+        attention: how attention is computed in the low precision, as ``--attention`` of the TensorRT target.
         tokens: image tokens of the runs, where they are free; errors of an operation hardly depend on them.
 
     Raises:
@@ -60,7 +63,7 @@ def doctor(
     """
     say = tell or (lambda _: None)
     manifest = load(folder).manifest
-    allowed = allowed_error(precision, bound)
+    allowed = allowed_error(precision, bound, attention)
     say("source")
     spec = _examined(ExportSpec(**manifest.spec), tokens)
     given = source_for(source, spec.seed)
@@ -74,7 +77,7 @@ def doctor(
     say("capture")
     program = rewritten(capture_encoder(encoder))
     say(f"emulate {precision}")
-    probe = Probe(program, _samples(encoder, tokens), DTYPES[precision])
+    probe = Probe(program, _samples(encoder, tokens), DTYPES[precision], attention)
     return examine(probe, precision=precision, bound=allowed, origin=manifest.origin, tell=say)
 
 
@@ -83,12 +86,15 @@ def rewritten(captured: CapturedProgram) -> CapturedProgram:
     return default_pipeline("select").then(SimplifyAttentionMasksPass()).run(captured)[0]
 
 
-def allowed_error(precision: Precision, bound: float | None) -> float:
+def allowed_error(precision: Precision, bound: float | None, attention: AttentionForm = "layer") -> float:
     """``bound``, or that of the precision.
 
     Raises:
-        SpecError: nothing can hold it.
+        SpecError: nothing can hold it, or the precision has no attention of its own.
     """
+    if precision == "int8" and attention != "layer":
+        fact = "int8 is of linears; attention stays float32"
+        raise SpecError(fact, subject="--attention", remedy="Leave it out, or take --precision fp16.", step=Step.DOCTOR)
     allowed = BOUNDS[precision] if bound is None else bound
     if not allowed > 0:
         raise SpecError(f"--bound {allowed} is no error anything can hold", remedy="Give a number above 0.", step=Step.DOCTOR)
@@ -137,6 +143,7 @@ def examine(
         component=component,
         scaled=probe.program.scaled,
         precision=precision,
+        attention=probe.attention,
         bound=bound,
         origin=origin,
         branches=tuple(dict.fromkeys(sample.branch for sample in probe.samples)),
@@ -176,8 +183,10 @@ class Probe:
         paths: operations that round, in graph order. kinds: path → operation. peaks: path → largest magnitude seen in float32.
     """
 
-    def __init__(self, program: CapturedProgram, samples: Sequence[Sample], dtype: torch.dtype) -> None:
-        self.program, self.samples, self.dtype = program, tuple(samples), dtype
+    def __init__(
+        self, program: CapturedProgram, samples: Sequence[Sample], dtype: torch.dtype, attention: AttentionForm = "layer"
+    ) -> None:
+        self.program, self.samples, self.dtype, self.attention = program, tuple(samples), dtype, attention
         self.nodes = {node: path for node, path in float_ops(program.program) if self._rounds(node)}
         self.paths = tuple(dict.fromkeys(path for node, path in self.nodes.items() if not _is_constant(node)))
         self.kinds = {path: op_name(node) for node, path in reversed(self.nodes.items())}
@@ -210,7 +219,7 @@ class Probe:
             for item in self.program.program.graph_signature.input_specs
         ]
         with torch.no_grad():
-            emulated = _Emulated(self.program.program.graph_module, nodes, self.dtype, self.nodes, peaks)
+            emulated = _Emulated(self, nodes, peaks)
             outputs = emulated.run(*arguments)
         return dict(zip(self.program.output_names, outputs[-len(self.program.output_names) :], strict=True))
 
@@ -218,11 +227,9 @@ class Probe:
 class _Emulated(Interpreter):
     """Runs a float32 graph with some of its operations in a lower precision."""
 
-    def __init__(
-        self, module: GraphModule, low: set[Node], dtype: torch.dtype, paths: dict[Node, str], peaks: dict[str, float] | None
-    ) -> None:
-        super().__init__(module)
-        self.low, self.dtype, self.paths, self.peaks = low, dtype, paths, peaks
+    def __init__(self, probe: Probe, low: set[Node], peaks: dict[str, float] | None) -> None:
+        super().__init__(probe.program.program.graph_module)
+        self.low, self.dtype, self.paths, self.peaks, self.attention = low, probe.dtype, probe.nodes, peaks, probe.attention
 
     def run_node(self, n: Node) -> Any:
         if n not in self.low:
@@ -235,6 +242,10 @@ class _Emulated(Interpreter):
         if self.dtype is torch.int8:
             x, weight, *bias = args
             return n.target(activations_int8(x, False), columns_int8(weight.t()).t(), *bias)  # type: ignore[operator]
+        if n.target is SDPA:
+            query, key, value, *others = args
+            mask = others[0] if others else kwargs.get("attn_mask")
+            return emulated_attention(self.attention, self.dtype, query, key, value, mask, kwargs.get("scale"))
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, self._rounded, (args, kwargs))
         return n.target(*args, **kwargs).float()  # type: ignore[operator]
 

@@ -8,6 +8,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+AttentionForm = Literal["layer", "explicit"]
+"""How attention is computed below float32: see ``sam3x.precision.attention``."""
+
 Precision = Literal["fp16", "bf16", "int8"]
 BOUNDS: dict[str, float] = {"fp16": 2e-2, "bf16": 1.5e-1, "int8": 5e-1}
 """Largest absolute error by default: what six layers of unit scale keep with every operation in that precision, doubled."""
@@ -43,6 +46,7 @@ class DoctorReport(BaseModel):
     component: str | None = None
     scaled: bool = False
     precision: Precision
+    attention: AttentionForm = "layer"
     bound: float
     origin: str
     branches: tuple[str, ...]
@@ -90,7 +94,8 @@ class PipelineDoctorReport(BaseModel):
 def option_of(reports: Sequence[DoctorReport]) -> str:
     """The precision, and each operation that stays in float32 with its component."""
     names = [f"{report.component}:{name}" if report.component else name for report in reports for name in report.fp32_ops]
-    return f"--precision {reports[0].precision}" + (f" --fp32-ops {','.join(names)}" if names else "")
+    form = " --attention explicit" if reports[0].attention == "explicit" else ""
+    return f"--precision {reports[0].precision}{form}" + (f" --fp32-ops {','.join(names)}" if names else "")
 
 
 def command_of(reports: Sequence[DoctorReport]) -> str:

@@ -21,17 +21,22 @@ class LegalizeAttentionForTrtPass(TileAttentionPass):
     layer is fused and its scores are never in memory; in float32 they are, and ``budget`` bounds them.
 
     Args:
-        budget: bytes that the scores of one attention in float32 may take.
+        budget: bytes that the scores of one attention may take where it is not fused.
+        explicit: whether none is fused, in half precision neither.
     """
 
     name = "legalize_attention_for_trt"
     run_after = ("canonicalize_attention", "simplify_attention_masks", "convert_precision")
 
+    def __init__(self, budget: int, *, explicit: bool = False) -> None:
+        super().__init__(budget)
+        self.explicit = explicit
+
     def budget_of(self, found: Sdpa) -> int:
         rank = found.query.meta["val"].dim()
         if rank != 4:
             raise NoMatchError(f"{rank} dimensions, not 4")
-        return self.budget if found.query.meta["val"].dtype is torch.float32 else UNLIMITED
+        return self.budget if self.explicit or found.query.meta["val"].dtype is torch.float32 else UNLIMITED
 
     def mask(self, emit: Emitter, found: Sdpa) -> Node | None:
         mask = found.mask

@@ -212,7 +212,8 @@ def _convert(
     shapes = shapes_of(captured, options)
     dtypes = {node.name: node.meta["val"].dtype for node in module.graph.nodes if node.op == "placeholder"}
     inputs = [_input(shapes[name], dtypes[name]) for name in captured.input_names]
-    interpreter = Interpreter(module, inputs, (captured.input_names, captured.output_names), bounds, form)
+    explicit = options.attention == "explicit"
+    interpreter = Interpreter(module, inputs, (captured.input_names, captured.output_names), bounds, form, explicit)
     try:
         return interpreter.construct(), interpreter, in_words(shapes)
     except Exception as error:

@@ -43,8 +43,9 @@ class Interpreter(TRTInterpreter):
         names: tuple[Sequence[str], Sequence[str]],
         bounds: Mapping[str, int],
         form: str,
+        explicit: bool,
     ) -> None:
-        self.form = form
+        self.form, self.explicit = form, explicit
         self.bounds = bounds
         self.held: list[Any] = []
         self.conditional = any(node.target is COND for node in module.graph.nodes)
@@ -344,10 +345,14 @@ def fused(interpreter: Interpreter, query: Any, key: Any, value: Any, mask: Any 
 
 
 def decomposed(interpreter: Interpreter, query: Any, key: Any, value: Any, mask: Any | None) -> Any:
-    """softmax(query · keyᵀ + mask) · value, as the attention layer, which a loop does not take."""
+    """softmax(query · keyᵀ + mask) · value, as the attention layer, which a loop does not take; with ``--attention explicit``
+    mask and softmax are in float32.
+    """
     net = interpreter.ctx.net
     none, transposed = trt.MatrixOperation.NONE, trt.MatrixOperation.TRANSPOSE
     scores = net.add_matrix_multiply(query, none, key, transposed).get_output(0)
+    if interpreter.explicit:
+        scores, mask = _float32(net, scores), mask if mask is None or mask.dtype == trt.bool else _float32(net, mask)
     if mask is not None and mask.dtype == trt.bool:
         hidden = constant(interpreter, np.full([1] * 4, -np.inf, np.float32))
         hidden = hidden if scores.dtype == trt.float32 else net.add_cast(hidden, scores.dtype).get_output(0)
@@ -356,7 +361,13 @@ def decomposed(interpreter: Interpreter, query: Any, key: Any, value: Any, mask:
         scores = net.add_elementwise(scores, mask, trt.ElementWiseOperation.SUM).get_output(0)
     softmax = net.add_softmax(scores)
     softmax.axes = 1 << 3
-    return net.add_matrix_multiply(softmax.get_output(0), none, value, none).get_output(0)
+    weights = softmax.get_output(0)
+    weights = weights if weights.dtype == value.dtype else net.add_cast(weights, value.dtype).get_output(0)
+    return net.add_matrix_multiply(weights, none, value, none).get_output(0)
+
+
+def _float32(net: Any, tensor: Any) -> Any:
+    return tensor if tensor.dtype == trt.float32 else net.add_cast(tensor, trt.float32).get_output(0)
 
 
 def constant(interpreter: Interpreter, value: np.ndarray) -> Any:
@@ -382,7 +393,8 @@ def tiled_attention(interpreter: Interpreter, args: Any, kwargs: Any) -> Any:
     row = 2 * heads * keys * 4  # bytes of one query's scores and probabilities
     if interpreter.form == "products" or batch * tokens * row <= budget:
         # TensorRT-RTX 1.6 crashes on an attention layer beside conditionals, but in float16
-        plain = interpreter.form == "products" or (interpreter.conditional and query.dtype != trt.float16)
+        crashes = interpreter.conditional and query.dtype != trt.float16
+        plain = interpreter.form == "products" or interpreter.explicit or crashes
         return (decomposed if plain else fused)(interpreter, query, key, value, mask)
     tiles = _tile_count(tokens, budget // (batch * row))
     way: Callable[..., Any] = _tiles

@@ -31,8 +31,10 @@ class TrtOptions(AttentionMemory, Float32Operations):
             for ``trtexec``, proven to build).
         precision: of weights, products and attention. Inputs and outputs stay float32. ``tf32``: everything is float32, but the
             GPU may round the factors of products to 11 bits (``BuilderFlag.TF32``), which TensorRT by itself does.
-        attention_memory: what the scores of one attention in float32 may take, in which TensorRT-RTX fuses none; not
-            ``plan-onnx``.
+        attention: ``layer``, which TensorRT fuses in half precision and whose inner arithmetic is then its own; ``explicit``:
+            products, a softmax in float32, products, each a layer of its own. ``plan-onnx`` is always explicit.
+        attention_memory: what the scores of one attention may take where it is not fused: in float32, of which
+            TensorRT-RTX fuses none, and where it is explicit; not ``plan-onnx``.
         layout: ``triton``: the folder is a model repository for Triton Inference Server.
         opt_batch, opt_tokens, opt_prompt_length: the sizes the profile is tuned for.
     """
@@ -44,6 +46,9 @@ class TrtOptions(AttentionMemory, Float32Operations):
         "engine", description="a serialized engine, a torch program with the engine, or ONNX for trtexec."
     )
     precision: Literal["fp32", "tf32", "fp16", "bf16"] = Field("fp32", description="of weights, products and attention.")
+    attention: Literal["layer", "explicit"] = Field(
+        "layer", description="TensorRT's layer, fused in half precision, or products around a softmax in float32."
+    )
     attention_memory: str = Field(
         "64MB", description=AttentionMemory.model_fields["attention_memory"].description, json_schema_extra={"metavar": "SIZE"}
     )

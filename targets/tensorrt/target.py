@@ -136,8 +136,8 @@ class TrtTarget(Target):
             *lower,
             TileFeedForwardPass(SMALL_HIDDEN),
             FoldConstantsPass(),
-            LegalizeAttentionForTrtPass(options.attention_bytes),
-            DecomposeAttentionPass(),
+            LegalizeAttentionForTrtPass(options.attention_bytes, explicit=options.attention == "explicit"),
+            DecomposeAttentionPass(float32_softmax=options.attention == "explicit"),
         )
 
     def prove(self, captured: CapturedProgram, options: TrtOptions) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from sam3x.errors import VerificationError
 from sam3x.passes.attention.simplify_attention_masks import SimplifyAttentionMasksPass
 from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.passes.precision.convert_precision import ConvertPrecisionPass
+from sam3x.precision.attention import emulated_attention
 from sam3x.precision.doctor import Probe, examine, fewest_fp32_ops
 from sam3x.precision.doctor_report import BOUNDS, DoctorReport
 from sam3x.precision.doctor_views import doctor_page, doctor_view
@@ -108,3 +109,40 @@ def test_the_command(default_artifact: Path, small_encoder: nn.Module, tmp_path:
     assert json.loads(done.stdout)["precision"] == "fp16" and page.read_text().startswith("<!doctype html>")
     refused = CliRunner().invoke(app, ["doctor", str(default_artifact), "--html", str(tmp_path / "no" / "page.html")])
     assert refused.exit_code == 2 and "cannot be written" in refused.stderr
+
+
+def peaked(keys: int) -> tuple[torch.Tensor, ...]:
+    """Scores that say little, over many keys: the weights are small, and their steps in half precision large."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn((1, 2, rows, 16), generator=generator) for rows in (64, keys, keys))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_softmax_in_float32_is_nearer_than_one_whose_steps_round(dtype: torch.dtype) -> None:
+    query, key, value = peaked(1024)
+    exact = nn.functional.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    off = {
+        form: float((emulated_attention(form, dtype, query, key, value, None, None) - exact).square().mean().sqrt())
+        for form in ("layer", "explicit")
+    }
+    assert 0 < off["explicit"] < off["layer"]
+
+
+def test_the_emulated_attention_masks_as_torchs_does() -> None:
+    query, key, value = peaked(40)
+    keep = torch.rand((1, 1, 64, 40), generator=torch.Generator().manual_seed(1)) > 0.3
+    keep[..., 0, :] = False  # this row sees nothing
+    added = torch.where(keep, 0.0, -math.inf)
+    for mask in (keep, added, keep[..., 1:2, :], None):
+        wanted = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3)
+        for form in ("layer", "explicit"):
+            got = emulated_attention(form, torch.float32, query, key, value, mask, 0.3)
+            torch.testing.assert_close(got, wanted.nan_to_num(0.0))
+
+
+def test_the_form_is_part_of_what_is_proposed(default_artifact: Path) -> None:
+    probe = Probe(probe_of(encoder_of(1), torch.float16).program, (), torch.float16, "explicit")
+    found = examine(probe, precision="fp16", bound=1.0, origin="sound")
+    assert found.attention == "explicit" and found.option == "--precision fp16 --attention explicit"
+    refused = CliRunner().invoke(app, ["doctor", str(default_artifact), "--precision", "int8", "--attention", "explicit"])
+    assert refused.exit_code == 2 and "int8 is of linears" in refused.stderr
