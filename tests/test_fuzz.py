@@ -186,6 +186,7 @@ def test_a_mask_of_all_pairs_whose_rows_a_flag_counts() -> None:
     )
 
 
+@pytest.mark.long
 def test_heads_put_in_order_where_a_flag_counts_the_rows() -> None:
     """torch asked whether a tensor of dac's half is contiguous; found by ``make fuzz``."""
     names = ("tgt_mask", "memory_key_padding_mask", "pos", "query_pos")
@@ -202,6 +203,7 @@ def test_heads_put_in_order_where_a_flag_counts_the_rows() -> None:
     )
 
 
+@pytest.mark.long
 def test_one_head_whose_batch_stands_where_heads_do() -> None:
     """The pass that splits heads for ExecuTorch asked for their number, and fixed the batch; found by ``make fuzz``."""
     names = ("tgt_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "pos", "query_pos")

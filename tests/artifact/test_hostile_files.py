@@ -339,6 +339,7 @@ for moment in map(float, sys.argv[3:]):
 """
 
 
+@pytest.mark.long
 def test_a_whole_export_killed_at_some_moments(artifact: Path) -> None:
     moments = [0.1, 0.6, 1.3]
     done = subprocess.run(

@@ -147,7 +147,8 @@ def test_a_head_for_a_phone_in_a_lower_precision(precision: str, least: float, m
     assert item.metadata["delegated_flops"] > 0.99
 
 
-@pytest.mark.parametrize("precision", ["fp32", *(pytest.param(name, marks=pytest.mark.long) for name in ("fp16", "bf16"))])
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_an_engine_of_the_head_is_built_and_says_that_it_was_not_run(precision: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"target": "trt", "components": [INTERACTIVE_HEAD], "precision": precision, **TARGETS["trt"]}
     manifest = export_pipeline(random_image_source(WITH_CLICKS), output=tmp_path / "out", **options)

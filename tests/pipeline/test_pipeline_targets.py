@@ -76,6 +76,7 @@ def test_the_prompt_encoder_runs_in_executorch_with_any_number_of_boxes(tmp_path
     assert all(record.passed for record in records)
 
 
+@pytest.mark.long
 def test_an_engine_of_the_prompt_encoder_is_built(tmp_path: Path) -> None:
     options = {"output": tmp_path / "out", "components": ["prompt_encoder"], **TARGETS["trt"]}
     manifest = export_pipeline(random_image_source(SMALL), target="trt", **options)  # type: ignore[arg-type]

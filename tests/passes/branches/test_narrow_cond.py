@@ -209,6 +209,7 @@ def wide_capture() -> Any:
         sam3x.fusion.encoder.is_stock = old
 
 
+@pytest.mark.long
 def test_sam3s_layer_in_the_wide_form() -> None:
     captured = wide_capture()
     assert (ops(captured.program, LINEAR), ops(captured.program, SDPA)) == (36, 8)
