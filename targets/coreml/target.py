@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 import traceback
 from importlib.metadata import version
@@ -14,15 +15,13 @@ from pydantic import Field
 from sam3x.errors import LoweringError, Step, TargetUnavailableError
 from sam3x.spec import Branches
 from sam3x.targets.base import Target, TargetOptions, TargetStatus, refuse_conditionals
+from sam3x.targets.coreml.dtypes import DTYPES, OUTPUT_DTYPES
 
 if TYPE_CHECKING:
     import numpy as np
 
     from sam3x.capture.program import CapturedProgram
     from sam3x.passes.base import Pass
-
-_DTYPES = {65552: "float16", 65568: "float32", 65600: "float64", 131104: "int32"}
-"""``ArrayFeatureType.ArrayDataType`` of Core ML's FeatureTypes.proto → numpy's name."""
 
 _INSTALL = 'pip install "sam3x[coreml]"'
 
@@ -58,10 +57,25 @@ class CoreMlTarget(Target):
     def legalization_passes(self, options: CoreMlOptions) -> tuple[Pass, ...]:
         from sam3x.passes.attention.decompose_attention import DecomposeAttentionPass
         from sam3x.passes.cleanup.fold_constants import FoldConstantsPass
+        from sam3x.passes.cleanup.fold_static_sizes import FoldStaticSizesPass
+        from sam3x.passes.decompose.decompose_group_norm import DecomposeGroupNormPass
         from sam3x.passes.decompose.decompose_roi_align import DecomposeRoiAlignPass
+        from sam3x.passes.decompose.decompose_slice_scatter import DecomposeSliceScatterPass
+        from sam3x.passes.decompose.legalize_for_coreml import LegalizeForCoreMlPass
+        from sam3x.passes.decompose.lower_rank import LowerRankPass
         from sam3x.passes.linear.canonicalize_layouts import CanonicalizeLayoutsPass
 
-        return (DecomposeRoiAlignPass(), CanonicalizeLayoutsPass(), FoldConstantsPass(), DecomposeAttentionPass())
+        return (
+            DecomposeRoiAlignPass(),
+            DecomposeSliceScatterPass(),
+            FoldStaticSizesPass(),
+            CanonicalizeLayoutsPass(),
+            FoldConstantsPass(),
+            DecomposeAttentionPass(),
+            DecomposeGroupNormPass(),
+            LowerRankPass(),
+            LegalizeForCoreMlPass(),
+        )
 
     def lower(self, captured: CapturedProgram, path: Path, options: CoreMlOptions) -> dict[str, Any]:
         """Write the package that ``path`` stands in.
@@ -69,12 +83,11 @@ class CoreMlTarget(Target):
         Raises:
             LoweringError: conditionals that are left, or what coremltools does not convert, in its words.
         """
-        from sam3x.targets.coreml.convert import convert
+        from sam3x.targets.coreml.convert import write
 
         refuse_conditionals(captured.program, "coreml", "coremltools converts none")
         try:
-            model, metadata = convert(captured)
-            model.save(str(path.parent))
+            return write(captured, path.parent)
         except Exception as error:  # coremltools has no exceptions of its own
             said = [line.strip() for line in str(error).splitlines() if line.strip()]
             place = traceback.extract_tb(error.__traceback__)[-1].name  # its converters have the names of operators
@@ -82,7 +95,6 @@ class CoreMlTarget(Target):
                 f"coremltools cannot convert the graph: {type(error).__name__}{f': {said[-1]}' if said else f' (in {place})'}"
             )
             raise LoweringError(fact, subject="coreml") from error
-        return metadata
 
     def unverifiable(self, options: CoreMlOptions) -> str | None:
         if _runs():
@@ -100,6 +112,12 @@ def _runs() -> bool:
     return sys.platform == "darwin"
 
 
+def _open(package: Path) -> Any:
+    import coremltools
+
+    return coremltools.models.MLModel(str(package))
+
+
 class CoreMlRunner:
     """Core ML through coremltools' binding, which is there on macOS."""
 
@@ -107,14 +125,14 @@ class CoreMlRunner:
         if not _runs():
             raise TargetUnavailableError("Core ML runs on Apple's systems", remedy="Open it on a Mac.", step=Step.LOAD)
         try:
-            import coremltools
+            self._model = _open(package)
         except ImportError:
             raise TargetUnavailableError(
                 "running an .mlpackage needs coremltools", remedy=f"Install it: {_INSTALL}", step=Step.LOAD
             ) from None
-        self._model = coremltools.models.MLModel(str(package))
-        inputs = self._model.get_spec().description.input
-        self._taken = {item.name: _DTYPES[item.type.multiArrayType.dataType] for item in inputs}
+        description = self._model.get_spec().description
+        self._taken = {item.name: DTYPES[item.type.multiArrayType.dataType] for item in description.input}
+        self._given: dict[str, str] = json.loads(description.metadata.userDefined[OUTPUT_DTYPES] or "{}")
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         import numpy as np
@@ -122,4 +140,4 @@ class CoreMlRunner:
         # Core ML has neither bool nor rank 0
         given = {name: np.atleast_1d(inputs[name]).astype(dtype) for name, dtype in self._taken.items()}
         found = self._model.predict(given)
-        return {str(name): np.asarray(value) for name, value in found.items()}
+        return {str(name): np.asarray(value).astype(self._given.get(name, "float32")) for name, value in found.items()}

@@ -9,37 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sam3x.capture.program import sync_outputs
-from sam3x.passes.base import Pass, PassResult, count_ops
+from sam3x.passes.base import count_ops
 from sam3x.passes.cleanup.fold_static_sizes import FoldStaticSizesPass
 from sam3x.passes.decompose.decompose_slice_scatter import DecomposeSliceScatterPass
 from sam3x.passes.decompose.expand_repeats import ExpandRepeatsPass
-from support.canonical import Module
+from support.one_pass import ran
 
 aten = torch.ops.aten
 X = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
-
-
-def ran(graph_pass: Pass, function: Callable[..., Any], *args: Tensor) -> tuple[torch.export.ExportedProgram, PassResult]:
-    """Run the pass over ``function`` with a dynamic first dimension; at two batches the values are what they were."""
-    with torch.no_grad():
-        dynamic = tuple({0: torch.export.Dim.DYNAMIC} for _ in args)
-        program = torch.export.export(Module(function).eval(), args, dynamic_shapes={"args": dynamic}, strict=False)
-        program = program.run_decompositions({})
-    batches = [args, tuple(torch.cat((value, -value)) for value in args)]
-    before = [program.module()(*given) for given in batches]
-    shown = str(program.graph)
-    result = graph_pass.call(program)
-    sync_outputs(program)  # as the pipeline does after a pass
-    program.graph_module.graph.lint()
-    program.graph_module.recompile()
-    program.validate()
-    assert result.modified == bool(result.rewrites) == (str(program.graph) != shown)
-    for given, expected in zip(batches, before, strict=True):
-        got = program.module()(*given)
-        assert got.shape == expected.shape and torch.equal(got, expected)
-    assert not graph_pass.call(program).modified
-    return program, result
 
 
 def shapes_of(program: torch.export.ExportedProgram) -> list[Any]:

@@ -1,9 +1,11 @@
-"""Core ML packages as they are built here: names, types, ranges, files, what the manifest says, what is refused."""
+"""Core ML packages as they are built here: numbers, names, types, ranges, files, what the manifest says, what is refused."""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +15,17 @@ import numpy as np
 import pytest
 
 import sam3x
+from sam3x import api
 from sam3x.errors import LoweringError, SpecError, TargetUnavailableError
 from sam3x.pipeline import export_pipeline
-from sam3x.pipeline.compatibility import SMALL
-from sam3x.sources.image import random_image_source
+from sam3x.pipeline.compatibility import WITH_CLICKS
+from sam3x.sources.image import module_image_source, random_image_source
+from sam3x.sources.names import COMPONENTS
+from sam3x.targets.coreml import target as coreml
 from sam3x.targets.coreml.target import CoreMlTarget
+from support.core_ml import Evaluated
 from support.folders import MadeOnce
+from support.transformers_model import tiny_video
 from support.upstream import encoder_of
 
 NO_MAC = pytest.mark.skipif(sys.platform == "darwin", reason="Core ML runs here")
@@ -69,12 +76,52 @@ def test_every_file_of_the_package_has_a_hash(artifact: sam3x.Artifact) -> None:
     assert (artifact.path.parent / "Data/com.apple.CoreML/weights/weight.bin").stat().st_size < 1.3 * weights
 
 
-def test_a_component(tmp_path: Path) -> None:
-    manifest = export_pipeline(
-        random_image_source(SMALL), target="coreml", output=tmp_path / "out", components=["text_encoder"]
-    )
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Mac, with coremltools' own definition of each operation in place of Core ML."""
+    monkeypatch.setattr(coreml, "_runs", lambda: True)
+    monkeypatch.setattr(coreml, "_open", Evaluated)
+
+
+@pytest.mark.usefixtures("evaluated")
+def test_every_branch_gives_what_eager_gives(artifact: sam3x.Artifact, tmp_path: Path) -> None:
+    shutil.copytree(artifact.path.parents[1], tmp_path / "out")
+    records = api.verify(tmp_path / "out", encoder_of(2))
+    assert len({record.branch for record in records}) == 4 and all(record.passed for record in records)
+
+
+@pytest.mark.usefixtures("evaluated")
+def test_half_of_a_batch_that_the_run_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing stays in the temporary folder, where coremltools keeps each package until the process ends."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(coreml, "_open", lambda package: (kept.append(list(temporary.iterdir())), Evaluated(package))[1])
+    kept: list[Any] = []
+    options: dict[str, Any] = {"dac": True, "pre_norm": True, "batch": (2, 6), "tokens": 36}
+    artifact = sam3x.export(encoder_of(1), target="coreml", output=tmp_path / "out", **options)
+    assert artifact.manifest.verified and kept == [[]]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"fusion_encoder.mlpackage", "manifest.json"}
+
+
+@pytest.mark.usefixtures("evaluated")
+@pytest.mark.parametrize(
+    "name", [name if name == "mask_head" else pytest.param(name, marks=pytest.mark.long) for name in COMPONENTS]
+)
+def test_a_component_gives_what_eager_gives(name: str, tmp_path: Path) -> None:
+    source = random_image_source(WITH_CLICKS)
+    manifest = export_pipeline(source, target="coreml", output=tmp_path / "out", components=[name])
     (item,) = manifest.components
-    assert item.file == "text_encoder.mlpackage/Manifest.json" and (tmp_path / "out" / item.file).is_file()
+    assert item.file == f"{name}.mlpackage/Manifest.json" and (tmp_path / "out" / item.file).is_file()
+    assert manifest.verified and item.verification
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("evaluated")
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_a_component_of_transformers_gives_what_eager_gives(name: str, tmp_path: Path) -> None:
+    source = module_image_source(tiny_video())
+    assert export_pipeline(source, target="coreml", output=tmp_path / "out", components=[name]).verified
 
 
 def test_the_runner_gives_core_ml_what_it_takes(artifact: sam3x.Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
