@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sam3x.cli.bench import bench
+from sam3x.cli.bench_models import bench_models
 from sam3x.cli.bench_pipeline import bench_pipeline
 from sam3x.cli.compatibility import compatibility
 from sam3x.cli.console import reporting, shown_steps, suppressed_output
@@ -139,6 +140,7 @@ app.command()(fidelity)
 app.command()(run)
 app.command()(web)
 app.command(name="bench-pipeline")(bench_pipeline)
+app.command(name="bench-models")(bench_models)
 app.command()(compatibility)
 app.command()(lint)
 

@@ -24,6 +24,15 @@ def sam3() -> nn.Module:
     return model
 
 
+def small_sam3() -> nn.Module:
+    """Meta's architecture with every kind of layer once or twice, for pictures of 112 pixels."""
+    from sam3x.pipeline.compatibility import SMALL
+
+    model = build_image_model(SMALL)
+    draw_image_weights(model, 0)
+    return model
+
+
 def interactive_sam3() -> nn.Module:
     """SAM3's interactive head at full size behind a trunk of one layer, on which a click after the encoding does not depend."""
     small: dict[str, Any] = {
