@@ -129,7 +129,7 @@ def bench_models(
 
     Args:
         models: name → the options of ``sam3x export --pipeline`` that name its source. options: further ones, for all.
-        keep: folder for the exports and figures; a row whose figures are there is not made again. None: none is kept.
+        keep: folder for the exports and figures; what is there is not made again, be it the export alone. None: none is kept.
         threshold: detections of the runs score above it; None: the model's own.
         timeout: seconds that an export, or one step of a run, may take.
     """
@@ -144,11 +144,11 @@ def bench_models(
                 if row is None:
                     tell(f"{model} {kind.name}: export")
                     row = _exported(model, kind, words, folder, timeout)
-                    if row.failed is None and row.verified:
-                        tell(f"{model} {kind.name}: run")
-                        row = _run(row, folder, source, threshold, threads, repeat, timeout)
-                    if row.failed is None:
-                        figures.write_text(row.model_dump_json(indent=1), encoding="utf-8")
+                    _keep(row, figures)
+                if row.failed is None and row.verified and row.run is None:
+                    tell(f"{model} {kind.name}: run")
+                    row = _run(row, folder, source, threshold, threads, repeat, timeout)
+                    _keep(row, figures)
                 rows.append(row)
     return ModelsReport(rows=tuple(rows), machine=machine_of(), threads=threads, repeat=repeat)
 
@@ -170,6 +170,12 @@ def _known(figures: Path, words: Sequence[str]) -> ModelRow | None:
     except (OSError, ValueError):
         return None
     return row if row.command == _command(words) else None
+
+
+def _keep(row: ModelRow, figures: Path) -> None:
+    """Write what was measured; of a run that failed the export stays."""
+    if row.failed is None:
+        figures.write_text(row.model_dump_json(indent=1), encoding="utf-8")
 
 
 def _command(words: Sequence[str]) -> str:

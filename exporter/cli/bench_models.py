@@ -80,7 +80,7 @@ def bench_models(
                 tell=steps.begin,
             )
             steps.end()
-        from sam3x.bench import models_views as views
+        from sam3x.cli import bench_models_views as views
         from sam3x.cli import views as cli_views
 
         if page is not None:

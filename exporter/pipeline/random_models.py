@@ -66,19 +66,24 @@ def efficient_sam3(trunk: str = "repvit_m0_9", text_layers: int = 6) -> nn.Modul
     draw_image_weights(model, 0)
     generator = torch.Generator().manual_seed(0)
     trunk_input = torch.randn((2, 3, 256, 256), generator=generator)
-    _settle(model.backbone.vision_backbone.trunk, trunk_input)  # type: ignore[union-attr,arg-type]
-    _settle(model.backbone.language_backbone.encoder, torch.randint(1, 1000, (8, 16), generator=generator))  # type: ignore[union-attr,arg-type]
+    settle(model.backbone.vision_backbone.trunk, trunk_input)  # type: ignore[union-attr,arg-type]
+    settle(model.backbone.language_backbone.encoder, torch.randint(1, 1000, (8, 16), generator=generator))  # type: ignore[union-attr,arg-type]
     return model.eval()
 
 
-def _settle(module: nn.Module, example: Tensor) -> None:
+def settle(module: nn.Module, example: Tensor) -> None:
     """Give its batch norms the statistics of what they see, as training does; with others, activations grow layer by layer."""
     norms = [item for item in module.modules() if isinstance(item, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.momentum = 1.0
         norm.train()
-    with torch.no_grad():
-        module(example)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the last bits of a sum, and so the weights, would depend on how many
+    try:
+        with torch.no_grad():
+            module(example)
+    finally:
+        torch.set_num_threads(threads)
     for norm in norms:
         norm.eval()
 

@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from sam3x.bench.models import Kind, ModelRow, ModelsReport, bench_models
-from sam3x.bench.models_views import COLUMNS, markdown
 from sam3x.bench.run import machine_of
+from sam3x.cli.bench_models_views import COLUMNS, markdown
 from sam3x.errors import SpecError, UnknownTargetError
+from sam3x.pipeline.random_models import settle
+from sam3x.sources.encoder import weights_hash
 from support.command_line import run
 
 GPU = ModelRow(
@@ -87,6 +91,22 @@ def test_what_was_measured_before_is_not_made_again(tmp_path: Path) -> None:
 def test_wrong_options_are_sentences(options: list[str], fact: str) -> None:
     done = run("bench-models", *options)
     assert done.exit_code == 2 and fact in " ".join(done.stderr.split())
+
+
+def test_random_weights_do_not_depend_on_the_threads_of_the_process() -> None:
+    """Figures of a kept export go on in another process, which must have its weights."""
+    made, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            torch.manual_seed(0)
+            module = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.Conv2d(32, 32, 3), nn.BatchNorm2d(32))
+            settle(module, torch.rand((2, 3, 128, 128)))
+            assert torch.get_num_threads() == count
+            made.append(weights_hash(module))
+    finally:
+        torch.set_num_threads(threads)
+    assert made[0] == made[1]
 
 
 @pytest.mark.long

@@ -59,7 +59,8 @@ def markdown(report: ModelsReport, command: str) -> str:
 
 def _page(report: ModelsReport, command: str) -> Iterator[str]:
     yield from ("# Whole models", "")
-    yield from ("Made by the command below; a figure here is changed by running it again.", "")
+    yield "Made by the command below; a figure here is changed by running it again. Times grow with what else the machine does;"
+    yield from ("ratios are of rounds in turn, and ratios of CPU time move least.", "")
     yield from ("```", command, "```", "")
     yield f"- Machine: {machine_text(report.machine)}, {report.threads} threads"
     yield f"- Versions: {versions_text(report.machine)}"
