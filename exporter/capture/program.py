@@ -52,6 +52,7 @@ class CapturedProgram:
         notes: what a user should know, for the manifest.
         ranges: meaning → inclusive sizes, of every dimension that has a meaning.
         halved: the meaning of the dimension that dac halves; None where dac is never on.
+        calibration: inputs from which scales of activations are taken; none: each run has its own.
         scaled: whether outputs are judged by their largest value (``sam3x.verify.compare``).
     """
 
@@ -66,6 +67,7 @@ class CapturedProgram:
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     halved: str | None = None
     scaled: bool = False
+    calibration: tuple[Mapping[str, Tensor], ...] = ()
 
     def even_dimension(self, inputs: Mapping[str, Tensor]) -> str | None:
         """The meaning of the dimension whose size must be even with ``inputs``, as dac is on; None where none must."""

@@ -17,6 +17,7 @@ from sam3x.artifact.publish import publishing
 from sam3x.capture.program import Sample
 from sam3x.fusion.ambient import settled
 from sam3x.fusion.layer_template import weights_of
+from sam3x.pipeline.calibration import Inputs, calibration_inputs
 from sam3x.pipeline.fuse import FusedComponent, export_fused, fused
 from sam3x.pipeline.job import ComponentJob, Progress
 from sam3x.pipeline.quality import Answer, eager_answers, quality_of
@@ -129,13 +130,14 @@ class _Work:
     """What is still to be exported. Nothing else holds the components, so that each is gone before the next, larger one.
 
     Attributes:
-        waiting: components, the largest first. samples: of each.
+        waiting: components, the largest first. samples, calibration: of each.
         answers: what eager gives for whole prompts; empty where masks are not to be compared.
         joined, joined_samples: the component that ``PARTS`` become.
     """
 
     waiting: list[Component]
     samples: dict[str, list[Sample]]
+    calibration: dict[str, list[Inputs]]
     answers: list[Answer]
     joined: FusedComponent | None
     joined_samples: list[Sample]
@@ -148,6 +150,7 @@ class _Work:
         return cls(
             waiting=sorted(chosen, key=_weight, reverse=True),
             samples=samples,
+            calibration=calibration_inputs(model, request),
             answers=eager_answers(model, request.spec.seed) if measured(model, request) else [],
             joined=joined,
             joined_samples=[] if joined is None else joined.samples(samples, request.numerics),
@@ -157,7 +160,8 @@ class _Work:
         """Export everything; components in the order in which they run, and what a lower precision does to masks."""
         made: dict[str, ComponentSpec] = {}
         while self.waiting:
-            made[self.waiting[-1].name] = job.export(self.waiting[-1], self.samples.pop(self.waiting[-1].name))
+            name = self.waiting[-1].name
+            made[name] = job.export(self.waiting[-1], self.samples.pop(name), self.calibration.pop(name))
             del self.waiting[-1]
             if self.joined is not None and made.keys() >= set(PARTS):
                 segmenter = export_fused(job, self.joined, made, self.joined_samples)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -64,8 +64,13 @@ class ComponentJob:
         """Tell a step, with the component's name where there are several."""
         self.tell(step if len(self.request.components) == 1 else f"{component}: {step}")
 
-    def export(self, component: Component, samples: Sequence[Sample]) -> ComponentSpec:
+    def export(
+        self, component: Component, samples: Sequence[Sample], calibration: Sequence[Mapping[str, Tensor]] = ()
+    ) -> ComponentSpec:
         """Capture, rewrite, lower and verify one component; its file is then in ``folder``.
+
+        Args:
+            calibration: inputs from which, and from ``samples``, scales of activations are taken, where the request wants that.
 
         Raises:
             Sam3xError: typed by step.
@@ -87,6 +92,9 @@ class ComponentJob:
             path = self.folder / request.file(component.name)
             with metrics.timing("lower_seconds"):
                 metadata = {} if request.spec.verify == "off" else request.target.prove(captured, request.options)
+                if request.calibrated:
+                    given = (*(sample.inputs for sample in expected), *calibration)
+                    captured = replace(captured, calibration=given)
                 metadata |= request.target.lower(captured, path, request.options) or {}
             inputs, outputs = described(component, captured)
             notes = (*captured.notes, *metadata.pop("notes", ()))

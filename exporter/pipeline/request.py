@@ -76,6 +76,11 @@ class Request:
             fuse=SEGMENTER in names,
         )
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether scales of activations are taken from pictures."""
+        return bool(getattr(self.options, "calibrate", ""))
+
     def file(self, component: str) -> str:
         """Name of a component's main file."""
         return self.target.file_name(component, self.options)
@@ -132,6 +137,8 @@ def _resolved(
     spec = make_spec(**given)
     back_end.check(spec.ranges, own_options)
     _check_places(own_options, others.get("components", (FUSION_ENCODER,)))
+    if getattr(own_options, "calibrate", ""):
+        _check_pictures(own_options.calibrate, whole="components" in others)  # type: ignore[attr-defined]
     passes = {"disable_pass": tuple(disable_pass), "dump_graphs": None if dump_graphs is None else Path(dump_graphs)}
     return Request(target=back_end, options=own_options, spec=spec, **passes, **others)  # type: ignore[arg-type]
 
@@ -187,6 +194,16 @@ def resolve_pipeline(
         )
     given = {**PROMPTS, **back_end.default_options, **options}
     return _resolved(back_end, given, components=chosen, fuse=fuse, **passes)
+
+
+def _check_pictures(folder: str, *, whole: bool) -> None:
+    """Refuse pictures to calibrate with that nothing looks at, or that are not there."""
+    if not whole:
+        fact = "a fusion encoder by itself looks at no picture"
+        raise SpecError(fact, subject="--calibrate", remedy="Leave --calibrate out, or take --pipeline.")
+    from sam3x.runtime.pictures import picture_files
+
+    picture_files(Path(folder))
 
 
 def check_available(target: Target) -> None:

@@ -64,7 +64,7 @@ def _walked(model: ImageModel, request: Request) -> dict[str, list[Sample]]:
         prompts = clamped(prompts, spec.batch)
         length = model.context_length if model.fixed_length else length
         case = f"{prompts} prompts, length {length}, {boxes} boxes, {queries} queries"
-        given = _given(model, prompts, length, boxes, spec.seed + index)
+        given = seeded_inputs(model, prompts, length, boxes, spec.seed + index)
         trace = walk(needed, given, lambda value, count=queries: value[:, :count], vision)  # type: ignore[misc]
         for component in (item for item in needed if item.name in trace):
             if component.name != "vision_encoder" or vision is None:
@@ -114,8 +114,8 @@ def branch_of(component: Component) -> str:
     return " ".join(f"{name}={value.tolist()}" for name, value in component.constants.items()) or "fixed"
 
 
-def _given(model: ImageModel, prompts: int, length: int, boxes: int, seed: int) -> Mapping[str, Tensor]:
-    """Seeded outer inputs: noise for a picture, texts of several lengths, prompts with all, some and no boxes."""
+def seeded_inputs(model: ImageModel, prompts: int, length: int, boxes: int, seed: int) -> dict[str, Tensor]:
+    """Outer inputs: noise for a picture, texts of several lengths, prompts with all, some and no boxes."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, max(2, model.vocab_size), (prompts, length), generator=generator)
     box_mask = torch.zeros((prompts, boxes), dtype=torch.bool)

@@ -6,12 +6,15 @@ loops, and takes no ``Gemm`` whose weight stands outside of one.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from sam3x.targets.onnx.calibrate import Ranges
 
 SMALLEST, SMALLEST_OUTPUT = 256, 16
 """Elements of a weight worth quantizing; features of a product that is no head, whose numbers are boxes or scores."""
@@ -55,12 +58,16 @@ def _unmarked(graph: ir.Graph) -> set[ir.Value]:
     return found
 
 
-def quantize(model: ir.Model) -> dict[str, Any]:
+def quantize(model: ir.Model, ranges_of: Callable[[Collection[str]], Ranges] | None = None) -> dict[str, Any]:
     """Every ``Gemm`` and ``MatMul`` with a large constant → ``DynamicQuantizeLinear``, ``MatMulInteger``, scales; in place.
 
     Weights are symmetric with a scale for each output channel; activations are uint8, one scale and zero point for the
     tensor, or for the tile of it where a loop takes tiles.
     Products with a marked weight stay float32.
+
+    Args:
+        ranges_of: gives the ranges of activations of the outermost graph, whose scales are then constants, by
+            ``QuantizeLinear``; those of loops and conditionals are still a run's own.
 
     Returns:
         Metadata for the manifest: how many products are in int8, and what to know of them.
@@ -69,7 +76,8 @@ def quantize(model: ir.Model) -> dict[str, Any]:
 
     stored: dict[tuple[ir.Value, bool], tuple[ir.Value, ir.Value]] = {}
     given: dict[tuple[ir.Graph, ir.Value], Any] = {}
-    kept, count = _unmarked(model.graph), 0
+    products: list[tuple[ir.Node, ir.Value, bool]]
+    kept, products = _unmarked(model.graph), []
     for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
         weight = node.inputs[1] if node.op_type in ("Gemm", "MatMul") else None
         tensor = None if weight is None else weight.const_value
@@ -81,14 +89,45 @@ def quantize(model: ir.Model) -> dict[str, Any]:
             continue
         if tensor.dtype != ir.DataType.FLOAT or tensor.numpy().shape[0 if turned else 1] < SMALLEST_OUTPUT:
             continue
+        products.append((node, weight, turned))
+    if ranges_of is not None:
+        given |= _constant_scales(model.graph, [node for node, _, _ in products if node.graph is model.graph], ranges_of)
+    calibrated = sum((node.graph, node.inputs[0]) in given for node, _, _ in products)
+    for node, weight, turned in products:
         if (weight, turned) not in stored:
             stored[weight, turned] = _store(model.graph, weight, turned)
         _replace(node, stored[weight, turned], given)
-        count += 1
     for weight, _ in stored:
         if not weight.uses() and not weight.is_graph_output():
             model.graph.initializers.pop(str(weight.name), None)
-    return {"int8_products": count, "notes": [_SATURATES] if count else []}
+    counts = {"int8_products": len(products), **({} if ranges_of is None else {"calibrated_products": calibrated})}
+    return {**counts, "notes": [_SATURATES] if products else []}
+
+
+def _constant_scales(
+    graph: ir.Graph, products: Sequence[ir.Node], ranges_of: Callable[[Collection[str]], Ranges]
+) -> dict[tuple[ir.Graph, ir.Value], Any]:
+    """Quantize each activation that has a range, behind where it is made; returns it as ``_replace`` takes it."""
+    import onnx_ir as ir
+    from onnxruntime.quantization.quant_utils import compute_scale_zp
+
+    values = {str(node.inputs[0].name): node.inputs[0] for node in products if node.inputs[0] is not None}
+    found: dict[tuple[ir.Graph, ir.Value], Any] = {}
+    for name, (low, high) in ranges_of(values).items():
+        x = values[name]
+        zero_point, step = compute_scale_zp(low, high, np.uint8(0), np.uint8(255))
+        scale = _initializer(graph, f"{name}_scale", np.asarray(step, np.float32))
+        zero = _initializer(graph, f"{name}_zero_point", np.asarray(zero_point, np.uint8))
+        made = ir.node("QuantizeLinear", [x, scale, zero], name=f"{name}_quantizelinear")
+        whole = made.outputs[0]
+        whole.name, whole.dtype, whole.shape = f"{name}_quantized", ir.DataType.UINT8, x.shape
+        producer = x.producer()
+        if producer is None:
+            graph.insert_before(graph[0], [made])
+        else:
+            graph.insert_after(producer, [made])
+        found[graph, x] = (whole, scale, zero)
+    return found
 
 
 def _store(graph: ir.Graph, weight: ir.Value, turned: bool) -> tuple[ir.Value, ir.Value]:

@@ -69,6 +69,8 @@ class OnnxOptions(AttentionMemory, Float32Operations):
             activations as they come. Inputs and outputs stay float32.
         weights: how the file stores weights that are rounded to less (``int8``: a scale an output channel); inputs, outputs
             and arithmetic stay float32.
+        calibrate: a folder of pictures; with ``int8``, whose scales of activations are then constants: of what these pictures
+            and the inputs of verification give, where no loop or conditional stands around the product.
         attention_memory: a whole number and a unit, as in ``256MB``: what the scores of one attention may take. ``ort`` needs
             it only for masked attention over many keys, ``decomposed`` not at all.
         layout: ``triton``: the folder is a model repository for Triton Inference Server.
@@ -88,6 +90,11 @@ class OnnxOptions(AttentionMemory, Float32Operations):
         "fp32", description="of the arithmetic (fp16: sums and boxes stay fp32; int8: linears)."
     )
     weights: Literal["fp32", "fp16", "int8"] = Field("fp32", description="storage alone; what computes stays float32.")
+    calibrate: str = Field(
+        "",
+        description="folder of pictures from which int8 takes the scales of activations, once; left out: each run has its own.",
+        json_schema_extra={"metavar": "DIR"},
+    )
     layout: Layout = Field("flat", description=DESCRIPTION)
 
     @model_validator(mode="before")
@@ -105,6 +112,8 @@ class OnnxOptions(AttentionMemory, Float32Operations):
     def _one_of_both(self) -> OnnxOptions:
         if self.precision != "fp32" and self.weights != "fp32":
             raise ValueError(f"precision {self.precision} stores its weights so; leave weights out")
+        if self.calibrate and self.precision != "int8":
+            raise ValueError("calibrate: pictures give scales of int8; add --precision int8, or leave --calibrate out")
         return self
 
 
@@ -184,6 +193,7 @@ class OnnxTarget(Target):
         from torch.onnx._internal.exporter import _core, _fx_passes
 
         from sam3x.targets.onnx import attention as onnx_attention
+        from sam3x.targets.onnx import calibrate as onnx_calibrate
         from sam3x.targets.onnx import feed_forward as onnx_feed_forward
         from sam3x.targets.onnx import file as onnx_file
         from sam3x.targets.onnx import gelu as onnx_gelu
@@ -213,7 +223,9 @@ class OnnxTarget(Target):
                 _make_plain(model)
                 metadata = onnx_weights.store(model, options.weights)
                 if options.precision == "int8":
-                    metadata |= onnx_quantize.quantize(model)
+                    given = [{name: value.numpy() for name, value in inputs.items()} for inputs in captured.calibration]
+                    ranges = functools.partial(onnx_calibrate.ranges_of, model, inputs=given, folder=path.parent)
+                    metadata |= onnx_quantize.quantize(model, ranges if given else None)
                 _set_opset(model, self.opset, onnx_attention.domains(options.attention))
         except Exception as error:
             root: BaseException = error

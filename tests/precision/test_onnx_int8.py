@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterator
@@ -14,17 +15,19 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
+from PIL import Image
 from torch import nn
 
 import sam3x
 from sam3x import api
-from sam3x.errors import PreconditionError, VerificationError
+from sam3x.errors import PreconditionError, SpecError, VerificationError
 from sam3x.pipeline import export_pipeline, module_image_source
 from sam3x.pipeline.compatibility import SMALL
 from sam3x.precision.doctor import doctor
 from sam3x.sources.image import random_image_source
 from sam3x.targets.onnx import quantize as onnx_quantize
+from sam3x.targets.onnx.calibrate import ranges_of
 from support.upstream import encoder_of
 
 BRANCHES = {f"dac={dac} pre_norm={pre}" for dac, pre in itertools.product((False, True), repeat=2)}
@@ -120,6 +123,84 @@ def test_numbers_and_nodes_are_those_of_onnxruntimes_quantizer(kind: str, tmp_pa
     ]
     theirs = next(item for item in stored[1] if item.size == weight.size)
     assert np.array_equal(stored[0][0], theirs)
+
+
+class Batches:
+    """As ``CalibrationDataReader``."""
+
+    def __init__(self, batches: list[np.ndarray]) -> None:
+        self.left = iter(batches)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(({"x": batch} for batch in self.left), None)
+
+
+def test_constant_scales_are_those_of_onnxruntimes_static_quantizer(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    weight = rng.standard_normal((24, 40)).astype(np.float32)
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"], "matmul")],
+        "g",
+        [info("x", onnx.TensorProto.FLOAT, ["n", 24])],
+        [info("y", onnx.TensorProto.FLOAT, ["n", 40])],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    onnx.save(model, tmp_path / "float.onnx")
+    batches = [(rng.standard_normal((rows, 24)) * 3 + 1).astype(np.float32) for rows in (5, 9)]
+    quantize_static(tmp_path / "float.onnx", tmp_path / "theirs.onnx", Batches(batches), per_channel=True)
+    theirs = {item.name: onnx.numpy_helper.to_array(item) for item in onnx.load(tmp_path / "theirs.onnx").graph.initializer}
+    mine = ir.serde.deserialize_model(model)
+    ranges = functools.partial(ranges_of, mine, inputs=[{"x": batch} for batch in batches], folder=tmp_path)
+    assert onnx_quantize.quantize(mine, ranges)["calibrated_products"] == 1
+    stored = {name: value.const_value.numpy() for name, value in mine.graph.initializers.items()}  # type: ignore[union-attr]
+    assert int(stored["x_zero_point"]) - int(theirs["x_zero_point"]) == 128  # theirs is int8
+    assert stored["x_scale"] == theirs["x_scale"] and not list(tmp_path.glob("tmp*"))
+    ir.save(mine, tmp_path / "mine.onnx")
+    onnx.checker.check_model(str(tmp_path / "mine.onnx"), full_check=True)
+    session = ort.InferenceSession(tmp_path / "mine.onnx", providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"x": batches[0]})
+    scale, zero = stored["x_scale"], float(stored["x_zero_point"])
+    rounded = ((batches[0] / scale + zero).round().clip(0, 255) - zero) * scale
+    wanted = rounded @ (onnx_quantize.channels(weight)[0] * onnx_quantize.channels(weight)[1])
+    assert np.abs(got - wanted).max() < 1e-4
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed in range(2):
+        pixels = np.random.default_rng(seed).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{seed}.png")
+    return folder
+
+
+def test_scales_of_a_users_pictures(pictures: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"components": ["vision_encoder"], "precision": "int8", "calibrate": str(pictures)}
+    manifest = export_pipeline(random_image_source(SMALL), output=tmp_path / "out", **options)
+    item = manifest.component("vision_encoder")
+    assert manifest.verified and 0 < item.metadata["calibrated_products"] <= item.metadata["int8_products"]
+    found = Counter(node.op_type for depth, node in nodes_of(onnx.load(tmp_path / "out" / item.file).graph) if not depth)
+    assert found["QuantizeLinear"] and not found["DynamicQuantizeLinear"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"precision": "fp16"}, "calibrate: pictures give scales of int8; add --precision int8, or leave --calibrate out"),
+        ({}, "calibrate: pictures give scales of int8"),
+        ({"precision": "int8", "target": "pte"}, "calibrate: no option of an export to pte"),
+        ({"precision": "int8", "calibrate": "nowhere"}, "nowhere"),
+    ],
+)
+def test_pictures_that_nothing_is_calibrated_with_are_refused(options: dict[str, Any], said: str, pictures: Path) -> None:
+    with pytest.raises(SpecError, match=said):
+        export_pipeline(random_image_source(SMALL), output=pictures / "out", **{"calibrate": str(pictures), **options})
+    with pytest.raises(SpecError, match="a fusion encoder by itself looks at no picture"):
+        sam3x.export(encoder_of(1), output=pictures / "out", precision="int8", calibrate=str(pictures))
+    assert not (pictures / "out").exists()
 
 
 def test_the_doctor_finds_what_int8_ruins(tmp_path: Path) -> None:
