@@ -9,6 +9,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._prims_common import is_contiguous_or_false
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
@@ -26,9 +27,13 @@ def fake_mode_of(module: GraphModule) -> Any:
 
 @contextlib.contextmanager
 def quietly(fake_mode: Any) -> Iterator[None]:
-    """Compute on fake tensors without adding guards or pending symbols."""
+    """Compute on fake tensors without adding guards or pending symbols.
+
+    With torch's Python kernels, as in a trace: some in C++, ``constant_pad_nd``, make numbers of symbols.
+    """
     env = getattr(fake_mode, "shape_env", None)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(enable_python_dispatcher())
         if fake_mode is not None:
             stack.enter_context(fake_mode)
         if env is not None:

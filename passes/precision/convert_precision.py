@@ -290,17 +290,10 @@ class ConvertToHalfPass(Pass):
                     node.kwargs = {**node.kwargs, "dtype": torch.float16}
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda item: item.meta["val"])
                 with quietly(fake_mode):
-                    node.meta["val"] = _like(node.meta.get("val"), node.target(*args, **kwargs))
+                    node.meta["val"] = node.target(*args, **kwargs)
         _restore_outputs(program)
         constants.drop_unused()
         return PassResult(rewrites=rewrites)
-
-
-def _like(before: Any, after: Any) -> Any:
-    """``before`` in the dtypes of ``after``, whose sizes say less: some operators make a number of a symbol."""
-    if isinstance(before, (tuple, list)):
-        return type(before)(_like(*pair) for pair in zip(before, after, strict=True))
-    return before.to(after.dtype) if isinstance(before, torch.Tensor) else before
 
 
 def _is_float(node: Any) -> bool:

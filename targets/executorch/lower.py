@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 from torch.utils._sympy.value_ranges import ValueRanges
 
@@ -91,6 +92,7 @@ def _graph_order() -> Iterator[None]:
         lowered_backend_module.legalize_graph = before
 
 
+@torch.no_grad()
 def write(captured: CapturedProgram, path: Path, delegate: str, precision: str, contract: str) -> dict[str, Any]:
     """Lower ``captured`` and write ``path``; returns the metadata of the lowered graph.
 
@@ -106,7 +108,15 @@ def write(captured: CapturedProgram, path: Path, delegate: str, precision: str, 
     captured, _ = PassPipeline(passes).run(captured)
     names = {"inputs": captured.input_names, "outputs": captured.output_names}
     own = delegate == "xnnpack"
-    with torch.no_grad(), _bounded(captured), _graph_order(), dynamic_slices(), passes_with_work(), suppressed_output():
+    # the dispatcher: its retraces otherwise make numbers of sizes, as ``emitter.quietly`` says
+    with (
+        enable_python_dispatcher(),
+        _bounded(captured),
+        _graph_order(),
+        dynamic_slices(),
+        passes_with_work(),
+        suppressed_output(),
+    ):
         program = NodeByNodeProgram.of(captured.program) if own else captured.program
         edge = to_edge_transform_and_lower(
             program,

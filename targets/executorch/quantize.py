@@ -29,7 +29,12 @@ def _quantized(captured: CapturedProgram) -> CapturedProgram:
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    quantizer = XNNPACKQuantizer().set_global(_config()).set_filter_function(_is_projection)
+    class Quantizer(XNNPACKQuantizer):
+        def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+            """Leave numbers as they are: as float32 tensors they make floats of the whole numbers that they are added to."""
+            return model
+
+    quantizer = Quantizer().set_global(_config()).set_filter_function(_is_projection)
     prepared = prepare_pt2e(captured.program.module(check_guards=False), quantizer)
     _observe_weights(prepared)
     return _again(captured, convert_pt2e(prepared))
