@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ import typer
 
 from sam3x.cli.console import reporting
 from sam3x.cli.options import Quiet, Verbose, named_path
+from sam3x.errors import SpecError, Step, TargetUnavailableError
 
 PIPELINE, PICTURE, SCENE = "demo", "demo.png", "demo-scene.png"
+PACKAGES = ("torch", "torchvision", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime", "tokenizers", "PIL")
 
 
 def demo(
@@ -27,6 +30,7 @@ def demo(
     Writes FOLDER/demo (the exported pipeline), FOLDER/demo-scene.png (the picture) and FOLDER/demo.png (the answers).
     """
     with reporting(verbose):
+        _check(output)
         folder = output / PIPELINE
         flags = [flag for flag, given in (("--quiet", quiet), ("--verbose", verbose)) if given]
         command = [sys.executable, "-m", "sam3x", "export", "--pipeline", "--demo", "-o", str(folder), *flags]
@@ -49,3 +53,23 @@ def demo(
                 typer.echo(f"{asked}: {f'{len(result)} found, scores {scores}' if len(result) else 'nothing found'}")
             typer.echo(f"The answers are drawn in {output / PICTURE}. Ask your own, without torch:")
             typer.echo(f'  sam3x run {folder} {output / SCENE} --text "green triangle" -o {output / "green.png"}')
+
+
+def _check(output: Path) -> None:
+    """What can be known before the export, which takes a while.
+
+    Raises:
+        TargetUnavailableError: packages are missing.
+        SpecError: the folder is none, or holds pictures that no demo wrote.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        remedy = 'Install it: pip install "sam3x[onnx,transformers,runtime]"'
+        raise TargetUnavailableError(f"the demo needs {', '.join(missing)}", remedy=remedy, step=Step.RUN)
+    above = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise SpecError(f"{output} cannot be written ({above} is a file)", remedy="Choose another --output.", step=Step.RUN)
+    taken = [output / name for name in (PICTURE, SCENE) if (output / name).exists()]
+    if taken and not (output / PIPELINE / "manifest.json").exists():
+        fact = f"{taken[0]} would be overwritten, and no demo wrote it"
+        raise SpecError(fact, remedy="Move it, or choose another --output.", step=Step.RUN)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sam3x.cli.console import reporting
+from sam3x.cli.options import named_path
 from sam3x.errors import SpecError, Step
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def web(
     folder: Annotated[Path, typer.Argument(help="What `sam3x export --pipeline` wrote, to ONNX.", metavar="FOLDER")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Write the page and the files it runs there."),
+        typer.Option("--output", "-o", parser=named_path, metavar="DIR", help="Write the page and the files it runs there."),
     ] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Serve the page, with the headers that give it threads.")] = False,
     host: Annotated[str, typer.Option("--host", metavar="NAME", help="Where --serve listens.")] = "127.0.0.1",
@@ -53,10 +54,10 @@ def web(
 
 def _serve(site: Site, host: str, port: int, quiet: bool) -> None:
     """Serve until Ctrl-C, which is how it ends."""
-    from sam3x.web.serve import server_of
+    from sam3x.web.serve import server_of, url_of
 
     with server_of(site, host, port) as server, contextlib.suppress(KeyboardInterrupt):
-        _say(f"http://{host}:{server.server_port}/ (Ctrl-C ends it)", quiet)
+        _say(f"{url_of(server, host)} (Ctrl-C ends it)", quiet)
         server.serve_forever()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ def server_of(site: Site, host: str, port: int) -> ThreadingHTTPServer:
     """A server of the files of ``site`` and of nothing else, bound and not yet running.
 
     Args:
-        port: 0 takes a free one; ``server_port`` tells it.
+        host: a name, an address of IPv4 or IPv6, or 0.0.0.0 or :: for every address that this machine has.
+        port: 0 takes a free one; ``url_of`` tells it.
 
     Raises:
         SpecError: it cannot listen there.
@@ -34,13 +37,33 @@ def server_of(site: Site, host: str, port: int) -> ThreadingHTTPServer:
     class Handler(_Handler):
         files = site.files
 
+    class Server(_Server):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
     try:
-        return ThreadingHTTPServer((host, port), Handler)
+        return Server((host, port), Handler)
     except OSError as error:
         fact = f"nothing can be served at {host}:{port} ({error.strerror or error})"
-        raise SpecError(fact, remedy="Choose another --port.", step=Step.WEB) from error
+        option = "--host" if isinstance(error, socket.gaierror) else "--port"
+        raise SpecError(fact, remedy=f"Choose another {option}.", step=Step.WEB) from error
     except OverflowError as error:
         raise SpecError(f"a port is a number up to 65535, got {port}", step=Step.WEB) from error
+
+
+def url_of(server: ThreadingHTTPServer, host: str) -> str:
+    """The address of a server at ``host`` that a browser on this machine opens; as localhost it may have threads."""
+    name = "localhost" if host in _EVERY else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{server.server_port}/"
+
+
+_EVERY = ("", "0.0.0.0", "::")
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a browser that went away, as each does that is reloaded while it loads."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(SimpleHTTPRequestHandler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -51,6 +52,22 @@ def test_demo_names_the_model_alone(tmp_path: Path) -> None:
 
 def test_what_was_exported_is_verified_again(demo_pipeline: Path) -> None:
     assert run("verify", demo_pipeline, "--demo", "-q").exit_code == 0
+
+
+def test_what_the_demo_cannot_do_is_told_before_it_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "demo.png").write_text("mine")
+    for output, fact in (
+        (tmp_path, "demo.png would be overwritten, and no demo wrote it"),
+        (tmp_path / "demo.png", "demo.png cannot be written"),
+        (tmp_path / "demo.png" / "out", "is a file"),
+    ):
+        done = run("demo", "-o", output)
+        assert done.exit_code == 2 and fact in done.stderr.replace("\n", ""), done.stderr
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("transformers", "onnx") else found(name))
+    done = run("demo", "-o", tmp_path / "out")
+    assert done.exit_code == 2 and 'needs transformers, onnx. Install it: pip install "sam3x[onnx,' in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.png"] and (tmp_path / "demo.png").read_text() == "mine"
 
 
 @pytest.mark.long

@@ -6,9 +6,15 @@ import http.client
 import json
 import re
 import shutil
+import socket
+import struct
+import threading
+import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -16,7 +22,7 @@ from sam3x.artifact.manifest import MANIFEST, read_manifest, sealed
 from sam3x.errors import ArtifactError, Sam3xError, SpecError, TargetUnavailableError
 from sam3x.runtime import Segmenter
 from sam3x.web import site as site_module
-from sam3x.web.serve import server_of
+from sam3x.web.serve import server_of, url_of
 from sam3x.web.site import SITE, Site, opened_site, write_site
 from support.command_line import run
 from support.folders import altered
@@ -169,6 +175,49 @@ def test_a_port_that_is_taken_is_told(tiny_pipeline: Path, fake_modules: Path) -
             server_of(site, "127.0.0.1", server.server_port)
         with pytest.raises(SpecError, match="up to 65535"):
             server_of(site, "127.0.0.1", 70_000)
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("host", "shown"), [("::1", "[::1]"), ("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "localhost")])
+def test_the_address_that_is_told_is_served_and_a_browser_may_go_away(
+    host: str, shown: str, tiny_pipeline: Path, fake_modules: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if host == "::1" and not has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    large = tmp_path / "large"
+    large.write_bytes(bytes(1 << 24))
+    with opened_site(tiny_pipeline, fake_modules) as site:
+        server = server_of(replace(site, files={**site.files, "large": large}), host, 0)
+    url = url_of(server, host)
+    assert url == f"http://{shown}:{server.server_port}/"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        with socket.create_connection((urlsplit(url).hostname, server.server_port)) as leaving:
+            leaving.sendall(b"GET /large HTTP/1.1\r\n\r\n")
+            leaving.recv(10)
+            leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, as a closed tab does
+        with urllib.request.urlopen(f"{url}page.css") as answer:
+            assert answer.status == 200
+    finally:
+        server.shutdown()
+        server.server_close()  # waits for its threads
+        thread.join()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_host_that_is_none_and_a_folder_without_a_name_are_told(tiny_pipeline: Path, fake_modules: Path) -> None:
+    with opened_site(tiny_pipeline, fake_modules) as site, pytest.raises(SpecError, match="Choose another --host"):
+        server_of(site, "256.1.1.1", 0)
+    done = run("web", tiny_pipeline, "-o", "")
+    assert done.exit_code == 2 and "it is empty" in done.output
 
 
 def test_there_must_be_something_to_do(tmp_path: Path) -> None:

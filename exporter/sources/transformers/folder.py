@@ -45,11 +45,11 @@ def read_folder(folder: Path) -> ReadFolder:
     kind = _model_type(folder)
     with untouched():
         try:
+            import torchvision  # noqa: F401 - transformers pools boxes by it, and would miss it only when it does
             import transformers
-        except ImportError:
-            raise SourceError(
-                "reading it needs transformers", remedy='Install it: pip install "sam3x[transformers]".'
-            ) from None
+        except ImportError as error:
+            package = (error.name or "transformers").partition(".")[0]
+            raise SourceError(f"reading it needs {package}", remedy='Install it: pip install "sam3x[transformers]".') from None
         loader: Any = getattr(transformers, _class_of(kind, folder))
         try:
             model, loaded = loader.from_pretrained(
