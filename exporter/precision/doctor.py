@@ -26,7 +26,7 @@ from sam3x.passes.attention.simplify_attention_masks import SimplifyAttentionMas
 from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.passes.graph.aten_nodes import SDPA, aten
 from sam3x.passes.graph.op_paths import float_ops, op_name
-from sam3x.passes.precision.convert_precision import MOVES
+from sam3x.passes.precision.convert_precision import MOVES, positions
 from sam3x.precision.attention import emulated_attention
 from sam3x.precision.doctor_report import BOUNDS, AttentionForm, DoctorReport, OperationReport, Precision
 from sam3x.sources.encoder import Source, source_for
@@ -187,7 +187,8 @@ class Probe:
         self, program: CapturedProgram, samples: Sequence[Sample], dtype: torch.dtype, attention: AttentionForm = "layer"
     ) -> None:
         self.program, self.samples, self.dtype, self.attention = program, tuple(samples), dtype, attention
-        self.nodes = {node: path for node, path in float_ops(program.program) if self._rounds(node)}
+        exact = positions(program.program)
+        self.nodes = {node: path for node, path in float_ops(program.program) if node not in exact and self._rounds(node)}
         self.paths = tuple(dict.fromkeys(path for node, path in self.nodes.items() if not _is_constant(node)))
         self.kinds = {path: op_name(node) for node, path in reversed(self.nodes.items())}
         self.expected = [program.eager(sample.inputs) for sample in self.samples]

@@ -76,7 +76,7 @@ class ConvertPrecisionPass(Pass):
         fp32_ops: operations that stay in float32, by the names of ``op_paths.matching``.
         stays: tells of a node whether it is float32, as where the back end has it in that alone.
         follows: tells of a node whether it computes in the widest dtype of what it is given, constants aside; None: only what
-            moves numbers does, and its constants count.
+            moves numbers does, and its constants count, and what is computed of sizes alone is float32.
         shared: whether ``fp32_ops`` are given to several graphs: a name that this one has not is then no fault of it.
     """
 
@@ -106,11 +106,27 @@ class ConvertPrecisionPass(Pass):
         in_float32, _ = matching(op_paths(program), self.fp32_ops)
         in_float32 = {
             *in_float32,
+            *(positions(program) if self.follows is None else ()),
             *(node for _, module in graph_modules(program) for node in module.graph.nodes if self.stays(node)),
         }
         rewrites = _Converter(program.graph_module, self.dtype, in_float32, self.follows).run(_constants(program))
         _restore_outputs(program)
         return PassResult(rewrites=rewrites, match_failures=failures)
+
+
+def positions(program: ExportedProgram) -> set[Node]:
+    """What is computed of sizes alone, as encodings of positions: it is float32, and rounded once, where it is used.
+
+    Its sines and cosines would be some 0.002 off if their angles were rounded.
+    """
+    found: set[Node] = set()
+    for node in program.graph.nodes:
+        tensors = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), torch.Tensor)]
+        if node.op != "call_function" or node.target in FILLS or is_cond(node):
+            continue
+        if node.target in _RANGES or (tensors and all(item in found or item.target in FILLS for item in tensors)):
+            found.add(node)
+    return found
 
 
 def _constants(program: ExportedProgram) -> set[Node]:
