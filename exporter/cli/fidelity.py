@@ -14,7 +14,7 @@ import typer
 
 from sam3x.cli.console import reporting, shown_steps, suppressed_output
 from sam3x.cli.options import Json, Quiet, Verbose, named_path
-from sam3x.errors import SpecError, Step
+from sam3x.errors import SpecError, Step, VerificationError
 
 if TYPE_CHECKING:
     from sam3x.cli.views import Steps
@@ -98,7 +98,9 @@ def fidelity(
         with shown_steps(quiet) as steps:
             opened = _pipelines(folders, threads) if folders else []
             cases = _cases(annotations, pictures, limit, absent, steps)
-            contenders = list(_measured(opened or _exported(wanted, output, threads, steps, verbose), cases, steps))
+            left_out: list[str] = []
+            made = opened or _exported(wanted, output, threads, steps, verbose, left_out)
+            contenders = list(_measured(made, cases, steps))
             steps.end()
         words = ["sam3x", "fidelity", *map(str, folders or ())]
         words += [word for name in targets or () for word in ("--target", name)]
@@ -112,7 +114,7 @@ def fidelity(
         words += [word for name, value in given if value is not None for word in (f"--{name}", str(value))]
         if page is not None:
             of = "the demo's held-out set" if annotations is None else annotations.name
-            text = report.markdown(contenders, shlex.join(words), of)
+            text = report.markdown(contenders, shlex.join(words), of, left_out)
             written(page, lambda file: file.write_text(text, encoding="utf-8"))
         if as_json:
             typer.echo(json.dumps(report.document(contenders), indent=2))
@@ -204,8 +206,10 @@ def _pipelines(folders: list[Path], threads: int | None) -> list[Opened]:
     return opened
 
 
-def _exported(targets: list[str], output: Path | None, threads: int | None, steps: Steps, verbose: bool) -> Iterator[Opened]:
-    """The same of the demo's model, each exported when it is its turn."""
+def _exported(
+    targets: list[str], output: Path | None, threads: int | None, steps: Steps, verbose: bool, left_out: list[str]
+) -> Iterator[Opened]:
+    """The same of the demo's model, each exported when it is its turn; ``left_out`` is given those that fail verification."""
     with suppressed_output(verbose), tempfile.TemporaryDirectory() as scratch:
         from sam3x.demo import WEIGHTS
         from sam3x.fidelity.emulated import EmulatedSegmenter
@@ -220,7 +224,12 @@ def _exported(targets: list[str], output: Path | None, threads: int | None, step
         for target, options in exports:
             folder = (output or Path(scratch)) / "-".join((target, *(f"{key}-{value}" for key, value in options.items())))
             if not _is_of(folder, model.weights_sha256):
-                export_pipeline(source, target=target, output=folder, progress=steps.begin, **options)
+                try:
+                    export_pipeline(source, target=target, output=folder, progress=steps.begin, **options)
+                except VerificationError as error:  # the other rows are worth having without it
+                    left_out.append(f"{target} {' '.join(options.values())}: {error}")
+                    steps.say(left_out[-1], warn=True)
+                    continue
             segmenter = _segmenter(folder, threads)
             yield _named(segmenter), segmenter, _megabytes(segmenter)
         reference = (output or Path(scratch)) / "onnx"

@@ -77,11 +77,11 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def markdown(contenders: Sequence[Contender], command: str, pictures: str) -> str:
+def markdown(contenders: Sequence[Contender], command: str, pictures: str, left_out: Sequence[str] = ()) -> str:
     """The page ``docs/fidelity.md``.
 
     Args:
-        command: the one that makes it. pictures: whose they are.
+        command: the one that makes it. pictures: whose they are. left_out: what could not be exported, and why.
     """
     first = contenders[0].figures
     marked = [item.name for item in contenders if loses(item, contenders[0])]
@@ -103,6 +103,7 @@ def markdown(contenders: Sequence[Contender], command: str, pictures: str) -> st
         "",
         verdict,
         "",
+        *(line for item in left_out for line in (f"Left out: {item}", "")),
         *([f"Exported from other weights than the first: {', '.join(others)}.", ""] if others else []),
         "AP50 is COCO's, by pycocotools, the mean over phrases, of all answers; the other columns are of answers above the "
         "model's own threshold. A hit is an answer whose mask overlaps an annotated one by half, or whose box does where "

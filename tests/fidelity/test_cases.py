@@ -13,8 +13,9 @@ from PIL import Image
 
 from sam3x.artifact.manifest import read_manifest
 from sam3x.demo.scenes import draw, scene
-from sam3x.errors import SpecError
+from sam3x.errors import SpecError, Step, VerificationError
 from sam3x.fidelity.cases import coco_cases
+from sam3x.pipeline import export
 from support.command_line import run
 from support.folders import altered
 
@@ -146,3 +147,19 @@ def test_what_an_earlier_run_exported_of_the_same_weights_is_taken(demo_pipeline
     names = [item["name"] for item in json.loads(done.stdout)]
     assert names == ["onnx fp32", "trt tf32, emulated", "trt fp16, emulated", "trt bf16, emulated"]
     assert "capture" not in done.stderr and [path.name for path in tmp_path.iterdir()] == ["onnx"]
+
+
+def test_a_precision_that_fails_its_verification_is_left_out_and_told(
+    demo_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise VerificationError("it is too far off", step=Step.VERIFY)
+
+    monkeypatch.setattr(export, "export_pipeline", failing)
+    shutil.copytree(demo_pipeline, tmp_path / "onnx")
+    done = run("fidelity", "--target", "onnx", "--limit", "1", "-o", tmp_path, "--markdown", tmp_path / "page.md")
+    assert done.exit_code == 0, done.stderr
+    page = (tmp_path / "page.md").read_text()
+    assert (
+        "| onnx fp32 |" in page and page.count("Left out: ") == 4 and "onnx fp16: step 4/4 verify: it is too far off." in page
+    )
