@@ -141,8 +141,8 @@ def verification_sizes(spec: ExportSpec, *, peaked: bool = False) -> list[Sizes]
         wanted += [(2, 5184, 32, "some"), (6, 300, 7, "some")]
     sizes = [
         Sizes(
-            batch=clamped(b, spec.batch),
-            tokens=clamped(n, spec.halved_range),
+            batch=_near(b, spec.batch, halved=spec.dac_dim == 0 and spec.dac is not False),
+            tokens=_near(n, spec.halved_range, halved=spec.dac_dim == 1 and spec.dac is not False),
             prompt_length=clamped(s, spec.prompt_length),
             padding=p,
         )
@@ -153,6 +153,14 @@ def verification_sizes(spec: ExportSpec, *, peaked: bool = False) -> list[Sizes]
     unique = list(dict.fromkeys(sizes))
     padded = any(name.endswith("key_padding_mask") for name in spec.inputs)
     return unique if padded else list(dict.fromkeys(dataclasses.replace(size, padding="none") for size in unique))
+
+
+def _near(value: int, bounds: tuple[int, int], *, halved: bool) -> int:
+    """``clamped``; for an even ``value`` of a dimension that dac may halve the nearest even size."""
+    found = clamped(value, bounds)
+    if halved and value % 2 == 0 and found % 2:
+        return next((size for size in (found + 1, found - 1) if bounds[0] <= size <= bounds[1]), found)
+    return found
 
 
 def can_run(spec: ExportSpec, sizes: Sizes, flags: dict[str, Tensor]) -> bool:
