@@ -52,7 +52,8 @@ class Figures:
         box_ap50, mask_ap50: COCO's AP at IoU 0.5, the mean over phrases, of all answers. None: nothing is annotated.
         mask_iou: mean over the hits, which are answers above the threshold whose mask overlaps an annotated one by half.
             Where boxes alone are annotated hits are of boxes, and ``mask_iou`` and ``mask_ap50`` are None.
-        recall: share of the annotated objects that were hit. false_alarms: share of the prompts for nothing with an answer.
+        recall: share of the annotated objects that were hit. precision: share of the answers above the threshold that are hits;
+            what lies on a crowd counts neither way. false_alarms: share of the prompts for nothing with an answer.
         pictures, prompts, objects: how many; crowds, which need not be found, are no objects.
     """
 
@@ -60,6 +61,7 @@ class Figures:
     mask_ap50: float | None
     mask_iou: float | None
     recall: float | None
+    precision: float | None
     false_alarms: float | None
     pictures: int
     prompts: int
@@ -76,19 +78,19 @@ def encode(masks: np.ndarray) -> list[dict[str, Any]]:
     return made.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8))) if len(masks) else []
 
 
-def box_ious(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(N, 4) and (K, 4) corners in pixels → (N, K) IoU."""
+def box_ious(first: np.ndarray, second: np.ndarray, crowd: bool = False) -> np.ndarray:
+    """(N, 4) and (K, 4) corners in pixels → (N, K) IoU; ``crowd``: the share of the first that lies in the second."""
     if not len(first) or not len(second):
         return np.zeros((len(first), len(second)))
     given = (np.array([_xywh(box) for box in boxes]) for boxes in (first, second))
-    return np.asarray(tools().iou(*given, [False] * len(second)))
+    return np.asarray(tools().iou(*given, [crowd] * len(second)))
 
 
-def mask_ious(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -> np.ndarray:
-    """(N, K) IoU of masks as RLE."""
+def mask_ious(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]], crowd: bool = False) -> np.ndarray:
+    """(N, K) IoU of masks as RLE; ``crowd``: the share of the first that lies in the second."""
     if not first or not second:
         return np.zeros((len(first), len(second)))
-    return np.asarray(tools().iou(list(first), list(second), [False] * len(second)))
+    return np.asarray(tools().iou(list(first), list(second), [crowd] * len(second)))
 
 
 def score(asked: Sequence[Asked], answers: Sequence[Answers], threshold: float) -> Figures:
@@ -104,30 +106,40 @@ def score(asked: Sequence[Asked], answers: Sequence[Answers], threshold: float) 
     truth, found, shapes = _documents(asked, answers, {name: index + 1 for index, name in enumerate(names)})
     of_masks = all(item.masks is not None for item in asked)
     overlaps: list[float] = []
-    nothing = alarmed = wanted = 0
+    nothing = alarmed = wanted = answered = 0
     for item, given in zip(asked, answers, strict=True):
         kept = np.flatnonzero(given.scores > threshold)
+        answered += len(kept)
         if not len(item.boxes):
             nothing += 1
             alarmed += bool(len(kept))
             continue
         own = np.flatnonzero(~item.crowd)
-        if item.masks is None:
-            shared = box_ious(given.boxes[kept], item.boxes[own])
-        else:
-            shared = mask_ious([given.masks[row] for row in kept], [item.masks[row] for row in own])
-        overlaps += [float(shared[pair]) for pair in pairs(shared)]
+        shared = _shared(given, kept, item, own)
+        hits = pairs(shared)
+        overlaps += [float(shared[pair]) for pair in hits]
         wanted += len(own)
+        others = np.delete(kept, [row for row, _ in hits])
+        on_crowds = _shared(given, others, item, np.flatnonzero(item.crowd), crowd=True)
+        answered -= int((on_crowds >= HIT).any(axis=1).sum())
     return Figures(
         box_ap50=_ap50(truth, found, shapes, names, "bbox") if wanted else None,
         mask_ap50=_ap50(truth, found, shapes, names, "segm") if wanted and of_masks else None,
         mask_iou=float(np.mean(overlaps)) if overlaps and of_masks else None,
         recall=len(overlaps) / wanted if wanted else None,
+        precision=len(overlaps) / answered if answered else None,
         false_alarms=alarmed / nothing if nothing else None,
         pictures=len({item.picture for item in asked}),
         prompts=len(asked),
         objects=wanted,
     )
+
+
+def _shared(given: Answers, rows: np.ndarray, item: Asked, columns: np.ndarray, crowd: bool = False) -> np.ndarray:
+    """Overlaps of some answers with some of what is annotated: of masks where there are any, else of boxes."""
+    if item.masks is None:
+        return box_ious(given.boxes[rows], item.boxes[columns], crowd)
+    return mask_ious([given.masks[row] for row in rows], [item.masks[column] for column in columns], crowd)
 
 
 def pairs(overlaps: np.ndarray) -> list[tuple[int, int]]:

@@ -39,20 +39,20 @@ RIGHT = [answers((0.9, 0, 0), (0.8, 20, 20)), answers(), answers((0.7, 30, 5)), 
 def test_right_answers_have_full_marks() -> None:
     found = score(QUESTIONS, RIGHT, 0.5)
     assert found == Figures(
-        box_ap50=1.0, mask_ap50=1.0, mask_iou=1.0, recall=1.0, false_alarms=0.0, pictures=2, prompts=4, objects=4
+        box_ap50=1.0, mask_ap50=1.0, mask_iou=1.0, recall=1.0, precision=1.0, false_alarms=0.0, pictures=2, prompts=4, objects=4
     )
 
 
 def test_no_answer_has_none() -> None:
     found = score(QUESTIONS, [answers()] * 4, 0.5)
     assert (found.box_ap50, found.mask_ap50, found.recall, found.false_alarms) == (0.0, 0.0, 0.0, 0.0)
-    assert found.mask_iou is None
+    assert found.mask_iou is None and found.precision is None
 
 
 def test_a_lost_object_a_false_alarm_and_a_moved_mask_each_have_their_figure() -> None:
     moved = answers((0.7, 32, 5))  # 8 of 12 columns are common
     found = score(QUESTIONS, [answers((0.9, 0, 0)), answers((0.6, 3, 3)), moved, RIGHT[3]], 0.5)
-    assert found.recall == pytest.approx(3 / 4) and found.false_alarms == 1.0
+    assert found.recall == pytest.approx(3 / 4) and found.precision == pytest.approx(3 / 4) and found.false_alarms == 1.0
     assert found.mask_iou == pytest.approx((1 + 8 / 12 + 1) / 3)
     # dog: two of three found, all right: 67 of 101 recalls; cat: the false alarm scores as high as the hit
     assert found.box_ap50 == pytest.approx((67 / 101 + 0.5) / 2, abs=1e-3)
@@ -61,13 +61,15 @@ def test_a_lost_object_a_false_alarm_and_a_moved_mask_each_have_their_figure() -
 def test_faint_answers_count_for_average_precision_alone() -> None:
     faint = [replace(item, scores=item.scores * 0.1) for item in RIGHT]
     found = score(QUESTIONS, faint, 0.5)
-    assert found.box_ap50 == 1.0 and found.recall == 0.0 and found.mask_iou is None
+    assert found.box_ap50 == 1.0 and found.recall == 0.0 and found.mask_iou is None and found.precision is None
 
 
 def test_what_is_not_wanted_of_a_crowd_is_no_loss() -> None:
     crowd = replace(QUESTIONS[0], crowd=np.array([False, True]))
     found = score([crowd], [answers((0.9, 0, 0))], 0.5)
     assert found.box_ap50 == pytest.approx(1) and found.recall == 1.0
+    inside = score([crowd], [answers((0.9, 0, 0), (0.8, 21, 20), (0.8, 40, 0), (0.7, 1, 0))], 0.5)
+    assert inside.precision == pytest.approx(1 / 3)  # of a hit, one that hits nothing and one that hits the same again
 
 
 def test_hits_are_one_to_one() -> None:
