@@ -14,6 +14,7 @@ from sam3x.capture.program import CapturedProgram, Sample
 from sam3x.errors import Step, VerificationError
 from sam3x.targets.tensorrt.check import drift
 from sam3x.verify.compare import check_pass, compare, require
+from sam3x.verify.record import VerificationRecord
 
 
 @pytest.mark.parametrize(("off", "passed"), [(1e-5, True), (1e-4, True), (1e-3, False)])
@@ -150,3 +151,12 @@ def test_float64_of_another_shape_is_no_reference() -> None:
     sample = Sample(branch="fixed", case="ones", inputs={"tgt": torch.ones(2, 3)})
     (record,) = compare([sample], eager, eager)
     assert record.passed and record.float32_alone == "its shape is (6,) there"
+
+
+def test_a_failure_of_the_root_mean_square_says_so() -> None:
+    numbers: Any = {"max_abs": 1.8e-3, "max_rel": 2e-3, "allowed": 5.7e-3, "rms_rel": 2.5e-3, "eager_rms_rel": 7.9e-4}
+    record = VerificationRecord(branch="fixed", case="1 prompt", output="pred_boxes", passed=False, **numbers)
+    with pytest.raises(
+        VerificationError, match=r"2\.5e-03 of its size from eager in the root mean square, allowed 2\.4e-03: 3 times"
+    ):
+        require([record], Step.VERIFY, "pte decoder")
