@@ -78,7 +78,7 @@ def test_a_component_is_gone_before_the_next_is_exported(tmp_path: Path, monkeyp
     """The largest comes last, and by then no weight of another is in memory."""
     weights: dict[str, Any] = {}
 
-    def exported(self: ComponentJob, component: Any, cases: list[Any]) -> Any:
+    def exported(self: ComponentJob, component: Any, *cases: list[Any]) -> Any:
         gc.collect()
         assert not [name for name, value in weights.items() if value() is not None]
         sizes.append(sum(value.nbytes for value in component.module.parameters()))

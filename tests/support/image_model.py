@@ -172,9 +172,9 @@ def taken_from(exported: Path, *others: str) -> Callable[..., ComponentSpec]:
     """``ComponentJob.export`` that copies what ``exported`` has, in place of a minute's work, but for ``others``."""
     real, manifest = ComponentJob.export, load_manifest(exported)
 
-    def export(job: ComponentJob, component: Component, samples: Any) -> ComponentSpec:
+    def export(job: ComponentJob, component: Component, *samples: Any) -> ComponentSpec:
         if component.name in others:
-            return real(job, component, samples)
+            return real(job, component, *samples)
         spec = manifest.component(component.name)
         shutil.copy(exported / spec.file, job.folder)
         return spec.model_copy(update={"ranges": dict(component.ranges)})  # as asked: its file takes more
