@@ -149,6 +149,7 @@ def test_a_shared_weight_is_exported_and_stored_once(precision: str, tmp_path: P
     assert {name: value.data_ptr() for name, value in encoder.named_parameters(remove_duplicate=False)} == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", ["pte", "trt"])
 def test_a_shared_weight_is_exported_to_other_targets(target: str, tmp_path: Path) -> None:
     encoder = encoder_of(2)

@@ -64,6 +64,7 @@ def test_the_report_as_table_and_page(report: PipelineDoctorReport) -> None:
     assert PipelineDoctorReport.model_validate_json(report.model_dump_json()) == report
 
 
+@pytest.mark.long
 def test_its_proposal_exports(report: PipelineDoctorReport, model: nn.Module, tmp_path: Path) -> None:
     fp32_ops = report.option.partition("--fp32-ops ")[2]
     made = export_pipeline(
@@ -77,6 +78,7 @@ def test_its_proposal_exports(report: PipelineDoctorReport, model: nn.Module, tm
     assert made.verified
 
 
+@pytest.mark.long
 def test_a_name_of_several_components_need_not_be_in_each_and_must_be_in_one(model: nn.Module, tmp_path: Path) -> None:
     options: dict[str, Any] = {"components": [VISION, HEAD], "precision": "fp16", "verify": "off", "image_size": 56}
     blocks = "backbone.vision_backbone.trunk.blocks.1"  # the mask head has none

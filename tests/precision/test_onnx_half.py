@@ -155,6 +155,7 @@ def test_positions_norms_and_boxes_stay_in_float32_and_products_do_not() -> None
 # ---- pipelines
 
 
+@pytest.mark.long
 def test_a_component_of_a_pipeline(tiny_model: nn.Module, tmp_path: Path) -> None:
     options: dict[str, Any] = {"components": ["decoder"], "precision": "fp16"}
     manifest = export_pipeline(module_image_source(tiny_model), output=tmp_path / "out", **options)

@@ -90,6 +90,7 @@ def test_every_branch_gives_what_eager_gives(artifact: sam3x.Artifact, tmp_path:
     assert len({record.branch for record in records}) == 4 and all(record.passed for record in records)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("evaluated")
 def test_half_of_a_batch_that_the_run_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing stays in the temporary folder, where coremltools keeps each package until the process ends."""

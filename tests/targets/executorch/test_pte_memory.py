@@ -68,6 +68,7 @@ def test_a_fixed_prompt_takes_one_heads_scores_at_a_time(encoder: nn.Module, opt
     assert metadata["workspace_bytes"] <= scores + 8 * tokens
 
 
+@pytest.mark.long
 def test_scores_past_a_budget_are_computed_in_parts(
     encoder: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +84,7 @@ def test_scores_past_a_budget_are_computed_in_parts(
 BESIDE = ("tgt", "memory", "memory_key_padding_mask", "query_pos", "tgt_mask", "tgt_key_padding_mask")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{"inputs": BESIDE, "batch": (1, 2)}, {"inputs": ALL_MASKS, **ONE_BRANCH}], ids=str)
 def test_a_mask_of_all_pairs_beside_padding_stands_in_memory_once(
     encoder: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]

@@ -58,6 +58,7 @@ def test_peaked_attention_stays_as_near_to_float64_as_eager(tmp_path: Path) -> N
     check_branches(artifact, encoder, Sizes(batch=2, tokens=36, prompt_length=32), [(False, True)])
 
 
+@pytest.mark.long
 def test_dynamic_tokens_and_larger_batches(tmp_path: Path) -> None:
     encoder = encoder_of(1)
     artifact = export(encoder, tmp_path, tokens=(16, 64), batch=(1, 4))
@@ -163,6 +164,7 @@ def test_everything_heavy_is_one_delegate(canonical: CapturedProgram, tmp_path: 
     assert sum(metadata["portable"].values()) < 30 and metadata["planned_bytes"] < 2 * 36 * 32 * 4 + 10_000
 
 
+@pytest.mark.long
 def test_portable_kernels_alone(tmp_path: Path) -> None:
     artifact = export(encoder_of(1), tmp_path, delegate="none")
     metadata = artifact.manifest.metadata
