@@ -10,7 +10,7 @@ import typer
 
 from sam3x.cli.bench_pipeline import measure_pipeline
 from sam3x.cli.console import reporting, shown_steps
-from sam3x.cli.options import Checkpoint, Json, Module, Quiet, Verbose
+from sam3x.cli.options import Checkpoint, Json, Module, Quiet, Verbose, check_page
 from sam3x.errors import SpecError, Step
 
 
@@ -54,10 +54,7 @@ def bench(
     with reporting(verbose):
         files = {"--html": html, "--markdown": markdown}
         for option, path in files.items():
-            if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-                raise SpecError(
-                    f"{path} cannot be written", subject=option, remedy="Name a file in a folder that exists.", step=Step.BENCH
-                )
+            check_page(path, option, Step.BENCH)
         from sam3x.artifact.manifest import is_pipeline
 
         sizes: dict[str, Any] = {

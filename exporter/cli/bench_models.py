@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sam3x.cli.console import reporting, shown_steps
-from sam3x.cli.options import Checkpoint, Json, Module, Quiet, Verbose, named_path
+from sam3x.cli.options import Checkpoint, Json, Module, Quiet, Verbose, check_page, named_path
 from sam3x.cli.source_options import chosen_checkpoint
 from sam3x.errors import SpecError, Step, did_you_mean
 
@@ -43,30 +43,27 @@ def bench_models(
 ) -> None:
     """Export whole models to targets in precisions: sizes, time and memory of the exports and, beside eager, of runs."""
     with reporting(verbose):
-        from sam3x.bench.models import MODELS, Kind
+        from sam3x.bench import models as benchmark
 
+        known = benchmark.MODELS
         chosen_checkpoint(checkpoint, module)
         named = list(model or ())
-        unknown = [name for name in named if name not in MODELS]
+        unknown = [name for name in named if name not in known]
         if unknown:
-            near = did_you_mean(unknown[0], MODELS)
-            remedy = f"{near} There are {', '.join(MODELS)}; others by --checkpoint or --module.".lstrip()
+            near = did_you_mean(unknown[0], known)
+            remedy = f"{near} There are {', '.join(known)}; others by --checkpoint or --module.".lstrip()
             raise SpecError(f"no model '{unknown[0]}'", subject="--model", remedy=remedy, step=Step.BENCH)
-        models = {name: MODELS[name] for name in named}
+        models = {name: known[name] for name in named}
         if checkpoint is not None:
             models[checkpoint.stem] = ("--checkpoint", str(checkpoint))
         if module is not None:
             models[module.rpartition(":")[2]] = ("--module", module)
         if not models:
-            remedy = f"Give --model ({', '.join(MODELS)}), --checkpoint or --module."
+            remedy = f"Give --model ({', '.join(known)}), --checkpoint or --module."
             raise SpecError("no model is named", remedy=remedy, step=Step.BENCH)
-        if page is not None and (page.is_dir() or not page.absolute().parent.is_dir()):
-            remedy = "Name a file in a folder that exists."
-            raise SpecError(f"{page} cannot be written", subject="--markdown", remedy=remedy, step=Step.BENCH)
-        kinds = [Kind.of(text) for text in target or ["onnx"]]
+        check_page(page, "--markdown", Step.BENCH)
+        kinds = [benchmark.Kind.of(text) for text in target or ["onnx"]]
         options = [] if image_size is None else ["--image-size", str(image_size)]
-        from sam3x.bench import models as benchmark
-
         with shown_steps(quiet) as steps:
             report = benchmark.bench_models(
                 models,

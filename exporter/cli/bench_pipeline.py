@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from sam3x.cli.console import reporting, shown_steps
+from sam3x.cli.options import check_page
+from sam3x.errors import Step
 
 
 def bench_pipeline(
@@ -31,6 +33,7 @@ def bench_pipeline(
 ) -> None:
     """Time a pipeline against its source's eager code: latency, memory, start; and what its export took."""
     with reporting(verbose):
+        check_page(page, "--markdown", Step.BENCH)
         measure_pipeline(
             folder,
             page=page,

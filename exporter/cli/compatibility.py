@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sam3x.cli.console import reporting, shown_steps, suppressed_output
+from sam3x.cli.options import check_page
+from sam3x.errors import SpecError, Step
 
 if TYPE_CHECKING:
     from sam3x.cli.views import Steps
@@ -26,13 +28,8 @@ def compatibility(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceback of an error.")] = False,
 ) -> None:
     """Try every component of a small image model on every target: what is taken, and why the rest is not. Takes minutes."""
-    from sam3x.errors import SpecError, Step
-
     with reporting(verbose):
-        if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-            raise SpecError(
-                f"{output} cannot be written", remedy="Name a file in a folder that exists.", step=Step.COMPATIBILITY
-            )
+        check_page(output, "--output", Step.COMPATIBILITY)
         if sum(map(bool, (tools, runtimes, target))) > 1:
             fact = "--target, --tools and --runtimes are pages of their own"
             raise SpecError(fact, remedy="Take one of them.", step=Step.COMPATIBILITY)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sam3x.cli.console import reporting, shown_steps, suppressed_output
-from sam3x.cli.options import Checkpoint, Demo, Json, Module, Quiet, Verbose, WeightsKey
+from sam3x.cli.options import Checkpoint, Demo, Json, Module, Quiet, Verbose, WeightsKey, check_page
 from sam3x.cli.source_options import chosen_checkpoint
 from sam3x.errors import SpecError, Step
 from sam3x.sources.named import encoder_source, image_source
@@ -84,7 +84,7 @@ def doctor(
     """
     with reporting(verbose):
         checkpoint = chosen_checkpoint(checkpoint, module, demo=demo)
-        _check_page(html)
+        check_page(html, "--html", Step.DOCTOR)
         whole = _is_whole(folder, pipeline=pipeline)
         _check_options(whole, tokens, {"--components": components, "--image-size": image_size, "--demo": demo or None})
         with shown_steps(quiet) as steps:
@@ -119,7 +119,7 @@ def doctor(
 
 
 def _is_whole(folder: Path | None, *, pipeline: bool) -> bool:
-    """Whether a whole image model is examined. A damaged folder is told here, before torch is imported.
+    """Tell whether a whole image model is examined; a damaged folder is refused before torch is imported.
 
     Raises:
         SpecError: nothing is named, or the folder holds an encoder and a pipeline is asked for.
@@ -148,11 +148,3 @@ def _check_options(whole: bool, tokens: int | None, of_pipelines: Mapping[str, o
     if not whole and given:
         remedy = "Leave it out, or name the folder of a pipeline."
         raise SpecError(f"{', '.join(given)} belongs to a pipeline", remedy=remedy, step=Step.DOCTOR)
-
-
-def _check_page(html: Path | None) -> None:
-    """Refuse a page that cannot be written before the work is done."""
-    if html is not None and (html.is_dir() or not html.absolute().parent.is_dir()):
-        raise SpecError(
-            f"{html} cannot be written", subject="--html", remedy="Name a file in a folder that exists.", step=Step.DOCTOR
-        )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sam3x.cli.console import reporting, shown_steps, suppressed_output
-from sam3x.cli.options import Json, Quiet, Verbose, named_path
+from sam3x.cli.options import Json, Quiet, Verbose, check_page, named_path
 from sam3x.errors import SpecError, Step, VerificationError
 
 if TYPE_CHECKING:
@@ -90,8 +90,7 @@ def fidelity(
         for option, value in (("--pictures", pictures), ("--absent", absent)):
             if value is not None and annotations is None:
                 raise SpecError(f"{option} belongs to --annotations", remedy="Give the file of annotations.", step=Step.RUN)
-        if page is not None and (page.is_dir() or not page.absolute().parent.is_dir()):
-            raise SpecError(f"{page} cannot be written", remedy="Name a file in a folder that exists.", step=Step.RUN)
+        check_page(page, "--markdown", Step.RUN)
         from sam3x.fidelity import report
         from sam3x.runtime.output import written
 
@@ -128,7 +127,7 @@ def fidelity(
 
 
 def _targets(folders: list[Path] | None, targets: list[str] | None, output: Path | None) -> list[str]:
-    """What the demo model is exported to; nothing where there are folders.
+    """Return the targets that the demo model is exported to; none where there are folders.
 
     Raises:
         SpecError: there is no such target, or options that belong to the demo model.

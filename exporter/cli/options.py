@@ -17,6 +17,17 @@ def named_path(value: str | Path) -> Path:
     return Path(value)
 
 
+def check_page(page: Path | None, option: str, step: Step) -> None:
+    """Refuse a page that cannot be written, before the work is done.
+
+    Raises:
+        SpecError: it is a folder, or in none.
+    """
+    if page is not None and (page.is_dir() or not page.absolute().parent.is_dir()):
+        remedy = "Name a file in a folder that exists."
+        raise SpecError(f"{page} cannot be written", subject=option, remedy=remedy, step=step)
+
+
 def parsed_providers(given: list[str] | None) -> list[str | tuple[str, dict[str, str]]]:
     """``cuda:device_id=1,arena_extend_strategy=kSameAsRequested`` → a name with its options; ``cuda`` → the name.
 

@@ -257,3 +257,13 @@ def test_without_torch_one_sentence_says_what_to_install(seen: dict[str, Any], m
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else real(name, *rest))
     result = run("export")
     assert result.exit_code == 2 and 'pip install "sam3x[onnx]"' in result.stderr and seen == {}
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["bench out --html", "bench out --markdown", "bench-pipeline out --markdown", "bench-models --model demo --markdown",
+     "compatibility -o", "doctor out --html", "fidelity out --markdown"],
+)  # fmt: skip
+def test_a_page_in_no_folder_is_refused_before_anything_else(words: str, tmp_path: Path) -> None:
+    done = run(*words.split(), tmp_path / "none" / "page")
+    assert done.exit_code == 2 and "page cannot be written" in " ".join(done.output.split()).replace("- ", "-")
