@@ -149,7 +149,8 @@ def verification_sizes(spec: ExportSpec, *, peaked: bool = False) -> list[Sizes]
         for b, n, s, p in wanted
     ]
     if peaked:
-        sizes.append(dataclasses.replace(sizes[0], prompt_length=clamped(32, spec.prompt_length), peaked=True))
+        able = next((size for size in sizes if can_run(spec, size, {})), sizes[0])
+        sizes.append(dataclasses.replace(able, prompt_length=clamped(32, spec.prompt_length), peaked=True))
     unique = list(dict.fromkeys(sizes))
     padded = any(name.endswith("key_padding_mask") for name in spec.inputs)
     return unique if padded else list(dict.fromkeys(dataclasses.replace(size, padding="none") for size in unique))
