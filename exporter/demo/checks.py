@@ -1,8 +1,9 @@
-"""How good a model in training is: its answers on pictures of the held-out set, in eager torch."""
+"""``python -m sam3x.demo.checks``: how good the small model is on its held-out pictures, in eager torch; training asks too."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from sam3x.demo.batches import pixels_of
-from sam3x.demo.held_out import Held
+from sam3x.demo.held_out import PICTURES, Held, held_out
 from sam3x.demo.losses import corners
 from sam3x.demo.network import Asked, answer, masks, tokenize
+from sam3x.demo.network import model as kept_model
+from sam3x.demo.questions import left_out
 from sam3x.demo.scenes import SIZE
 from sam3x.fidelity.score import Answers, Figures, encode, score
 
@@ -69,3 +72,20 @@ def _answers(model: Any, pixels: Tensor, asked: Asked) -> list[Answers]:
             )
         )
     return found
+
+
+def main() -> None:
+    """Print the figures of the kept weights: of all phrases, and apart of those that join what no training picture joins."""
+    trained: Any = kept_model()
+    held = [held_out(index) for index in range(PICTURES)]
+    asked, found = [item for one in held for item in one.asked], answers(trained, held)
+    threshold = trained.config.detection_threshold
+    for name, wanted in (("all phrases", (True, False)), ("left-out combinations", (True,)), ("all others", (False,))):
+        rows = [index for index, item in enumerate(asked) if left_out(item.phrase) in wanted]
+        figures = asdict(score([asked[row] for row in rows], [found[row] for row in rows], threshold))
+        told = (f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items())
+        print(f"{name}: {', '.join(told)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -110,13 +110,15 @@ def _absent(rng: np.random.Generator, scene: Scene) -> str:
                 radius=0,
             ),
         )
-        if not meant(scene, text) and not _left_out(text):  # else it would be learnt that there are none
+        if not meant(scene, text) and not left_out(text):  # else it would be learnt that there are none
             return text
     return _strange(rng, scene)
 
 
-def _left_out(text: str) -> bool:
-    return any({colour, kind} <= set(text.split()) for colour, kind in LEFT_OUT)
+def left_out(text: str) -> bool:
+    """Whether a phrase has a colour and a kind, in the plural or not, that no training picture joins."""
+    words = set(text.split())
+    return any(colour in words and words & {kind, plural(kind)} for colour, kind in LEFT_OUT)
 
 
 def _strange(rng: np.random.Generator, scene: Scene) -> str:
