@@ -109,8 +109,9 @@ def markdown(contenders: Sequence[Contender], command: str, pictures: str, left_
         *([f"Exported from other weights than the first: {', '.join(others)}.", ""] if others else []),
         "AP50 is COCO's, by pycocotools, the mean over phrases, of all answers; the other columns are of answers above the "
         "model's own threshold. A hit is an answer whose mask overlaps an annotated one by half, or whose box does where "
-        "boxes alone are annotated. False alarms: prompts for "
-        "nothing in the picture that were answered. The last columns compare masks with those of the first pipeline, of "
-        "all that it found: mean and worst IoU, where what was not found again counts 0, and how many were lost and gained.",
+        "boxes alone are annotated. Found of what is there: annotated objects that were hit (recall). Right of what is "
+        "answered: answers that are hits (precision). False alarms: prompts for nothing in the picture that were answered. "
+        "The last columns compare masks with those of the first pipeline, of all that it found: mean and worst IoU, where "
+        "what was not found again counts 0, and how many were lost and gained.",
     ]
     return "\n".join(lines) + "\n"

@@ -56,8 +56,9 @@ CASES: dict[str, tuple[tuple[int, ...], Uses]] = {
 }
 
 
-def lowered(module: nn.Module, example: Tensor, *, all_passes: bool) -> bytes:
-    program = torch.export.export(module.eval(), (example,)).run_decompositions(
+def lowered(module: nn.Module, example: Tensor, *, dynamic: bool, all_passes: bool) -> bytes:
+    sizes = {"x": {0: torch.export.Dim("batch", min=2, max=4)}} if dynamic else None
+    program = torch.export.export(module.eval(), (example,), dynamic_shapes=sizes).run_decompositions(
         {op: rule for op, rule in torch.export.default_decompositions().items() if op is not torch.ops.aten.linear.default}
     )
     with torch.no_grad(), contextlib.nullcontext() if all_passes else passes_with_work():
@@ -70,12 +71,14 @@ def lowered(module: nn.Module, example: Tensor, *, all_passes: bool) -> bytes:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_the_same_file_as_with_every_pass(case: str) -> None:
-    shape, module = CASES[case]
+def test_the_same_file_as_with_every_pass(case: str, dynamic: bool) -> None:
+    (first, *others), module = CASES[case]
     torch.manual_seed(0)
-    example = torch.randn(shape)
-    assert lowered(module, example, all_passes=False) == lowered(module, example, all_passes=True)
+    example = torch.randn(3 if dynamic else first, *others)
+    few, every = (lowered(module, example, dynamic=dynamic, all_passes=given) for given in (False, True))
+    assert few == every
 
 
 def test_what_was_patched_is_put_back_after_an_error() -> None:
