@@ -164,7 +164,7 @@ def _room(keep: Path | None) -> Iterator[Path]:
 
 
 def _known(figures: Path, words: Sequence[str]) -> ModelRow | None:
-    """What was measured of the same export before."""
+    """Read what was measured of the same export before; None where nothing was."""
     try:
         row = ModelRow.model_validate_json(figures.read_text(encoding="utf-8"))
     except (OSError, ValueError):

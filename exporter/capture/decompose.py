@@ -195,7 +195,7 @@ class _Expansion:
 
 
 def _expansions(module: GraphModule, table: Table, first: Node, core: bool) -> dict[Node, _Expansion]:
-    """What is to stand in the place of each node that ``table`` has.
+    """Trace the decomposition of each node whose operator ``table`` has.
 
     Args:
         first: a tensor whose fake mode new values take, where a node takes no tensor.

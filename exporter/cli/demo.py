@@ -56,7 +56,7 @@ def demo(
 
 
 def _check(output: Path) -> None:
-    """What can be known before the export, which takes a while.
+    """Refuse before the export, which takes a while, what cannot end well.
 
     Raises:
         TargetUnavailableError: packages are missing.

@@ -43,7 +43,7 @@ class Picture(BaseModel):
 
 
 class Category(BaseModel):
-    """What ``category_id`` means."""
+    """A kind of object: the ``category_id`` of annotations and its name."""
 
     id: Id
     name: str = Field(pattern=r"[^\s_]")

@@ -30,7 +30,7 @@ class Case:
     stored: bool = False
 
     def opened(self) -> Any:
-        """What ``Segmenter.encode`` is to be given."""
+        """Return the picture for ``Segmenter.encode``, not turned by EXIF where the annotations are of it as stored."""
         return stored_picture(self.picture) if self.stored else self.picture
 
 

@@ -1,4 +1,4 @@
-"""What a model's components are given for the user's own pictures, from which scales of activations are taken."""
+"""Run eager components on the user's own pictures and keep their inputs, from which scales of activations are taken."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class ComponentJob:
         self.passes_of(self.request.components[0])
 
     def passes_of(self, component: str) -> PassPipeline:
-        """What rewrites the graph of ``component``."""
+        """Return the passes that rewrite the graph of ``component``, with the options that are its own."""
         request = self.request
         several = len(request.components) > 1 or ":" in getattr(request.options, "fp32_ops", "")
         options = request.options.of_component(component) if several else request.options

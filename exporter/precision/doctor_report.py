@@ -87,7 +87,7 @@ class PipelineDoctorReport(BaseModel):
 
     @property
     def option(self) -> str:
-        """What to give to ``sam3x export --pipeline``."""
+        """The options of ``sam3x export --pipeline`` that keep those operations in float32."""
         return option_of(self.components)
 
 

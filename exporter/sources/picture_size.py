@@ -1,4 +1,4 @@
-"""Which other sizes a ViT's square picture may have; imports no torch."""
+"""Check another size for the square picture of a ViT; imports no torch."""
 
 from __future__ import annotations
 
