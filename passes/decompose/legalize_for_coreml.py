@@ -21,22 +21,24 @@ _LOGICAL = {
 
 class LegalizeForCoreMlPass(NodePass):
     """``div`` with a rounding → ``floor_divide`` or ``trunc``; ``expand`` → ``repeat``; ``scatter`` of one row → ``where``;
-    ``bitwise_or`` of bools → ``logical_or``.
+    ``bitwise_or`` of bools → ``logical_or``; ``where`` of two that are smaller than the condition → of two as large.
 
     coremltools 9 takes the rounding for a tensor. Of what it expands to a size that a run decides it knows no other size. It
-    scatters nothing whose sizes it does not know to be those of the indices.
+    scatters nothing whose sizes it does not know to be those of the indices. The shape of a ``where`` it takes from its values.
     """
 
     name = "legalize_for_coreml"
-    operators = (aten.div.Tensor_mode, aten.expand.default, aten.scatter.src, *_LOGICAL)
+    operators = (aten.div.Tensor_mode, aten.expand.default, aten.scatter.src, aten.where.self, *_LOGICAL)
 
-    def rewrite(self, emit: Emitter, node: Node) -> Node:
+    def rewrite(self, emit: Emitter, node: Node) -> Node | None:
         if node.target in _LOGICAL:
             return _logical(emit, node)
         if node.target is aten.expand.default:
             return _repeated(emit, node)
         if node.target is aten.scatter.src:
             return _chosen(emit, node)
+        if node.target is aten.where.self:
+            return _as_large(emit, node)
         mode = node.kwargs["rounding_mode"]
         if mode == "floor":
             return emit(aten.floor_divide.default, *node.args)
@@ -74,3 +76,19 @@ def _chosen(emit: Emitter, node: Node) -> Node:
     places = emit(aten.arange.start_step, 0, emit.dim(base, dim), 1, dtype=torch.int64, device=device, pin_memory=False)
     places = emit(aten.reshape.default, places, [-1, *[1] * (len(sizes) - dim - 1)])
     return emit(aten.where.self, emit(aten.eq.Tensor, index, places), source, base)
+
+
+def _as_large(emit: Emitter, node: Node) -> Node | None:
+    condition, first, second = cast("tuple[Node, Node, Node]", node.args)
+    sizes = shape_of(node)
+    given = [shape_of(value)[::-1] for value in (first, second)]
+    if all(any(len(had) > dim and same_size(had[dim], size) for had in given) for dim, size in enumerate(sizes[::-1])):
+        return None
+    dtype = dtype_of(node)
+    if dtype is torch.bool:
+        nothing = emit(aten.logical_and.default, condition, emit(aten.logical_not.default, condition))
+        first = emit(aten.logical_or.default, first, nothing)
+    else:
+        nothing = emit(aten.mul.Tensor, emit.cast(condition, dtype), 0)
+        first = emit(aten.add.Tensor, first, nothing)
+    return emit.shaped(node, sizes, aten.where.self, condition, first, second)

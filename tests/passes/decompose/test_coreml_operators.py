@@ -73,6 +73,9 @@ LEGAL: dict[str, Callable[[Tensor], Tensor]] = {
     "other bools": lambda x: torch.bitwise_xor(x > 0, x < 1),
     "rows for each of the batch": lambda x: torch.ones(1, 1, 5).expand(x.shape[0], 2, 5) * 2,
     "a dimension in front": lambda x: x[:, :1].expand(3, -1, 6, -1, -1) + 1,
+    "a choice of numbers": lambda x: torch.where(x > 0, torch.tensor(0.0), torch.tensor(-torch.inf)),
+    "a choice of whole numbers": lambda x: torch.where(x > 0, torch.tensor(2), torch.tensor([[3], [4], [5], [6]])),
+    "a choice of bools": lambda x: torch.where(x > 0, torch.tensor(True), torch.tensor(False)),
     "as it is": lambda x: x.expand(1, -1, -1, -1, -1) + 1,
 }
 
@@ -83,6 +86,11 @@ def test_operators_become_those_that_are_converted(name: str) -> None:
     assert result.rewrites == 1 and not result.match_failures
     gone = {"aten.expand.default", "aten.div.Tensor_mode", "aten.__or__.Tensor", "aten.bitwise_xor.Tensor"}
     assert not gone & count_ops(program).keys()
+
+
+def test_a_choice_from_all_there_is_stays() -> None:
+    _, result = ran(LegalizeForCoreMlPass(), lambda x: torch.where(x[:1, :1] > 0, x, torch.tensor(0.0)), X)
+    assert not result.modified and not result.match_failures
 
 
 @pytest.mark.parametrize("dim", [1, -2, 3])
