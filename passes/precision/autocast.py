@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from sam3x.passes.base import graph_modules
 from sam3x.passes.graph.aten_nodes import HEAVY, aten
+from sam3x.passes.graph.constants import MEAN_ROW
 from sam3x.passes.graph.op_paths import op_name
 
 SMALLEST_OUTPUT = 16
@@ -23,11 +28,40 @@ def computes_low(node: Node) -> bool:
     return node.target is not aten.linear.default or node.args[1].meta["val"].shape[0] >= SMALLEST_OUTPUT  # type: ignore[union-attr]
 
 
-def stays_in_float32(node: Node) -> bool:
-    """Whether it sums (norms, softmax), makes positions, refines boxes, or is a small head."""
-    return (node.target in HEAVY and not computes_low(node)) or op_name(node) in _SUMS | _POSITIONS
+def stays_in_float32(program: ExportedProgram) -> set[Node]:
+    """What sums (norms, softmax), makes positions, refines boxes, or is a small head."""
+    nodes = [node for _, module in graph_modules(program) for node in module.graph.nodes if node.op == "call_function"]
+    return {node for node in nodes if _is_wide(node)}
 
 
 def follows(node: Node) -> bool:
     """Whether it computes in what it is given: adds a residual, scales, activates."""
-    return not computes_low(node) and not stays_in_float32(node)
+    return not computes_low(node) and not _is_wide(node)
+
+
+def boxes(program: ExportedProgram) -> set[Node]:
+    """Small heads, what is computed of weights and sizes alone, and of these up to the next product or norm: refined boxes.
+
+    A back end that has kernels in float16 alone for its pieces of a graph keeps large pieces so.
+    """
+    inputs = {item.arg.name for item in program.graph_signature.input_specs if item.kind is InputKind.USER_INPUT}
+    known = {node for node in program.graph.nodes if node.op == "placeholder" and node.name not in inputs}
+    found: set[Node] = set()
+    for node in program.graph.nodes:
+        if node.op != "call_function" or computes_low(node) or op_name(node) in _SUMS or _is_mean(node):
+            continue
+        tensors = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), torch.Tensor)]
+        if all(item in known for item in tensors):
+            known.add(node)
+            found.add(node)
+        elif node.target in HEAVY or not found.isdisjoint(set(tensors) - known):
+            found.add(node)
+    return found
+
+
+def _is_mean(node: Node) -> bool:
+    return node.target is aten.linear.default and node.args[1].name.startswith(f"p_{MEAN_ROW}")  # type: ignore[union-attr]
+
+
+def _is_wide(node: Node) -> bool:
+    return (node.target in HEAVY and not computes_low(node)) or op_name(node) in _SUMS | _POSITIONS

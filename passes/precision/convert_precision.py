@@ -13,11 +13,10 @@ from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 
 from sam3x.errors import PreconditionError
-from sam3x.passes.base import Pass, PassResult, graph_modules
+from sam3x.passes.base import Pass, PassResult
 from sam3x.passes.graph.aten_nodes import FILLS, NOOPS, PERMUTES, RESHAPES, SDPA, argument, aten
 from sam3x.passes.graph.cond_graph import is_cond, outputs, placeholders, read_cond
-from sam3x.passes.graph.constants import Constants
-from sam3x.passes.graph.emitter import Emitter, fake_mode_of, following, quietly
+from sam3x.passes.graph.emitter import Emitter, following
 from sam3x.passes.graph.op_paths import IDLE, idle, matching, op_paths
 
 MOVES = RESHAPES | PERMUTES | NOOPS | {aten.select.int, aten.slice.Tensor, aten.split_with_sizes.default, aten.unbind.int}
@@ -74,9 +73,10 @@ class ConvertPrecisionPass(Pass):
     Args:
         dtype: ``torch.float16`` or ``torch.bfloat16``.
         fp32_ops: operations that stay in float32, by the names of ``op_paths.matching``.
-        stays: tells of a node whether it is float32, as where the back end has it in that alone.
-        follows: tells of a node whether it computes in the widest dtype of what it is given, constants aside; None: only what
-            moves numbers does, and its constants count, and what is computed of sizes alone is float32.
+        stays: the nodes of a program that are float32, as where the back end has them in that alone.
+        follows: tells of a node whether it computes in the widest dtype of what it is given, constants aside, as what moves
+            numbers does; None: that alone does, and its constants count, and what is computed of sizes alone is float32.
+        inputs: whether inputs of the graph are converted once, as they come in; else they count as float32 where numbers move.
         shared: whether ``fp32_ops`` are given to several graphs: a name that this one has not is then no fault of it.
     """
 
@@ -87,12 +87,13 @@ class ConvertPrecisionPass(Pass):
         self,
         dtype: torch.dtype,
         fp32_ops: Sequence[str] = (),
-        stays: Callable[[Node], bool] = lambda _: False,
+        stays: Callable[[ExportedProgram], set[Node]] = lambda _: set(),
         follows: Callable[[Node], bool] | None = None,
         *,
+        inputs: bool = False,
         shared: bool = False,
     ) -> None:
-        self.shared = shared
+        self.inputs, self.shared = inputs, shared
         self.dtype, self.fp32_ops, self.stays, self.follows = dtype, tuple(fp32_ops), stays, follows
 
     def requires(self, program: ExportedProgram) -> None:
@@ -107,9 +108,11 @@ class ConvertPrecisionPass(Pass):
         in_float32 = {
             *in_float32,
             *(positions(program) if self.follows is None else ()),
-            *(node for _, module in graph_modules(program) for node in module.graph.nodes if self.stays(node)),
+            *self.stays(program),
         }
-        rewrites = _Converter(program.graph_module, self.dtype, in_float32, self.follows).run(_constants(program))
+        constants = _constants(program)
+        converter = _Converter(program.graph_module, self.dtype, in_float32, self.follows)
+        rewrites = converter.run(constants, _inputs(program) if self.inputs else ())
         _restore_outputs(program)
         return PassResult(rewrites=rewrites, match_failures=failures)
 
@@ -129,9 +132,13 @@ def positions(program: ExportedProgram) -> set[Node]:
     return found
 
 
+def _inputs(program: ExportedProgram) -> list[Node]:
+    names = {item.arg.name for item in program.graph_signature.input_specs if item.kind is InputKind.USER_INPUT}
+    return [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+
+
 def _constants(program: ExportedProgram) -> set[Node]:
-    inputs = {item.arg.name for item in program.graph_signature.input_specs if item.kind is InputKind.USER_INPUT}
-    return {node for node in program.graph.nodes if node.op == "placeholder" and node.name not in inputs}
+    return {node for node in program.graph.nodes if node.op == "placeholder"} - set(_inputs(program))
 
 
 def _float_values(program: ExportedProgram) -> list[torch.Tensor]:
@@ -162,10 +169,19 @@ class _Converter:
         self.constants: set[Node] = set()
         self.rewrites = 0
 
-    def run(self, constants: set[Node]) -> int:
-        """How many operations are in the low precision now. ``constants``: placeholders that hold weights."""
+    def run(self, constants: set[Node], inputs: Sequence[Node] = ()) -> int:
+        """How many operations are in the low precision now.
+
+        Args:
+            constants: placeholders that hold weights. inputs: those that are converted as they come in.
+        """
         self.constants = set(constants)
-        for node in list(self.module.graph.nodes):
+        nodes = list(self.module.graph.nodes)
+        for value in inputs:
+            readers = [node for node in value.users if node not in self.in_float32 and _floats(node.meta.get("val"))]
+            for node in readers if _floats(value.meta["val"]) else ():
+                node.replace_input_with(value, self.cast(value, self.dtype))
+        for node in nodes:
             if node.op != "call_function":
                 continue
             if self.follows is not None and _is_constant(node, self.constants):
@@ -181,6 +197,8 @@ class _Converter:
         if node.target in FILLS:
             node.kwargs = {**node.kwargs, "dtype": self.dtype}
             wanted = self.dtype
+        elif not given and node.kwargs.get("dtype") is None:  # of whole numbers, whose quotient is float32
+            wanted = torch.float32
         elif node.target in _RANGES:
             wanted = node.meta["val"].dtype
         elif self.follows is not None and node not in self.in_float32 and (node.target in MOVES or self.follows(node)):
@@ -270,53 +288,3 @@ def _widest(nodes: list[Node]) -> torch.dtype:
 
 def _dtype(value: Any) -> torch.dtype:
     return _dtype(value[0]) if isinstance(value, (tuple, list)) else value.dtype
-
-
-class ConvertToHalfPass(Pass):
-    """Every float32 weight and value becomes float16; inputs are converted once as they come in, outputs as they leave.
-
-    Last of the passes: the float32 numbers in the graph (a mask's lowest value) must be ones that float16 has.
-    """
-
-    name = "convert_to_half"
-
-    def call(self, program: ExportedProgram) -> PassResult:
-        graph, fake_mode = program.graph_module.graph, fake_mode_of(program.graph_module)
-        constants = Constants(program, fake_mode)
-        rewrites = 0
-        inputs = {item.arg.name for item in program.graph_signature.input_specs if item.kind is InputKind.USER_INPUT}
-        body = next(node for node in graph.nodes if node.op != "placeholder")
-        for node in [node for node in graph.nodes if node.op == "placeholder" and _is_float(node) and node.users]:
-            if node.name in inputs:
-                readers = [reader for reader in node.users if not _is_bool(reader)]  # compared as it came in
-                half = Emitter(program.graph_module, body)(aten._to_copy.default, node, dtype=torch.float16)
-            else:
-                value = constants.value(node)
-                assert value is not None
-                readers, half = list(node.users), constants.add(lowered(value, torch.float16), node.name.removeprefix("p_"))
-            for reader in readers:
-                if reader.op != "output":
-                    reader.replace_input_with(node, half)
-                    rewrites += 1
-        for node in list(graph.nodes):
-            if node.op == "call_function" and not (node.target is aten._to_copy.default and _is_float(node.args[0])):
-                if _is_float(node):
-                    clamp_numbers(node, torch.float16)
-                if node.kwargs.get("dtype") is torch.float32:
-                    node.kwargs = {**node.kwargs, "dtype": torch.float16}
-                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda item: item.meta["val"])
-                with quietly(fake_mode):
-                    node.meta["val"] = node.target(*args, **kwargs)
-        _restore_outputs(program)
-        constants.drop_unused()
-        return PassResult(rewrites=rewrites)
-
-
-def _is_float(node: Any) -> bool:
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    return isinstance(value, torch.Tensor) and value.dtype is torch.float32
-
-
-def _is_bool(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dtype is torch.bool

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import CapturedProgram
 from sam3x.passes.graph.aten_nodes import aten, expression
+from sam3x.passes.precision.autocast import computes_low
 from sam3x.targets.quiet import suppressed_output
 
 
@@ -19,7 +20,7 @@ def quantize(captured: CapturedProgram) -> CapturedProgram:
     """Every projection's weight in int8; ``captured`` is left as it is.
 
     Weights are symmetric, one scale a row; activations are asymmetric and measured at run time, which XNNPACK does row by row.
-    The products of attention and the rows of 1/n that are a norm's mean stay float32.
+    The products of attention, small heads and the rows of 1/n that are a norm's mean stay float32.
     """
     with suppressed_output():
         return _quantized(captured)
@@ -51,7 +52,7 @@ def _config() -> Any:
 
 
 def _is_projection(node: Node) -> bool:
-    return node.target is aten.linear.default and node.args[1].meta["val"].shape[0] > 1  # type: ignore[union-attr]
+    return node.target is aten.linear.default and computes_low(node)
 
 
 def _observe_weights(prepared: GraphModule) -> None:

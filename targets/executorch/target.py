@@ -84,10 +84,12 @@ class PteTarget(Target):
         from sam3x.passes.decompose.decompose_roi_align import DecomposeRoiAlignPass
         from sam3x.passes.decompose.legalize_norms_for_pte import LegalizeNormsForPtePass
         from sam3x.passes.linear.canonicalize_layouts import CanonicalizeLayoutsPass
+        from sam3x.passes.precision import autocast
         from sam3x.passes.precision.clamp_input_masks import ClampInputMasksPass
-        from sam3x.passes.precision.convert_precision import ConvertToHalfPass
+        from sam3x.passes.precision.convert_precision import ConvertPrecisionPass
 
         half = options.precision == "fp16"
+        convert = ConvertPrecisionPass(torch.float16, stays=autocast.boxes, follows=lambda _: False, inputs=True)
         by_head = [
             LegalizeAttentionForPtePass(LOWEST_HALF if half else LOWEST),
             DecomposeAttentionPass(),
@@ -101,7 +103,7 @@ class PteTarget(Target):
             *([ClampInputMasksPass(torch.float16)] if half else []),
             # Core ML has norms, and runs heads side by side
             *([DecomposeAttentionPass()] if options.delegate == "coreml" else by_head),
-            *([ConvertToHalfPass()] if half and options.delegate == "xnnpack" else []),
+            *([convert, FoldConstantsPass()] if half and options.delegate == "xnnpack" else []),
         )
 
     def lower(self, captured: CapturedProgram, path: Path, options: PteOptions) -> dict[str, Any]:

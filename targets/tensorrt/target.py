@@ -15,6 +15,7 @@ from sam3x.targets.tensorrt.options import TrtOptions, capability_of, optima
 from sam3x.targets.triton import model_path, write_config
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
     from torch.fx import Node
 
     from sam3x.capture.program import CapturedProgram
@@ -222,14 +223,17 @@ def precision_passes(options: TrtOptions) -> tuple[Pass, ...]:
             ConvertPrecisionPass(torch.float16, options.fp32_names, shared=options.fp32_shared),
         )
     convert = ConvertPrecisionPass(
-        torch.bfloat16, options.fp32_names, stays=_is_transposed_convolution, shared=options.fp32_shared
+        torch.bfloat16, options.fp32_names, stays=_transposed_convolutions, shared=options.fp32_shared
     )
     return (ClampInputMasksPass(torch.bfloat16), convert)
 
 
-def _is_transposed_convolution(node: Node) -> bool:
+def _transposed_convolutions(program: ExportedProgram) -> set[Node]:
     """TensorRT-RTX 1.6 has none in bfloat16."""
-    return str(node.target) == "aten.convolution.default" and bool(node.args[6])
+    from sam3x.passes.base import graph_modules
+
+    nodes = [node for _, module in graph_modules(program) for node in module.graph.nodes]
+    return {node for node in nodes if str(node.target) == "aten.convolution.default" and node.args[6]}
 
 
 def distribution() -> str | None:

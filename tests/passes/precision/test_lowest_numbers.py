@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from sam3x.passes.base import Pass
+from sam3x.passes.precision import autocast
 from sam3x.passes.precision.clamp_input_masks import ClampInputMasksPass
-from sam3x.passes.precision.convert_precision import ConvertPrecisionPass, ConvertToHalfPass, lowered
+from sam3x.passes.precision.convert_precision import ConvertPrecisionPass, lowered
 from sam3x.verify.emulate import eager_in
 from support.canonical import Module, capture, evaluate
 
@@ -28,7 +29,7 @@ ARGS = (torch.rand(2, 5), torch.tensor([[True] * 5, [False, True, False, False, 
 LOWERINGS = pytest.mark.parametrize(
     ("dtype", "lowering"),
     [
-        (torch.float16, ConvertToHalfPass()),
+        (torch.float16, ConvertPrecisionPass(torch.float16, stays=autocast.boxes, follows=lambda _: False, inputs=True)),
         (torch.float16, ConvertPrecisionPass(torch.float16)),
         (torch.bfloat16, ConvertPrecisionPass(torch.bfloat16)),
     ],
