@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,6 +52,19 @@ def small_encoder() -> nn.Module:
     encoder = build_encoder(FusionConfig(**SMALL)).eval()
     draw_weights(encoder, seed=3)
     return encoder
+
+
+@pytest.fixture(scope="module")
+def onnxruntime_web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """onnxruntime-web from npm's registry, where Node finds it."""
+    from sam3x.web.packages import ORT
+
+    folder = tmp_path_factory.mktemp("web")
+    command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", str(ORT)]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NODE_PATH", str(folder / "node_modules"))
+        yield
 
 
 @pytest.fixture(scope="session")

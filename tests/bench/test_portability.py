@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -109,25 +107,16 @@ def test_the_parser_of_tensorrt_takes_each_component(file: str, components: dict
     assert attempt("TensorRT-RTX parser", components[file]) is None
 
 
-@pytest.fixture(scope="module")
-def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """onnxruntime-web from npm's registry, where Node finds it."""
-    folder = tmp_path_factory.mktemp("web")
-    command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "onnxruntime-web@1.30.0"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NODE_PATH", str(folder / "node_modules"))
-        yield
-
-
 @pytest.mark.parametrize("form", ("default", "select"))
-def test_onnxruntime_web_agrees_with_onnx_runtime(form: str, files: dict[str, Path], web: None) -> None:
+def test_onnxruntime_web_agrees_with_onnx_runtime(form: str, files: dict[str, Path], onnxruntime_web: None) -> None:
     off = attempt("onnxruntime-web", files[form])
     assert off is not None and off <= PORTABLE
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_onnxruntime_web_reads_each_component_and_the_fused_file(file: str, components: dict[str, Path], web: None) -> None:
+def test_onnxruntime_web_reads_each_component_and_the_fused_file(
+    file: str, components: dict[str, Path], onnxruntime_web: None
+) -> None:
     off = attempt("onnxruntime-web", components[file])
     assert off is not None and off <= PORTABLE
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import sam3x
 from sam3x import api
 from sam3x.bench.runtimes import measure, write_file
-from sam3x.bench.tools import TOOLS, missing
 from sam3x.capture.samples import Sizes, make_inputs
 from sam3x.errors import SpecError, VerificationError
 from sam3x.passes.precision import autocast
@@ -95,6 +94,9 @@ def test_what_overflows_is_refused_until_it_stays_in_float32(tmp_path: Path) -> 
     artifact = sam3x.export(encoder, **options, fp32_ops="layers.0.linear1,layers.0.linear2,*.relu")
     stored = {tuple(item.dims): item.data_type for item in onnx.load(artifact.path).graph.initializer}
     assert artifact.manifest.verified and HALF in stored.values()
+    artifact = sam3x.export(encoder, **options, fp32_ops="auto")
+    assert artifact.manifest.verified
+    assert set(artifact.manifest.encoder.metadata["fp32_ops"]) == {"layers.0.linear1", "layers.0.linear2"}
 
 
 def test_half_of_the_bytes(tmp_path: Path) -> None:
@@ -109,6 +111,11 @@ def test_what_cannot_be_meant_is_refused() -> None:
         checked(OnnxOptions, {"precision": "fp16", "weights": "int8"})
     with pytest.raises(SpecError, match="float32 already"):
         sam3x.export(encoder_of(1), target="onnx", fp32_ops="layer_norm", output="nowhere")
+    with pytest.raises(SpecError, match="float32 already"):
+        sam3x.export(encoder_of(1), target="onnx", fp32_ops="auto", output="nowhere")
+    for bound in ("", "0", "-1", "nan", "inf", "much"):
+        with pytest.raises(SpecError, match="no error that can be held"):
+            checked(OnnxOptions, {"precision": "fp16", "fp32_ops": f"auto:{bound}"})
 
 
 # ---- the graph
@@ -174,9 +181,6 @@ def test_a_whole_pipeline_has_eagers_masks(fuse: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_onnxruntime_web_runs_it(tmp_path: Path) -> None:
-    absent = missing(TOOLS["onnxruntime-web"])
-    if absent:
-        pytest.skip(absent)
+def test_onnxruntime_web_runs_it(onnxruntime_web: None, tmp_path: Path) -> None:
     write_file(tmp_path / "out", "webgpu", "fp16")
     assert measure("onnxruntime-web, WASM", tmp_path / "out").off < 3e-3
