@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from sam3x.passes.base import Pass
 
 
+_MEASURED = "auto"
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -107,19 +109,47 @@ class Float32Operations(TargetOptions):
     """Operations that stay in float32 where the precision is lower, separated by commas.
 
     A kind (``layer_norm``), a place (``layers.3.linear2``), or a pattern with ``*``; ``sam3x doctor`` names them. Of a whole
-    model, ``decoder:layer_norm`` is of one component, and a name alone of every component that has it.
+    model, ``decoder:layer_norm`` is of one component, and a name alone of every component that has it. ``auto`` measures
+    them, as ``sam3x doctor`` does, and ``auto:0.05`` for an error of one's own.
     """
 
     fp32_ops: str = Field(
         "",
-        description="operations that stay in float32: kinds, places, patterns; decoder:layer_norm is of one component.",
+        description="operations that stay in float32: kinds, places, patterns; decoder:layer_norm is of one component; "
+        "auto or auto:0.05 measures which must, as sam3x doctor does, for its bound or that one.",
         json_schema_extra={"metavar": "A,B,C"},
     )
     _shared: bool = PrivateAttr(False)
 
+    @field_validator("fp32_ops")
+    @classmethod
+    def _bounded(cls, value: str) -> str:
+        word, colon, bound = value.partition(":")
+        if word.strip() == _MEASURED and colon:
+            try:
+                able = 0 < float(bound) < math.inf
+            except ValueError:
+                able = False
+            if not able:
+                raise ValueError(f"'{bound}' is no error that can be held; give a number above 0, as auto:0.05")
+        return value
+
+    @property
+    def fp32_measured(self) -> bool:
+        """Whether the operations are to be found by their errors."""
+        return self.fp32_ops.partition(":")[0].strip() == _MEASURED
+
+    @property
+    def fp32_bound(self) -> float | None:
+        """The error that ``auto`` is to hold; None: the doctor's own for the precision."""
+        bound = self.fp32_ops.partition(":")[2] if self.fp32_measured else ""
+        return float(bound) if bound else None
+
     @property
     def fp32_names(self) -> tuple[str, ...]:
-        """``fp32_ops`` one by one."""
+        """``fp32_ops`` one by one; none where they are to be measured."""
+        if self.fp32_measured:
+            return ()
         return tuple(name.strip() for name in self.fp32_ops.split(",") if name.strip())
 
     @property
@@ -130,7 +160,11 @@ class Float32Operations(TargetOptions):
     def of_component(self, name: str) -> Self:
         """``fp32_ops`` without those of other components."""
         own = [word.removeprefix(f"{name}:") for word in self.fp32_names if ":" not in word or word.startswith(f"{name}:")]
-        options = self.model_copy(update={"fp32_ops": ",".join(own)})
+        return self.with_names([self.fp32_ops] if self.fp32_measured else own)
+
+    def with_names(self, names: Sequence[str]) -> Self:
+        """``fp32_ops`` of these names, of which a graph need not have each."""
+        options = self.model_copy(update={"fp32_ops": ",".join(names)})
         options._shared = True
         return options
 
@@ -143,7 +177,7 @@ class Float32Operations(TargetOptions):
         Raises:
             SpecError: operations are named, and the precision is one of ``idle``.
         """
-        if self.fp32_names and getattr(self, "precision", "fp32") in idle:
+        if (self.fp32_names or self.fp32_measured) and getattr(self, "precision", "fp32") in idle:
             raise SpecError("everything is float32 already", subject="--fp32-ops", remedy=remedy)
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from sam3x.errors import PreconditionError, Step
 from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.passes.graph.op_paths import IDLE
 from sam3x.passes.pipeline import PassPipeline, PassRecord
+from sam3x.pipeline.float32 import measured
 from sam3x.pipeline.request import Request
 from sam3x.precision.component import reduced, rounded
 from sam3x.sources.contract import Component
@@ -41,15 +43,17 @@ class ComponentJob:
 
     def __post_init__(self) -> None:
         """Raises ``SpecError`` where there is no pass of a name to leave out."""
-        self.passes_of(self.request.components[0])
+        self.passes_of(self.options_of(self.request.components[0]))
 
-    def passes_of(self, component: str) -> PassPipeline:
-        """Return the passes that rewrite the graph of ``component``, with the options that are its own."""
-        request = self.request
-        several = len(request.components) > 1 or ":" in getattr(request.options, "fp32_ops", "")
-        options = request.options.of_component(component) if several else request.options
-        own = request.target.legalization_passes(options)
-        return default_pipeline(str(request.spec.branches)).then(*own).without(*request.disable_pass)
+    def options_of(self, component: str) -> Any:
+        """Return the target's options that are of ``component``."""
+        several = len(self.request.components) > 1 or ":" in getattr(self.request.options, "fp32_ops", "")
+        return self.request.options.of_component(component) if several else self.request.options
+
+    def passes_of(self, options: Any) -> PassPipeline:
+        """Return the passes that rewrite the graph of a component whose options these are."""
+        own = self.request.target.legalization_passes(options)
+        return default_pipeline(str(self.request.spec.branches)).then(*own).without(*self.request.disable_pass)
 
     @property
     def runs(self) -> bool:
@@ -83,19 +87,25 @@ class ComponentJob:
             self.say(component.name, "capture")
             with metrics.timing("capture_seconds"):
                 captured = capture_component(component, expected[0])
+            options, found = self.options_of(component.name), {}
+            if getattr(options, "fp32_measured", False):
+                self.say(component.name, f"measure {options.precision}")
+                with metrics.timing("measure_seconds"):
+                    options = measured(options, captured, expected[:1])
+                found = {"fp32_ops": list(options.fp32_names)}
             self.say(component.name, "passes")
             with metrics.timing("passes_seconds"):
                 check = check_pass if request.spec.verify == "each" else None
-                captured, records = self.passes_of(component.name).run(captured, check=check, dump_graphs=dump)
+                captured, records = self.passes_of(options).run(captured, check=check, dump_graphs=dump)
             self._note_idle(component.name, records)
             self.say(component.name, f"lower to {request.target.name}")
             path = self.folder / request.file(component.name)
             with metrics.timing("lower_seconds"):
-                metadata = {} if request.spec.verify == "off" else request.target.prove(captured, request.options)
+                metadata = {} if request.spec.verify == "off" else request.target.prove(captured, options)
                 if request.calibrated:
                     given = (*(sample.inputs for sample in expected), *calibration)
                     captured = replace(captured, calibration=given)
-                metadata |= request.target.lower(captured, path, request.options) or {}
+                metadata |= found | (request.target.lower(captured, path, options) or {})
             inputs, outputs = described(component, captured)
             notes = (*captured.notes, *metadata.pop("notes", ()))
             del captured

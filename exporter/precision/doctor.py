@@ -112,17 +112,10 @@ def examine(
 ) -> DoctorReport:
     """Everything low, each operation low alone, then the fewest that must stay in float32."""
     everything = frozenset(probe.paths)
-    plain = probe.error(frozenset())
-    if plain["max_abs"] > bound:
-        raise VerificationError(
-            f"float32 itself is {plain['max_abs']:.1e} from eager, more than --bound {bound:g}",
-            subject=component or "",
-            remedy="Choose a larger bound.",
-            step=Step.DOCTOR,
-        )
+    _require_float32(probe, bound, component)
     whole = probe.error(everything)
     alone = {path: probe.error(frozenset({path})) for path in probe.paths}
-    ranked = sorted(probe.paths, key=lambda path: (-alone[path]["max_abs"], -probe.peaks[path]))
+    ranked = _ranked(probe)
     tell("float32 operations")
     fp32_ops = fewest_fp32_ops(ranked, lambda kept: probe.error(everything - frozenset(kept))["max_abs"] <= bound)
     after = probe.error(everything - frozenset(fp32_ops))
@@ -155,6 +148,37 @@ def examine(
         cosine_with_fp32_ops=after["cosine"],
         operations=rows,
     )
+
+
+def needed_fp32_ops(probe: Probe, bound: float) -> list[str]:
+    """The fewest operations that must stay in float32; where everything low holds, no operation is run alone.
+
+    Raises:
+        VerificationError: float32 itself is beyond the bound.
+    """
+    _require_float32(probe, bound, None)
+    everything = frozenset(probe.paths)
+
+    def holds(kept: Sequence[str]) -> bool:
+        return probe.error(everything - frozenset(kept))["max_abs"] <= bound
+
+    return [] if holds(()) else fewest_fp32_ops(_ranked(probe), holds)
+
+
+def _require_float32(probe: Probe, bound: float, component: str | None) -> None:
+    plain = probe.error(frozenset())
+    if plain["max_abs"] > bound:
+        raise VerificationError(
+            f"float32 itself is {plain['max_abs']:.1e} from eager, more than --bound {bound:g}",
+            subject=component or "",
+            remedy="Choose a larger bound.",
+            step=Step.DOCTOR,
+        )
+
+
+def _ranked(probe: Probe) -> list[str]:
+    """Operations by what each loses alone in the low precision, the worst first."""
+    return sorted(probe.paths, key=lambda path: (-probe.error(frozenset({path}))["max_abs"], -probe.peaks[path]))
 
 
 def fewest_fp32_ops(ranked: Sequence[str], holds: Callable[[Sequence[str]], bool]) -> list[str]:

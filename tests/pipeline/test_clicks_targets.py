@@ -35,7 +35,7 @@ class Graph:
     """What an engine is built from, in torch: without a GPU it is what can be run of it."""
 
     def __init__(self, job: ComponentJob, component: Component, sample: Sample) -> None:
-        self.captured, _ = job.passes_of(component.name).run(capture_component(component, sample))
+        self.captured, _ = job.passes_of(job.options_of(component.name)).run(capture_component(component, sample))
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         given = {name: torch.from_numpy(value) for name, value in inputs.items()}

@@ -79,6 +79,14 @@ def test_its_proposal_exports(report: PipelineDoctorReport, model: nn.Module, tm
 
 
 @pytest.mark.long
+def test_what_must_stay_is_measured_in_the_export(model: nn.Module, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"components": [VISION, HEAD], "precision": "fp16", "image_size": 56}
+    made = export_pipeline(module_image_source(model), output=tmp_path, fp32_ops="auto", **options)
+    kept = {item.name: set(item.metadata["fp32_ops"]) for item in made.components}
+    assert made.verified and {CULPRIT + ".fc1", CULPRIT + ".fc2"} <= kept[VISION] and not kept[HEAD]
+
+
+@pytest.mark.long
 def test_a_name_of_several_components_need_not_be_in_each_and_must_be_in_one(model: nn.Module, tmp_path: Path) -> None:
     options: dict[str, Any] = {"components": [VISION, HEAD], "precision": "fp16", "verify": "off", "image_size": 56}
     blocks = "backbone.vision_backbone.trunk.blocks.1"  # the mask head has none

@@ -216,6 +216,11 @@ def test_the_doctor_finds_what_int8_ruins(tmp_path: Path) -> None:
     assert {row.kind for row in report.operations} == {
         "linear"
     } and report.option == "--precision int8 --fp32-ops layers.1.linear2"
+    for auto, kept in (("auto:0.5", ["layers.1.linear2"]), ("auto:1e9", [])):
+        artifact = sam3x.export(encoder, output=tmp_path / "out", precision="int8", fp32_ops=auto, tokens=(2, 64), **options)
+        assert artifact.manifest.encoder.metadata["fp32_ops"] == kept
+        found = Counter(node.op_type for _, node in nodes_of(onnx.load(artifact.path).graph))
+        assert found["MatMulInteger"] == 2 * 9 - len(kept)
 
 
 def test_a_component_of_a_pipeline(tiny_model: nn.Module, tmp_path: Path) -> None:
