@@ -7,7 +7,7 @@ from sam3x.passes.pipeline import PassPipeline
 
 
 def default_pipeline(branches: str = "cond") -> PassPipeline:
-    """Complex numbers and no-ops go first, so that nothing stands between the steps of an attention.
+    """Complex numbers, numbers of elements and no-ops go first, so that nothing stands between the steps of an attention.
 
     Conditionals are narrowed to what differs, and with ``branches="select"`` become data flow.
     """
@@ -17,9 +17,11 @@ def default_pipeline(branches: str = "cond") -> PassPipeline:
     from sam3x.passes.cleanup.canonicalize_reductions import CanonicalizeReductionsPass
     from sam3x.passes.cleanup.eliminate_noops import EliminateNoopsPass
     from sam3x.passes.decompose.decompose_complex import DecomposeComplexPass
+    from sam3x.passes.decompose.decompose_numel import DecomposeNumelPass
 
     passes: list[Pass] = [
         DecomposeComplexPass(),
+        DecomposeNumelPass(),
         EliminateNoopsPass(),
         CanonicalizeReductionsPass(),
         CanonicalizeAttentionPass(),

@@ -219,6 +219,24 @@ def test_one_head_whose_batch_stands_where_heads_do() -> None:
     )
 
 
+@pytest.mark.long
+def test_elements_that_are_counted_in_a_fixed_batch() -> None:
+    """ONNX has no word for their number, and only the row mask of dac left it in the graph; found by ``make fuzz``."""
+    names = ("memory_mask", "tgt_key_padding_mask", "memory_key_padding_mask")
+    spec = {"pre_norm": "runtime", "dac": "runtime", "dac_dim": 0, "batch": 4, "prompt_length": 12, "tokens": (1, 40)}
+    check(
+        Case(
+            encoder=EncoderCase(
+                num_heads=4, head_dim=5, pre_norm=(False,), positions=(True,) * 3, styles=("bmm",) * 2, shared="linear", seed=85
+            ),
+            target="openvino",
+            spec={**spec, "inputs": ("tgt", "memory", *names), "mask_dtype": "bool"},
+            lowerings=({},),
+            runs=(InputsCase(batch=4, tokens=16, prompt_length=12, seed=81),),
+        )
+    )
+
+
 def test_positions_and_biases_counted_in_whole_numbers() -> None:
     """ONNX has no operator over whole numbers and floats, which torch casts silently; found by a fuzz."""
     check(

@@ -8,7 +8,7 @@ import sympy
 from torch.fx import Node
 
 from sam3x.passes.base import NoMatchError
-from sam3x.passes.graph.aten_nodes import aten, divided, expression
+from sam3x.passes.graph.aten_nodes import divided, expression
 from sam3x.passes.graph.emitter import Emitter
 from sam3x.passes.graph.node_pass import NodePass
 from sam3x.passes.graph.sizes import size_node
@@ -21,7 +21,7 @@ class CanonicalizeSizesPass(NodePass):
     """
 
     name = "canonicalize_sizes"
-    operators = (operator.floordiv, aten.sym_numel.default)
+    operators = (operator.floordiv,)
     run_after = ("unify_dimensions",)
 
     def rewrite(self, emit: Emitter, node: Node) -> Node:
