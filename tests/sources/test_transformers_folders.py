@@ -51,6 +51,13 @@ def refused(folder: Path) -> LintReport:
     return report
 
 
+def test_reading_a_folder_draws_no_bar_and_leaves_others_theirs(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    transformers_image_source(folder)(ExportSpec())
+    assert "Loading weights" not in capfd.readouterr().err and logging.is_progress_bar_enabled()
+
+
 def test_a_video_models_folder_gives_its_detector_and_says_what_was_left_out(folder: Path, model: nn.Module) -> None:
     """The layout of the official release: ``model_type: sam3_video``, ``detector_model.*`` beside ``tracker_model.*``."""
     import transformers

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,20 +54,35 @@ def read_folder(folder: Path) -> ReadFolder:
             raise SourceError(f"reading it needs {package}", remedy='Install it: pip install "sam3x[transformers]".') from None
         loader: Any = getattr(transformers, _class_of(kind, folder))
         try:
-            model, loaded = loader.from_pretrained(
-                str(folder),
-                local_files_only=True,
-                use_safetensors=True,
-                dtype=torch.float32,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
+            with _no_progress_bar():
+                model, loaded = loader.from_pretrained(
+                    str(folder),
+                    local_files_only=True,
+                    use_safetensors=True,
+                    dtype=torch.float32,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                )
         except Exception as error:  # transformers raises many kinds
             raise SourceError(f"{folder} cannot be loaded by transformers ({reason_of(error)})") from error
     if not (is_transformers(model) or is_tracker(model) or is_video(model)):
         remedy = "Give a Sam3Model, a Sam3LiteTextModel, a Sam3TrackerModel or a Sam3VideoModel."
         raise SourceError(f"{folder} holds a {type(model).__name__}", remedy=remedy)
     return ReadFolder(model=model.eval(), report=_report(folder, kind, model, loaded))
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws a bar of its own for the weights, among the steps of the command line."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _class_of(kind: str, folder: Path) -> str:
