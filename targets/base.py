@@ -192,12 +192,14 @@ class Numerics:
         arithmetic: what the artifact computes in (``fp16``, ``bf16``, ``tf32``, ``int8``); None: float32.
         half_sums: whether its kernels keep the sums of products in float16 on this machine.
         row_scales: of ``int8``: whether each row of activations has a scale of its own, or the whole tensor has one.
+        int8_convolutions: whether convolutions are in ``int8`` as linears are, what comes out of them too.
     """
 
     weights: str | None = None
     arithmetic: str | None = None
     half_sums: bool = False
     row_scales: bool = True
+    int8_convolutions: bool = False
 
     @property
     def below(self) -> str | None:

@@ -35,7 +35,12 @@ def reduced(component: Component, numerics: Numerics) -> Eager | None:
         return None
 
     def eager(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with eager_in(precision, half_sums=numerics.half_sums, row_scales=numerics.row_scales):
+        with eager_in(
+            precision,
+            half_sums=numerics.half_sums,
+            row_scales=numerics.row_scales,
+            int8_convolutions=numerics.int8_convolutions,
+        ):
             return component.eager(inputs)
 
     return eager

@@ -27,7 +27,9 @@ _LINEAR = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}
 
 
 @contextlib.contextmanager
-def eager_in(precision: str, *, half_sums: bool = False, row_scales: bool = True) -> Iterator[None]:
+def eager_in(
+    precision: str, *, half_sums: bool = False, row_scales: bool = True, int8_convolutions: bool = False
+) -> Iterator[None]:
     """Within it, torch's own float32 operators round as ``tf32``, ``fp16``, ``bf16`` or ``int8`` would; sums stay float32.
 
     ``fp16``, ``bf16``: weights and every result, those inside attention too. ``tf32``: the factors of products and
@@ -36,6 +38,7 @@ def eager_in(precision: str, *, half_sums: bool = False, row_scales: bool = True
 
     Args:
         row_scales: of ``int8``: each row of activations has a scale of its own, or the whole tensor has one.
+        int8_convolutions: of ``int8``: of convolutions what goes in, weights and what comes out, too.
         half_sums: of ``fp16``: sums of products and convolutions are kept in float16 (``half_summed`` of each).
     """
     fast, threads = torch.backends.mha.get_fastpath_enabled(), torch.get_num_threads()
@@ -43,17 +46,15 @@ def eager_in(precision: str, *, half_sums: bool = False, row_scales: bool = True
     if half_sums:
         torch.set_num_threads(1)  # its steps are too small to share: threads would wait for each other
     try:
-        with _mode(precision, half_sums, row_scales):
+        with _Int8(row_scales, int8_convolutions) if precision == "int8" else _mode(precision, half_sums):
             yield
     finally:
         torch.set_num_threads(threads)
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _mode(precision: str, half_sums: bool, row_scales: bool) -> TorchDispatchMode:
+def _mode(precision: str, half_sums: bool) -> TorchDispatchMode:
     kernels: tuple[Product, Convolution]
-    if precision == "int8":
-        return _Int8(row_scales)
     if precision == "tf32":
         return _Rounding(None, products.tf32, convolutions.tf32)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
@@ -132,15 +133,19 @@ class _Rounding(TorchDispatchMode):
 
 
 class _Int8(TorchDispatchMode):
-    def __init__(self, row_scales: bool) -> None:
+    def __init__(self, row_scales: bool, convolutions: bool) -> None:
         super().__init__()
-        self.row_scales = row_scales
+        self.row_scales, self.convolutions = row_scales, convolutions
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LINEAR:
             rows, weight = _LINEAR[func]
             args = list(args)
             args[rows], args[weight] = activations_int8(args[rows], self.row_scales), columns_int8(args[weight])
+        if self.convolutions and func is aten.convolution.default and not args[6]:  # transposed ones stay
+            x, weight, *others = args
+            rounded = columns_int8(weight.flatten(1).t()).t().reshape(weight.shape)
+            return activations_int8(func(activations_int8(x, False), rounded, *others), False)
         return func(*args, **(kwargs or {}))
 
 

@@ -1,4 +1,4 @@
-"""Linears that a target must not quantize, told by their weights, which later passes cut, join and move."""
+"""Linears and convolutions that a target must not quantize, told by their weights, which later passes cut, join and move."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _shape(weight: Tensor) -> Tensor:
 
 
 class KeepFloat32Pass(Pass):
-    """``linear(x, weight)`` → ``linear(x, sam3x::float32_weight(weight))`` for the operations that ``fp32_ops`` names.
+    """``linear(x, weight)`` → ``linear(x, sam3x::float32_weight(weight))``, and ``convolution``, for those ``fp32_ops`` names.
 
     Args:
         fp32_ops: see ``op_paths.matching``. shared: whether several graphs are given them, see ``ConvertPrecisionPass``.
@@ -49,7 +49,7 @@ class KeepFloat32Pass(Pass):
     def call(self, program: ExportedProgram) -> PassResult:
         rewrites, failures = 0, idle(program, self.fp32_ops)
         for node in matching(op_paths(program), self.fp32_ops)[0]:
-            weight = node.args[1] if node.target is aten.linear.default else None
+            weight = node.args[1] if node.target in (aten.linear.default, aten.convolution.default) else None
             if weight is not None and weight.target is not FLOAT32_WEIGHT:  # type: ignore[union-attr]
                 kept = Emitter(node.graph.owning_module, node)(FLOAT32_WEIGHT, weight)
                 node.update_arg(1, kept)

@@ -20,7 +20,7 @@ def ranges_of(model: ir.Model, names: Collection[str], inputs: Sequence[Mapping[
     """Run a float32 model and return what ``names`` reach.
 
     Args:
-        names: values of its outermost graph that products read. folder: for files that are gone afterwards.
+        names: values of its outermost graph that products or convolutions read or give. folder: for files that go afterwards.
     """
     import onnx_ir as ir
     from onnxruntime.quantization.calibrate import create_calibrator
@@ -31,7 +31,7 @@ def ranges_of(model: ir.Model, names: Collection[str], inputs: Sequence[Mapping[
         ir.save(model, path, external_data=f"{path.name}.data")
         calibrator: Any = create_calibrator(
             path,
-            ["Gemm", "MatMul"],
+            ["Gemm", "MatMul", "Conv"],
             augmented_model_path=str(path.with_name("augmented.onnx")),
             use_external_data_format=True,
         )

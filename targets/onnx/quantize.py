@@ -6,7 +6,7 @@ loops, and takes no ``Gemm`` whose weight stands outside of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,7 +67,8 @@ def quantize(model: ir.Model, ranges_of: Callable[[Collection[str]], Ranges] | N
 
     Args:
         ranges_of: gives the ranges of activations of the outermost graph, whose scales are then constants, by
-            ``QuantizeLinear``; those of loops and conditionals are still a run's own.
+            ``QuantizeLinear``; those of loops and conditionals are still a run's own. Convolutions there are then
+            ``QLinearConv``: without ranges they stay float32, as ``ConvInteger`` is slower than that.
 
     Returns:
         Metadata for the manifest: how many products are in int8, and what to know of them.
@@ -90,8 +91,22 @@ def quantize(model: ir.Model, ranges_of: Callable[[Collection[str]], Ranges] | N
         if tensor.dtype != ir.DataType.FLOAT or tensor.numpy().shape[0 if turned else 1] < SMALLEST_OUTPUT:
             continue
         products.append((node, weight, turned))
+    convolutions: list[ir.Node] = []
     if ranges_of is not None:
-        given |= _constant_scales(model.graph, [node for node, _, _ in products if node.graph is model.graph], ranges_of)
+        convolutions = [node for node in model.graph if node.op_type == "Conv" and _is_large(node, kept)]
+        read = [node.inputs[0] for node, _, _ in products if node.graph is model.graph]
+        values = {
+            str(x.name): x for x in (*read, *(x for node in convolutions for x in (node.inputs[0], node.outputs[0]))) if x
+        }
+        ranges = ranges_of(values)
+        convolutions = [node for node in convolutions if {_name(node.inputs[0]), _name(node.outputs[0])} <= ranges.keys()]
+        taken = {_name(x) for x in (*read, *(node.inputs[0] for node in convolutions))}
+        given |= _constant_scales(model.graph, {name: x for name, x in values.items() if name in taken}, ranges)
+        for node in convolutions:
+            old, reached = node.outputs[0], ranges[_name(node.outputs[0])]
+            new = _convolve(node, given[model.graph, node.inputs[0]], reached)  # type: ignore[index]
+            if (model.graph, old) in given:
+                given[model.graph, new] = given.pop((model.graph, old))
     calibrated = sum((node.graph, node.inputs[0]) in given for node, _, _ in products)
     for node, weight, turned in products:
         if (weight, turned) not in stored:
@@ -100,24 +115,87 @@ def quantize(model: ir.Model, ranges_of: Callable[[Collection[str]], Ranges] | N
     for weight, _ in stored:
         if not weight.uses() and not weight.is_graph_output():
             model.graph.initializers.pop(str(weight.name), None)
-    counts = {"int8_products": len(products), **({} if ranges_of is None else {"calibrated_products": calibrated})}
-    return {**counts, "notes": [_SATURATES] if products else []}
+    counts = {"int8_products": len(products)}
+    if ranges_of is not None:
+        counts |= {"calibrated_products": calibrated, "int8_convolutions": len(convolutions)}
+    return {**counts, "notes": [_SATURATES] if products or convolutions else []}
 
 
-def _constant_scales(
-    graph: ir.Graph, products: Sequence[ir.Node], ranges_of: Callable[[Collection[str]], Ranges]
-) -> dict[tuple[ir.Graph, ir.Value], Any]:
-    """Quantize each activation that has a range, behind where it is made; returns it as ``_replace`` takes it."""
+def _name(value: ir.Value | None) -> str:
+    return "" if value is None else str(value.name)
+
+
+def _is_large(node: ir.Node, kept: set[ir.Value]) -> bool:
+    """Whether a convolution has a weight that is a constant, worth quantizing and not marked."""
     import onnx_ir as ir
+
+    weight = node.inputs[1]
+    tensor = None if weight is None else weight.const_value
+    if weight is None or tensor is None or weight in kept or tensor.dtype != ir.DataType.FLOAT:
+        return False
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    return (
+        tensor.size >= SMALLEST
+        and tensor.numpy().shape[0] >= SMALLEST_OUTPUT
+        and (bias is None or bias.const_value is not None)
+    )
+
+
+def _convolve(
+    node: ir.Node, quantized: tuple[ir.Value, ir.Value, ir.Value], reached: tuple[np.ndarray, np.ndarray]
+) -> ir.Value:
+    """Put ``QLinearConv`` in the place of a ``Conv``, and return what comes out; ``reached``: its least and largest number."""
+    import onnx_ir as ir
+
+    graph, output, weight = node.graph, node.outputs[0], node.inputs[1]
+    assert isinstance(graph, ir.Graph) and weight is not None and weight.const_value is not None
+    values = weight.const_value.numpy()
+    whole, scale = channels(values.reshape(len(values), -1).T)
+    x, x_scale, x_zero = quantized
+    assert x_scale.const_value is not None
+    stored = [
+        _initializer(graph, f"{node.name}_weight_int8", whole.T.reshape(values.shape)),
+        _initializer(graph, f"{node.name}_weight_scale", scale),
+        _initializer(graph, f"{node.name}_weight_zero_point", np.zeros(len(scale), np.int8)),
+        *_scale_and_zero(graph, f"{output.name}_reached", reached),
+    ]
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        assert node.inputs[2].const_value is not None
+        steps = scale.astype(np.float64) * float(x_scale.const_value.numpy())
+        bias = np.rint(node.inputs[2].const_value.numpy() / steps).clip(-(2**31), 2**31 - 1).astype(np.int32)
+        stored.append(_initializer(graph, f"{node.name}_bias_int32", bias))
+    inputs = [x, x_scale, x_zero, *stored]
+    made = ir.node("QLinearConv", inputs, attributes=dict(node.attributes), name=f"{node.name}_qlinearconv")
+    back = ir.node("DequantizeLinear", [made.outputs[0], *stored[3:5]], name=f"{node.name}_dequantizelinear")
+    for item, dtype in ((made, ir.DataType.UINT8), (back, ir.DataType.FLOAT)):
+        item.outputs[0].name, item.outputs[0].dtype = f"{output.name}_{item.op_type.lower()}", dtype
+        item.outputs[0].shape = output.shape
+    old = [value for value in node.inputs[1:] if value is not None]
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [made, back], [output], [back.outputs[0]])
+    for value in old:
+        if not value.uses() and not value.is_graph_output():
+            graph.initializers.pop(str(value.name), None)
+    return back.outputs[0]
+
+
+def _scale_and_zero(graph: ir.Graph, name: str, reached: tuple[np.ndarray, np.ndarray]) -> tuple[ir.Value, ir.Value]:
+    """Initializers of the step and zero point of activations between these two numbers."""
     from onnxruntime.quantization.quant_utils import compute_scale_zp
 
-    values = {str(node.inputs[0].name): node.inputs[0] for node in products if node.inputs[0] is not None}
+    zero_point, step = compute_scale_zp(*reached, np.uint8(0), np.uint8(255))
+    scale = _initializer(graph, f"{name}_scale", np.asarray(step, np.float32))
+    return scale, _initializer(graph, f"{name}_zero_point", np.asarray(zero_point, np.uint8))
+
+
+def _constant_scales(graph: ir.Graph, values: Mapping[str, ir.Value], ranges: Ranges) -> dict[tuple[ir.Graph, ir.Value], Any]:
+    """Quantize each activation that has a range, behind where it is made; returns it as ``_replace`` takes it."""
+    import onnx_ir as ir
+
     found: dict[tuple[ir.Graph, ir.Value], Any] = {}
-    for name, (low, high) in ranges_of(values).items():
-        x = values[name]
-        zero_point, step = compute_scale_zp(low, high, np.uint8(0), np.uint8(255))
-        scale = _initializer(graph, f"{name}_scale", np.asarray(step, np.float32))
-        zero = _initializer(graph, f"{name}_zero_point", np.asarray(zero_point, np.uint8))
+    for name, x in values.items():
+        if name not in ranges:
+            continue
+        scale, zero = _scale_and_zero(graph, name, ranges[name])
         made = ir.node("QuantizeLinear", [x, scale, zero], name=f"{name}_quantizelinear")
         whole = made.outputs[0]
         whole.name, whole.dtype, whole.shape = f"{name}_quantized", ir.DataType.UINT8, x.shape

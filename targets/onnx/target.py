@@ -70,7 +70,8 @@ class OnnxOptions(AttentionMemory, Float32Operations):
         weights: how the file stores weights that are rounded to less (``int8``: a scale an output channel); inputs, outputs
             and arithmetic stay float32.
         calibrate: a folder of pictures; with ``int8``, whose scales of activations are then constants: of what these pictures
-            and the inputs of verification give, where no loop or conditional stands around the product.
+            and the inputs of verification give, where no loop or conditional stands around the product. Convolutions are then
+            in ``int8``, too.
         attention_memory: a whole number and a unit, as in ``256MB``: what the scores of one attention may take. ``ort`` needs
             it only for masked attention over many keys, ``decomposed`` not at all.
         layout: ``triton``: the folder is a model repository for Triton Inference Server.
@@ -92,7 +93,8 @@ class OnnxOptions(AttentionMemory, Float32Operations):
     weights: Literal["fp32", "fp16", "int8"] = Field("fp32", description="storage alone; what computes stays float32.")
     calibrate: str = Field(
         "",
-        description="folder of pictures from which int8 takes the scales of activations, once; left out: each run has its own.",
+        description="folder of pictures from which int8 takes the scales of activations, once, convolutions' too; "
+        "left out: each run has its own, and convolutions are float32.",
         json_schema_extra={"metavar": "DIR"},
     )
     layout: Layout = Field("flat", description=DESCRIPTION)
@@ -177,7 +179,8 @@ class OnnxTarget(Target):
 
     def numerics(self, options: OnnxOptions) -> Numerics:
         weights = None if options.weights == "fp32" else options.weights
-        return replace(super().numerics(options), weights=weights, row_scales=options.precision != "int8")
+        row_scales, calibrated = options.precision != "int8", bool(options.calibrate)
+        return replace(super().numerics(options), weights=weights, row_scales=row_scales, int8_convolutions=calibrated)
 
     def branches_of(self, options: OnnxOptions) -> Branches:
         return FORMS[options.runtime][1]

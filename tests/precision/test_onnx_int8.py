@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from sam3x.precision.doctor import doctor
 from sam3x.sources.image import random_image_source
 from sam3x.targets.onnx import quantize as onnx_quantize
 from sam3x.targets.onnx.calibrate import ranges_of
+from sam3x.verify.emulate import eager_in
 from support.upstream import encoder_of
 
 BRANCHES = {f"dac={dac} pre_norm={pre}" for dac, pre in itertools.product((False, True), repeat=2)}
@@ -167,6 +169,60 @@ def test_constant_scales_are_those_of_onnxruntimes_static_quantizer(tmp_path: Pa
     assert np.abs(got - wanted).max() < 1e-4
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("groups", "options"), [(1, {}), (1, {"strides": [2, 2], "pads": [1, 0, 1, 2]}), (32, {"dilations": [2, 1]})]
+)
+def test_convolutions_between_constant_scales(groups: int, options: dict[str, Any], bias: bool, tmp_path: Path) -> None:
+    """Two, so that what comes out of one goes into the other; nothing of them in float32 is left in the file."""
+    rng = np.random.default_rng(2)
+    weights = {
+        "a": rng.standard_normal((32, 32 // groups, 3, 3)),
+        "b": rng.standard_normal((24, 32, 1, 1)),
+        "c": rng.standard_normal(32),
+    }
+    names = ["x", "a", "c"] if bias else ["x", "a"]
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Conv", names, ["m"], "first", group=groups, **options),
+            onnx.helper.make_node("Conv", ["m", "b"], ["y"], "second"),
+        ],
+        "g",
+        [info("x", onnx.TensorProto.FLOAT, ["n", 32, "h", 12])],
+        [info("y", onnx.TensorProto.FLOAT, ["n", 24, "i", "j"])],
+        [
+            onnx.numpy_helper.from_array(value.astype(np.float32), name)
+            for name, value in weights.items()
+            if name in [*names, "b"]
+        ],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    onnx.save(model, tmp_path / "float.onnx")
+    pictures = [{"x": (rng.standard_normal((2, 32, side, 12)) * 2 + 1).astype(np.float32)} for side in (9, 14)]
+    mine = ir.serde.deserialize_model(model)
+    counts = onnx_quantize.quantize(mine, functools.partial(ranges_of, mine, inputs=pictures, folder=tmp_path))
+    assert counts["int8_convolutions"] == 2 and not counts["int8_products"] and counts["notes"]
+    ir.save(mine, tmp_path / "mine.onnx")
+    onnx.checker.check_model(str(tmp_path / "mine.onnx"), full_check=True)
+    stored = onnx.load(tmp_path / "mine.onnx").graph.initializer
+    assert all(math.prod(item.dims) <= 32 for item in stored if item.data_type == onnx.TensorProto.FLOAT)
+    sessions = [
+        ort.InferenceSession(tmp_path / name, providers=["CPUExecutionProvider"]) for name in ("float.onnx", "mine.onnx")
+    ]
+    wanted, got = (session.run(None, pictures[1])[0] for session in sessions)
+    with torch.no_grad(), eager_in("int8", row_scales=False, int8_convolutions=True):
+        tensors = {name: torch.from_numpy(value.astype(np.float32)) for name, value in weights.items()}
+        padded = torch.from_numpy(pictures[1]["x"])
+        top, left, bottom, right = options.get("pads", [0] * 4)
+        padded = torch.nn.functional.pad(padded, (left, right, top, bottom))
+        steps = {"stride": options.get("strides", 1), "dilation": options.get("dilations", 1), "groups": groups}
+        first = torch.nn.functional.conv2d(padded, tensors["a"], tensors["c"] if bias else None, **steps)
+        emulated = torch.nn.functional.conv2d(first, tensors["b"]).numpy()
+    spread = wanted.std()
+    assert 0 < np.sqrt(np.mean((got - wanted) ** 2)) < 1.3 * np.sqrt(np.mean((emulated - wanted) ** 2)) < 0.03 * spread
+
+
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
@@ -184,6 +240,10 @@ def test_scales_of_a_users_pictures(pictures: Path, tmp_path: Path) -> None:
     assert manifest.verified and 0 < item.metadata["calibrated_products"] <= item.metadata["int8_products"]
     found = Counter(node.op_type for depth, node in nodes_of(onnx.load(tmp_path / "out" / item.file).graph) if not depth)
     assert found["QuantizeLinear"] and not found["DynamicQuantizeLinear"]
+    assert found["QLinearConv"] == item.metadata["int8_convolutions"] > 0
+    manifest = export_pipeline(random_image_source(SMALL), output=tmp_path / "out", fp32_ops="convolution", **options)
+    item = manifest.component("vision_encoder")
+    assert manifest.verified and item.metadata["int8_convolutions"] == 0 < item.metadata["int8_products"]
 
 
 @pytest.mark.parametrize(
