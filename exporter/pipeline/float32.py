@@ -16,7 +16,7 @@ def measured(options: Float32Operations, captured: CapturedProgram, samples: Seq
     Raises:
         VerificationError: float32 itself is beyond the bound.
     """
-    precision = getattr(options, "precision")  # noqa: B009  each target has its own values
+    precision: str = getattr(options, "precision", "fp32")
     given = getattr(options, "attention", None)
     # ONNX Runtime has a softmax of its own, in float32
     form: AttentionForm = given if given in ("layer", "explicit") else "layer" if precision == "int8" else "explicit"

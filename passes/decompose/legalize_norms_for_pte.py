@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from sam3x.capture.program import erase_dead
 from sam3x.passes.base import MatchFailure, Pass, PassResult
 from sam3x.passes.graph.aten_nodes import aten, same_shape
-from sam3x.passes.graph.constants import MEAN_ROW, Constants
+from sam3x.passes.graph.constants import Constants
 from sam3x.passes.graph.emitter import Emitter, fake_mode_of, following
 
 
@@ -96,7 +96,7 @@ class _Rewrite:
             on, off = (self.flag(choice.args[0], kept ^ value) for value in (False, True))
             emit = Emitter(self.module, choice)
         width = int(node.meta["val"].shape[-1])
-        row = self.constants.add(torch.full((1, width), 1.0 / width), MEAN_ROW)
+        row = self.constants.add(torch.full((1, width), 1.0 / width), "mean_row")
         mean = emit(aten.linear.default, x, row)
         if on is not None:
             mean = emit(aten.mul.Tensor, mean, on)
@@ -132,7 +132,7 @@ class _Rewrite:
 
         def mean(of: Node, extra: float = 0.0) -> Node:
             for index in reversed(range(len(inner))):
-                row = self.constants.add(torch.full((1, inner[index]), 1.0 / inner[index]), MEAN_ROW)
+                row = self.constants.add(torch.full((1, inner[index]), 1.0 / inner[index]), "mean_row")
                 more = [self.constants.add(torch.full((1,), extra), "norm_eps")] if extra and not index else []
                 shape = [batch, groups, *(inner[:index] or ones)]
                 of = emit(aten.reshape.default, emit(aten.linear.default, of, row, *more), shape)

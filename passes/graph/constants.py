@@ -9,9 +9,6 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 
-MEAN_ROW = "mean_row"
-"""Hint of a row of 1/n, whose product with n numbers is their mean: a part of a norm."""
-
 _LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 

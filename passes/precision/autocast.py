@@ -9,7 +9,6 @@ from torch.fx import Node
 
 from sam3x.passes.base import graph_modules
 from sam3x.passes.graph.aten_nodes import HEAVY, aten
-from sam3x.passes.graph.constants import MEAN_ROW
 from sam3x.passes.graph.op_paths import op_name
 
 SMALLEST_OUTPUT = 16
@@ -45,10 +44,13 @@ def boxes(program: ExportedProgram) -> set[Node]:
     A back end that has kernels in float16 alone for its pieces of a graph keeps large pieces so.
     """
     inputs = {item.arg.name for item in program.graph_signature.input_specs if item.kind is InputKind.USER_INPUT}
+    own = {name for name, target in program.graph_signature.inputs_to_parameters.items() if "." in target}
     known = {node for node in program.graph.nodes if node.op == "placeholder" and node.name not in inputs}
     found: set[Node] = set()
     for node in program.graph.nodes:
-        if node.op != "call_function" or computes_low(node) or op_name(node) in _SUMS or _is_mean(node):
+        if node.op != "call_function" or computes_low(node) or op_name(node) in _SUMS:
+            continue
+        if node.target in HEAVY and node.args[1].name not in own:  # what passes add is no head: one of an attention, a mean
             continue
         tensors = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), torch.Tensor)]
         if all(item in known for item in tensors):
@@ -57,10 +59,6 @@ def boxes(program: ExportedProgram) -> set[Node]:
         elif node.target in HEAVY or not found.isdisjoint(set(tensors) - known):
             found.add(node)
     return found
-
-
-def _is_mean(node: Node) -> bool:
-    return node.target is aten.linear.default and node.args[1].name.startswith(f"p_{MEAN_ROW}")  # type: ignore[union-attr]
 
 
 def _is_wide(node: Node) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.export import Dim
@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import CapturedProgram
 from sam3x.passes.graph.aten_nodes import aten, expression
-from sam3x.passes.precision.autocast import computes_low
+from sam3x.passes.precision.autocast import SMALLEST_OUTPUT
 from sam3x.targets.quiet import suppressed_output
 
 
@@ -52,7 +52,11 @@ def _config() -> Any:
 
 
 def _is_projection(node: Node) -> bool:
-    return node.target is aten.linear.default and computes_low(node)
+    if node.target is not aten.linear.default:
+        return False
+    weight = cast("Node", node.args[1])
+    own = "." in str(weight.target)  # what passes add is of no module: a part of a projection, a mean
+    return int(weight.meta["val"].shape[0]) >= (SMALLEST_OUTPUT if own else 2)
 
 
 def _observe_weights(prepared: GraphModule) -> None:
