@@ -25,6 +25,7 @@ SOFTMAX = SOFTMAXES | {aten._log_softmax.default}
 _SPLITS = {aten.split_with_sizes.default, aten.split.Tensor}
 _ALONG = {aten.slice.Tensor, aten.select.int, aten.cumsum.default, aten.unbind.int} | _SPLITS | SOFTMAX
 _REDUCTIONS = {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default}
+_REDUCTIONS |= {aten.any.dim, aten.any.dims, aten.all.dim, aten.all.dims}
 _PRODUCTS = {aten.matmul.default, aten.bmm.default}
 _MADE = {aten.full.default, aten.zeros.default, aten.ones.default}
 _LIKE = NOOPS | CASTS | {aten.where.self, aten.full_like.default, aten.zeros_like.default, aten.ones_like.default}
@@ -143,13 +144,19 @@ def _places_in(node: Node, value: Any, own: Places, symbol: sympy.Symbol) -> Pla
         return (
             None if at in dims else tuple(place.at(place.dim - (target is aten.select.int and at < place.dim)) for place in own)
         )
-    if target in _REDUCTIONS and len(node.args) > 1 and isinstance(node.args[1], (list, tuple)) and node.args[1]:
-        gone = {dim % rank for dim in node.args[1]}
+    if target in _REDUCTIONS and (along := _reduced(node)):
+        gone = {dim % rank for dim in along}
         kept = len(node.args) > 2 and node.args[2]
         if gone & set(dims):
             return None
         return tuple(place.at(place.dim - (0 if kept else sum(dim < place.dim for dim in gone))) for place in own)
     return None
+
+
+def _reduced(node: Node) -> list[int]:
+    """The dimensions that a reduction names; none where it takes all."""
+    dims: Any = argument(node, 1, "dim")
+    return [dims] if isinstance(dims, int) else list(dims or ())
 
 
 def _sorted(places: Any) -> Places:

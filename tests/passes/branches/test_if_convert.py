@@ -130,6 +130,7 @@ BATCHED: dict[str, Callable[..., Tensor]] = {
     "merged major": lambda x, w: linear(x.reshape(-1, 4), w).reshape(-1, 3, 4),
     "attention": lambda x, w: scaled_dot_product_attention(x @ w, x, layer_norm(x, [4])),
     "reductions": lambda x, w: (x - x.mean(-1, keepdim=True)) * x.softmax(1).sum(1, keepdim=True),
+    "any and all": lambda x, w: x.where((x > 0).any(-1, True), x * 2) + x.where((x > 0).all(1, True), x * 3),
     "parts": lambda x, w: torch.cat(x.split([1, 3], -1)[::-1], -1) + x.select(1, 0).unsqueeze(1),
 }
 
@@ -245,6 +246,10 @@ def test_a_mask_of_pairs_is_followed_in_rows_and_keys(name: str, tokens: str) ->
 NOT_PAIRS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "any over keys": (lambda x, pair, m: scaled_dot_product_attention(x, x, x, pair.any(-1, keepdim=True)), "may mix"),
     "sum over keys": (lambda x, pair, m: x + m.sum(-1)[:, None], "may mix"),
+    "any over rows": (
+        lambda x, pair, m: scaled_dot_product_attention(x, x, x, m * (m > 0).any(0, True)),
+        "may mix",
+    ),
     "greatest over rows": (lambda x, pair, m: scaled_dot_product_attention(x, x, x, m - m.amax(0, keepdim=True)), "may mix"),
     "softmax over keys": (lambda x, pair, m: m.softmax(-1) @ x, "may mix"),
     "product over keys": (lambda x, pair, m: m @ x, "may mix"),
