@@ -136,7 +136,7 @@ class Float32Operations(TargetOptions):
 
     @property
     def fp32_measured(self) -> bool:
-        """Whether the operations are to be found by their errors."""
+        """Tell whether ``fp32_ops`` is ``auto``: the export is to find the operations by the error that each makes."""
         return self.fp32_ops.partition(":")[0].strip() == _MEASURED
 
     @property

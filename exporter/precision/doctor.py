@@ -169,7 +169,7 @@ def _require_float32(probe: Probe, bound: float, component: str | None) -> None:
     plain = probe.error(frozenset())
     if plain["max_abs"] > bound:
         raise VerificationError(
-            f"float32 itself is {plain['max_abs']:.1e} from eager, more than --bound {bound:g}",
+            f"float32 itself is {plain['max_abs']:.1e} from eager, more than the bound, {bound:g}",
             subject=component or "",
             remedy="Choose a larger bound.",
             step=Step.DOCTOR,

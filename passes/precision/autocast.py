@@ -28,7 +28,7 @@ def computes_low(node: Node) -> bool:
 
 
 def stays_in_float32(program: ExportedProgram) -> set[Node]:
-    """What sums (norms, softmax), makes positions, refines boxes, or is a small head."""
+    """Return the nodes that sum (norms, softmax), make positions, refine boxes, or are small heads."""
     nodes = [node for _, module in graph_modules(program) for node in module.graph.nodes if node.op == "call_function"]
     return {node for node in nodes if _is_wide(node)}
 
@@ -39,9 +39,10 @@ def follows(node: Node) -> bool:
 
 
 def boxes(program: ExportedProgram) -> set[Node]:
-    """Small heads, what is computed of weights and sizes alone, and of these up to the next product or norm: refined boxes.
+    """Return small heads with what follows them up to the next product or norm, and what is made of weights and sizes alone.
 
-    A back end that has kernels in float16 alone for its pieces of a graph keeps large pieces so.
+    These are boxes as they are refined, and encodings of positions. Little else is float32 then, so that a delegate that takes
+    operators of one dtype keeps large pieces of the graph.
     """
     inputs = {item.arg.name for item in program.graph_signature.input_specs if item.kind is InputKind.USER_INPUT}
     own = {name for name, target in program.graph_signature.inputs_to_parameters.items() if "." in target}

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sam3x.passes.precision.autocast import SMALLEST_OUTPUT
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from sam3x.targets.onnx.calibrate import Ranges
 
-SMALLEST, SMALLEST_OUTPUT = 256, 16
-"""Elements of a weight worth quantizing; features of a product that is no head, whose numbers are boxes or scores."""
+SMALLEST = 256
+"""Elements of a weight worth quantizing."""
 
 LARGEST, _MARK = 127, "Float32Weight"
 
@@ -103,8 +105,9 @@ def quantize(model: ir.Model, ranges_of: Callable[[Collection[str]], Ranges] | N
         taken = {_name(x) for x in (*read, *(node.inputs[0] for node in convolutions))}
         given |= _constant_scales(model.graph, {name: x for name, x in values.items() if name in taken}, ranges)
         for node in convolutions:
-            old, reached = node.outputs[0], ranges[_name(node.outputs[0])]
-            new = _convolve(node, given[model.graph, node.inputs[0]], reached)  # type: ignore[index]
+            x, old = node.inputs[0], node.outputs[0]
+            assert x is not None
+            new = _convolve(node, given[model.graph, x], ranges[_name(old)])
             if (model.graph, old) in given:
                 given[model.graph, new] = given.pop((model.graph, old))
     calibrated = sum((node.graph, node.inputs[0]) in given for node, _, _ in products)
@@ -126,7 +129,7 @@ def _name(value: ir.Value | None) -> str:
 
 
 def _is_large(node: ir.Node, kept: set[ir.Value]) -> bool:
-    """Whether a convolution has a weight that is a constant, worth quantizing and not marked."""
+    """Tell whether a convolution is quantized: its weight and bias are constants, large enough, and it is not in ``kept``."""
     import onnx_ir as ir
 
     weight = node.inputs[1]
