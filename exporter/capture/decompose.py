@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ KEPT_WHOLE = (aten.linear.default, aten.layer_norm.default, aten.matmul.default,
 """Operators the passes and targets want to see as one node."""
 _AUTOCAST, _GRAD_MODE = torch.ops.higher_order.wrap_with_autocast, torch.ops.higher_order.wrap_with_set_grad_enabled
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+
+_COMPUTED = {*KEPT_WHOLE, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.batch_norm.default}
+"""Composite operators whose results are new memory."""
 
 _SCATTERED = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
 """A view of a part → what puts a new part into the whole."""
@@ -58,7 +61,8 @@ def decomposed(program: ExportedProgram, table: Table | None = None) -> Exported
         for module in graphs:
             _functionalize(module)
         first = next(node for node in program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor))
-        plans = [_expansions(module, table, first, core) for module in graphs]
+        traced: dict[Hashable, torch.fx.Graph] = {}
+        plans = [_expansions(module, table, first, core, traced) for module in graphs]
     except _NeedsTraceError:
         return ExportedProgram.run_decompositions(program, dict(table))
     for module, plan in zip(graphs, plans, strict=True):
@@ -176,7 +180,7 @@ def _functional(op: OpOverload) -> OpOverload | None:
 def _new_memory(node: Node) -> bool:
     """Whether a result surely shares no memory with the arguments; composite operators may return what they were given."""
     op = node.target
-    if not isinstance(op, OpOverload) or (op._can_decompose() and op not in KEPT_WHOLE):
+    if not isinstance(op, OpOverload) or (op._can_decompose() and op not in _COMPUTED):
         return False
     return not any(item.alias_info for item in op._schema.returns)
 
@@ -194,12 +198,15 @@ class _Expansion:
     graph: torch.fx.Graph
 
 
-def _expansions(module: GraphModule, table: Table, first: Node, core: bool) -> dict[Node, _Expansion]:
-    """Trace the decomposition of each node whose operator ``table`` has.
+def _expansions(
+    module: GraphModule, table: Table, first: Node, core: bool, known_graphs: dict[Hashable, torch.fx.Graph]
+) -> dict[Node, _Expansion]:
+    """Trace the decomposition of each node whose operator ``table`` has; of nodes that are alike, once.
 
     Args:
         first: a tensor whose fake mode new values take, where a node takes no tensor.
         core: also in the place of composite operators that it lacks, but for ``KEPT_WHOLE``.
+        known_graphs: what was traced so far, added to; layers repeat each other.
 
     Raises:
         _NeedsTraceError: a node needs a constant, or holds a product that torch would keep whole.
@@ -219,13 +226,33 @@ def _expansions(module: GraphModule, table: Table, first: Node, core: bool) -> d
         if function is None:
             continue
         inputs = [first, *known.values(), *node.all_input_nodes]
-        traced = expansion(node, function, table, inputs)
-        made = {n.target for n in traced.graph.nodes if n.op == "call_function"}
-        hides_product = composite and op is not aten.einsum.default and made & _PRODUCTS
-        if hides_product or any(n.op == "get_attr" for n in traced.graph.nodes):
-            raise _NeedsTraceError(node)
-        found[node] = _Expansion(inputs=inputs, graph=traced.graph)
+        key = _call(node, inputs)
+        if key not in known_graphs:
+            graph = expansion(node, function, table, inputs).graph
+            made = {n.target for n in graph.nodes if n.op == "call_function"}
+            hides_product = composite and op is not aten.einsum.default and made & _PRODUCTS
+            if hides_product or any(n.op == "get_attr" for n in graph.nodes):
+                raise _NeedsTraceError(node)
+            known_graphs[key] = graph
+        found[node] = _Expansion(inputs=inputs, graph=known_graphs[key])
     return found
+
+
+def _call(node: Node, inputs: Sequence[Node]) -> Hashable:
+    """What the expansion of ``node`` depends on: its operator, its constants, and the types and places of ``inputs``."""
+    places = {item: index for index, item in enumerate(inputs)}
+    arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda item: f"%{places[item]}")
+    return node.target, repr(arguments), tuple(_type(item.meta["val"]) for item in inputs)
+
+
+def _type(value: Any) -> Hashable:
+    """What tells fake tensors and symbolic sizes apart, whatever they are called."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_type(item) for item in value)
+    if isinstance(value, torch.Tensor):
+        layout = (*map(_type, value.stride()), _type(value.storage_offset()), value.is_conj(), value.is_neg())
+        return value.dtype, value.device, value.requires_grad, tuple(map(_type, value.shape)), layout
+    return value.node.expr if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
 
 
 def _share_sizes(module: GraphModule) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from sam3x.capture import decompose
 from sam3x.capture.decompose import KEPT_WHOLE, core_decompositions, decomposed
 
 STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -32,6 +33,9 @@ STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "no autocast": lambda x, y: _without_autocast(x, y),
     "a row, in place": lambda x, _: x[1:2].add_(1).expand(x.shape) + x,
     "zeros filled": lambda x, y: x + torch.zeros_like(x).masked_fill_(y > 0, -3.0),
+    "a convolution, in place": lambda x, _: nn.functional.conv1d(x[:, None], torch.ones(4, 1, 1)).relu_().sum(1),
+    "hidden by another value, in place": lambda x, y: x.masked_fill_(y > 0, 0.5),
+    "a column hides, in place": lambda x, y: x.masked_fill_(y[:, :1] > 0, 0.25),
     "dropout that is off, in place": lambda x, _: nn.functional.dropout(x, training=False).add_(2),
 }
 
@@ -110,7 +114,11 @@ def test_any_steps_give_what_they_give_in_eager(steps: list[tuple[str, int]]) ->
 
 
 @pytest.mark.parametrize(
-    "step", ["add", "halves", "scaled in place", "hidden in place", "zeros filled", "columns written", "no autocast"]
+    "step",
+    [
+        *("add", "halves", "scaled in place", "hidden in place", "zeros filled", "columns written", "no autocast"),
+        "a convolution, in place",
+    ],
 )
 def test_the_whole_program_is_not_traced_again_where_nodes_change_by_themselves(step: str) -> None:
     with torch.no_grad():
@@ -153,6 +161,19 @@ def test_products_inside_a_composite_operator_stay_whole() -> None:
         made = decomposed(program)
         assert [str(node.target) for node in made.graph.nodes].count("aten.linear.default") == 2
         torch.testing.assert_close(made.module()(*inputs), module(*inputs))
+
+
+def test_nodes_that_are_alike_are_traced_once() -> None:
+    steps = [("hidden in place", 0), ("hidden by another value, in place", 1), ("a column hides, in place", 2)] * 3
+    counts = []
+    for chosen in (steps[:3], steps):
+        with torch.no_grad(), mock.patch("sam3x.capture.decompose.make_fx", side_effect=decompose.make_fx) as traces:
+            module = Straight(chosen)
+            program, inputs = exported(module)
+            made = decomposed(program)
+            assert torch.equal(made.module()(*inputs), module(*inputs))
+        counts.append(traces.call_count)
+    assert counts[0] == counts[1] == 4  # of three fills and a stack
 
 
 def test_a_size_is_read_at_one_place() -> None:
