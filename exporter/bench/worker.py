@@ -131,7 +131,7 @@ class ArtifactContender:
         return {"weights_sha256": self.artifact.manifest.weights_sha256}
 
     def profile(self, arrays: Arrays) -> list[dict[str, Any]]:
-        """Time by operator where the runner can tell it; see ``PteRunner.profile``."""
+        """Time by operator where the runner can tell it, as those of ONNX and ExecuTorch can."""
         tell = getattr(self.artifact._runner, "profile", None)
         return tell(arrays) if tell is not None else []
 
@@ -201,7 +201,8 @@ class OnnxContender:
     def load(self) -> Run:
         from sam3x.targets.registry import get_target
 
-        runner = get_target("onnx").load_runner(Path(self.job["path"]))
+        runner: Any = get_target("onnx").load_runner(Path(self.job["path"]))
+        self.runner = runner
         return lambda arrays: runner.run(arrays)["output"]
 
     def inputs(self) -> Arrays:
@@ -210,9 +211,17 @@ class OnnxContender:
     def metadata(self) -> dict[str, Any]:
         return {}
 
+    def profile(self, arrays: Arrays) -> list[dict[str, Any]]:
+        """Time by operator in ONNX Runtime."""
+        return self.runner.profile(arrays)
+
 
 class OpenvinoContender(OnnxContender):
     """The same file in OpenVINO."""
+
+    def profile(self, arrays: Arrays) -> list[dict[str, Any]]:
+        """Nothing: its operators are not ONNX Runtime's."""
+        return []
 
     def imports(self) -> None:
         import openvino  # noqa: F401

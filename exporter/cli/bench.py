@@ -36,7 +36,7 @@ def bench(
     module: Module = None,
     seed: Annotated[int | None, typer.Option(help="Of the inputs, and of the baselines' random weights; default 0.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds that one step of one contender may take.")] = 900.0,
-    profile: Annotated[bool, typer.Option("--profile", help="Also time by operator (.pte), in runs of their own.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Also time by operator, ONNX and .pte, in own runs.")] = False,
     picture: Annotated[Path | None, typer.Option(metavar="PICTURE", help="Of a pipeline; default: noise.")] = None,
     threshold: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Of a pipeline: detections score above it.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one page with charts.")] = None,

@@ -32,7 +32,8 @@ def doctor_pipeline(
     """Rank the operations of each component that a lower precision ruins, and name the fewest to keep in float32.
 
     Args:
-        source: makes the model. folder: an export of it, whose request and weights are then those that are examined.
+        source: makes the model. folder: an export of it, whose request and weights are then those that are examined; with
+            convolutions in int8, if it was exported with ``--calibrate``.
         components: those to examine; None: all that there are.
         bound: largest error against eager float32, of the largest value of each output (of a fusion encoder absolute); None:
             ``BOUNDS``.
@@ -47,7 +48,7 @@ def doctor_pipeline(
         VerificationError: float32 itself is beyond the bound.
     """
     tell, allowed = progress or (lambda _: None), allowed_error(precision, bound, attention)
-    request, expected = _request(folder, components)
+    request, expected, calibrated = _request(folder, components)
     size = request.spec.image_size if image_size is None else image_size
     spec = request.spec.model_copy(update={"branches": "select", "verify": "off", "image_size": size})
     request = replace(request, spec=spec)
@@ -61,7 +62,7 @@ def doctor_pipeline(
         tell(f"{component.name}: capture")
         program = rewritten(capture_component(component, samples[component.name][0]))
         tell(f"{component.name}: emulate {precision}")
-        probe = Probe(program, samples[component.name][:1], DTYPES[precision], attention)
+        probe = Probe(program, samples[component.name][:1], DTYPES[precision], attention, convolutions=calibrated)
 
         def say(step: str, name: str = component.name) -> None:
             tell(f"{name}: {step}")
@@ -72,13 +73,13 @@ def doctor_pipeline(
     return PipelineDoctorReport(components=tuple(reports))
 
 
-def _request(folder: str | Path | None, components: Sequence[str] | None) -> tuple[Request, Expected | None]:
-    """The request of the export in ``folder``, in float32, or of none; and the weights that it was made of."""
+def _request(folder: str | Path | None, components: Sequence[str] | None) -> tuple[Request, Expected | None, bool]:
+    """The request of the export in ``folder``, in float32, or of none; its weights; whether it was exported with pictures."""
     if folder is None:
-        return resolve_pipeline("onnx", {}, components=components), None
+        return resolve_pipeline("onnx", {}, components=components), None, False
     manifest = load_any(folder)
     made = Request.of(manifest)
     chosen = made.components if components is None else tuple(components)
     whole = resolve_pipeline("onnx", {}, components=chosen)
     expected = Expected(folder=str(folder), origin=manifest.origin, weights_sha256=manifest.weights_sha256)
-    return replace(whole, spec=made.spec), expected
+    return replace(whole, spec=made.spec), expected, made.calibrated

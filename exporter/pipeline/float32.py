@@ -20,6 +20,7 @@ def measured(options: Float32Operations, captured: CapturedProgram, samples: Seq
     given = getattr(options, "attention", None)
     # ONNX Runtime has a softmax of its own, in float32
     form: AttentionForm = given if given in ("layer", "explicit") else "layer" if precision == "int8" else "explicit"
-    probe = Probe(rewritten(captured), samples, DTYPES[precision], form)
+    convolutions = bool(getattr(options, "calibrate", ""))
+    probe = Probe(rewritten(captured), samples, DTYPES[precision], form, convolutions=convolutions)
     bound = BOUNDS[precision] if options.fp32_bound is None else options.fp32_bound
     return options.with_names(needed_fp32_ops(probe, bound))

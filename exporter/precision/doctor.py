@@ -1,8 +1,8 @@
 """Which operations lose what in a lower precision, and the fewest that must stay in float32 to hold a bound.
 
 Every operation's precision is emulated in torch: its inputs and its result are rounded, as a strongly typed engine does between
-its layers; in int8 the operands of linears are, activations with one scale for the tensor. The numbers are compared with eager
-float32, in every branch.
+its layers; in int8 the operands of linears are, and of convolutions if asked, activations with one scale for the tensor. The
+numbers are compared with eager float32, in every branch.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from sam3x.passes.attention.simplify_attention_masks import SimplifyAttentionMas
 from sam3x.passes.default_pipeline import default_pipeline
 from sam3x.passes.graph.aten_nodes import SDPA, aten
 from sam3x.passes.graph.op_paths import float_ops, op_name
+from sam3x.passes.precision.autocast import worth_int8
 from sam3x.passes.precision.convert_precision import MOVES, positions
 from sam3x.precision.attention import emulated_attention
 from sam3x.precision.doctor_report import BOUNDS, AttentionForm, DoctorReport, OperationReport, Precision
 from sam3x.sources.encoder import Source, source_for
 from sam3x.spec import ExportSpec
 from sam3x.targets.tensorrt.check import distance
-from sam3x.verify.emulate import activations_int8, columns_int8
+from sam3x.verify.emulate import activations_int8, columns_int8, convolution_int8, convolves_int8
 
 Tell = Callable[[str], None]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -204,13 +205,21 @@ class Probe:
     """A program, the samples it is examined on, and what eager float32 says of them.
 
     Attributes:
+        convolutions: of int8: they are in it, too.
         paths: operations that round, in graph order. kinds: path → operation. peaks: path → largest magnitude seen in float32.
     """
 
     def __init__(
-        self, program: CapturedProgram, samples: Sequence[Sample], dtype: torch.dtype, attention: AttentionForm = "layer"
+        self,
+        program: CapturedProgram,
+        samples: Sequence[Sample],
+        dtype: torch.dtype,
+        attention: AttentionForm = "layer",
+        *,
+        convolutions: bool = False,
     ) -> None:
         self.program, self.samples, self.dtype, self.attention = program, tuple(samples), dtype, attention
+        self.convolutions = convolutions
         exact = positions(program.program)
         self.nodes = {node: path for node, path in float_ops(program.program) if node not in exact and self._rounds(node)}
         self.paths = tuple(dict.fromkeys(path for node, path in self.nodes.items() if not _is_constant(node)))
@@ -222,7 +231,14 @@ class Probe:
         self._known: dict[frozenset[str], dict[str, float]] = {}
 
     def _rounds(self, node: Node) -> bool:
-        return node.target not in MOVES and (self.dtype is not torch.int8 or node.target is aten.linear.default)
+        if self.dtype is not torch.int8:
+            return node.target not in MOVES
+        if node.target is aten.linear.default:
+            return worth_int8(node.args[1].meta["val"].shape)  # type: ignore[union-attr]
+        if not self.convolutions or node.target is not aten.convolution.default:
+            return False
+        arguments: Any = torch.fx.node.map_arg(node.args, lambda item: item.meta["val"])
+        return convolves_int8(*arguments)
 
     def error(self, low: frozenset[str]) -> dict[str, float]:
         """The worst of all branches and outputs, with the operations of ``low`` in the low precision."""
@@ -265,6 +281,8 @@ class _Emulated(Interpreter):
             return result
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if self.dtype is torch.int8:
+            if n.target is aten.convolution.default:
+                return convolution_int8(*args)
             x, weight, *bias = args
             return n.target(activations_int8(x, False), columns_int8(weight.t()).t(), *bias)  # type: ignore[operator]
         if n.target is SDPA:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sam3x.verify.convolutions as convolutions
 import sam3x.verify.products as products
+from sam3x.passes.precision.autocast import worth_int8
 from sam3x.verify.convolutions import Convolution
 from sam3x.verify.products import Product, attention
 
@@ -140,13 +141,24 @@ class _Int8(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LINEAR:
             rows, weight = _LINEAR[func]
-            args = list(args)
-            args[rows], args[weight] = activations_int8(args[rows], self.row_scales), columns_int8(args[weight])
-        if self.convolutions and func is aten.convolution.default and not args[6]:  # transposed ones stay
-            x, weight, *others = args
-            rounded = columns_int8(weight.flatten(1).t()).t().reshape(weight.shape)
-            return activations_int8(func(activations_int8(x, False), rounded, *others), False)
+            if worth_int8(args[weight].shape[::-1]):
+                args = list(args)
+                args[rows], args[weight] = activations_int8(args[rows], self.row_scales), columns_int8(args[weight])
+        if self.convolutions and func is aten.convolution.default and convolves_int8(*args):
+            return convolution_int8(*args)
         return func(*args, **(kwargs or {}))
+
+
+def convolves_int8(x: Tensor, weight: Tensor, *how: Any) -> bool:
+    """Whether ``aten.convolution`` of these arguments is one that int8 takes: transposed ones stay float32."""
+    transposed = how[4]
+    return not transposed and worth_int8(weight.shape)
+
+
+def convolution_int8(x: Tensor, weight: Tensor, *how: Any) -> Tensor:
+    """``aten.convolution`` with what goes in, weights (a scale for each output channel) and what comes out through 8 bits."""
+    rounded = columns_int8(weight.flatten(1).t()).t().reshape(weight.shape)
+    return activations_int8(convolutions.exact(activations_int8(x, False), rounded, *how), False)
 
 
 def activations_int8(value: Tensor, row_scales: bool) -> Tensor:

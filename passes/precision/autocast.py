@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -14,10 +17,18 @@ from sam3x.passes.graph.op_paths import op_name
 SMALLEST_OUTPUT = 16
 """Features of a linear worth less than float32: below, it is a head whose numbers are boxes or scores."""
 
+SMALLEST = 256
+"""Numbers in a weight worth int8."""
+
 _SUMS = {"layer_norm", "native_layer_norm", "native_group_norm", "_softmax", "_safe_softmax", "softmax", "_log_softmax"}
 _SUMS |= {"sum", "mean", "var", "var_mean", "cumsum", "prod", "logsumexp", "linalg_vector_norm", "norm"}
 _POSITIONS = {"sin", "cos", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "pow", "sqrt", "rsqrt", "reciprocal"}
 _POSITIONS |= {"sigmoid", "atan2", "grid_sampler_2d", "roi_align", "_to_copy"}
+
+
+def worth_int8(shape: Sequence[int]) -> bool:
+    """Whether a weight of this shape, output channels first, is large enough and of no small head."""
+    return shape[0] >= SMALLEST_OUTPUT and math.prod(shape) >= SMALLEST
 
 
 def computes_low(node: Node) -> bool:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from sam3x.capture.program import CapturedProgram
 from sam3x.passes.graph.aten_nodes import aten, expression
-from sam3x.passes.precision.autocast import SMALLEST_OUTPUT
+from sam3x.passes.precision.autocast import worth_int8
 from sam3x.targets.quiet import suppressed_output
 
 
@@ -55,8 +55,9 @@ def _is_projection(node: Node) -> bool:
     if node.target is not aten.linear.default:
         return False
     weight = cast("Node", node.args[1])
+    shape = weight.meta["val"].shape
     own = "." in str(weight.target)  # what passes add is of no module: a part of a projection, a mean
-    return int(weight.meta["val"].shape[0]) >= (SMALLEST_OUTPUT if own else 2)
+    return worth_int8(shape) if own else shape[0] > 1
 
 
 def _observe_weights(prepared: GraphModule) -> None:

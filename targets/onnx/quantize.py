@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sam3x.passes.precision.autocast import SMALLEST_OUTPUT
+from sam3x.passes.precision.autocast import worth_int8
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from sam3x.targets.onnx.calibrate import Ranges
-
-SMALLEST = 256
-"""Elements of a weight worth quantizing."""
 
 LARGEST, _MARK = 127, "Float32Weight"
 
@@ -88,9 +85,9 @@ def quantize(model: ir.Model, ranges_of: Callable[[Collection[str]], Ranges] | N
         factors = [node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
         if node.attributes.get_int("transA", 0) or factors != [1.0, 1.0]:
             continue
-        if weight is None or tensor is None or len(tensor.shape) != 2 or tensor.size < SMALLEST or weight in kept:
+        if weight is None or tensor is None or len(tensor.shape) != 2 or weight in kept:
             continue
-        if tensor.dtype != ir.DataType.FLOAT or tensor.numpy().shape[0 if turned else 1] < SMALLEST_OUTPUT:
+        if tensor.dtype != ir.DataType.FLOAT or not worth_int8(tensor.shape.numpy()[:: 1 if turned else -1]):
             continue
         products.append((node, weight, turned))
     convolutions: list[ir.Node] = []
@@ -137,11 +134,7 @@ def _is_large(node: ir.Node, kept: set[ir.Value]) -> bool:
     if weight is None or tensor is None or weight in kept or tensor.dtype != ir.DataType.FLOAT:
         return False
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    return (
-        tensor.size >= SMALLEST
-        and tensor.numpy().shape[0] >= SMALLEST_OUTPUT
-        and (bias is None or bias.const_value is not None)
-    )
+    return worth_int8(tensor.shape.numpy()) and (bias is None or bias.const_value is not None)
 
 
 def _convolve(

@@ -109,11 +109,19 @@ def _full_names() -> list[str]:
     return [f"{name}{_SUFFIX}" for name in _PACKAGES]
 
 
-def open_session(path: Path, threads: int | None, providers: Sequence[Provider], *, assignment: bool = False) -> Any:
+def open_session(
+    path: Path,
+    threads: int | None,
+    providers: Sequence[Provider],
+    *,
+    assignment: bool = False,
+    profile: Path | None = None,
+) -> Any:
     """An ``onnxruntime.InferenceSession``.
 
     Args:
         assignment: remember which provider has which node.
+        profile: how the name of the file begins that the profiler writes; None: it is off.
 
     Raises:
         TargetUnavailableError: onnxruntime is not installed, or a provider could not be started and would be left out.
@@ -124,6 +132,8 @@ def open_session(path: Path, threads: int | None, providers: Sequence[Provider],
     options.enable_mem_pattern = False  # it plans a second run's memory beside that of the first and keeps both
     if assignment:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if threads is not None:
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     wanted = list(providers) or ["CPUExecutionProvider"]

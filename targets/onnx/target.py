@@ -309,7 +309,7 @@ class OnnxRunner:
     ) -> None:
         from sam3x.targets.onnx import session as onnx_session
 
-        self._memory = memory
+        self._memory, self._path, self._threads = memory, path, threads
         self._session = onnx_session.open_session(path, threads, providers)
         self._outputs = [item.name for item in self._session.get_outputs()]
 
@@ -317,6 +317,12 @@ class OnnxRunner:
         if self._memory is not None:
             return dict(zip(self._outputs, self._memory.run(self._session, self._outputs, inputs), strict=True))
         return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
+
+    def profile(self, inputs: dict[str, np.ndarray], runs: int = 3) -> list[dict[str, Any]]:
+        """Time by operator on the CPU, in a second session beside the open one; see ``sam3x.targets.onnx.profile``."""
+        from sam3x.targets.onnx.profile import profile
+
+        return profile(self._path, inputs, runs, self._threads)
 
 
 def _name(model: ir.Model, captured: CapturedProgram, graph_name: str) -> None:

@@ -127,7 +127,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, default_artifact:
 def test_a_real_run(workplace: Path) -> None:
     baselines = ("--baseline", "eager", "--baseline", "onnx-default", "--module", "small:make")
     sizes = ("--tokens", "20,30", "--batch", "2", "--prompt-length", "5", "--branch", "dac=on")
-    protocol = ("--repeat", "2", "--threads", "1", "--timeout", "120")
+    protocol = ("--repeat", "2", "--threads", "1", "--timeout", "120", "--profile")
     files = ("--json", "--html", "page.html", "--markdown", "page.md")
     result = run("out", "damaged", *baselines, *sizes, *protocol, *files)
     assert result.exit_code == 1, result.output  # the damaged folder
@@ -154,6 +154,9 @@ def test_a_real_run(workplace: Path) -> None:
         assert default.file_bytes and eager.weight_bytes and out.weight_bytes and out.weight_bytes >= eager.weight_bytes
         assert out.export_seconds and default.export_seconds and eager.export_seconds is None
         assert out.options["dac"] == "runtime"
+        for item in (out, default):
+            assert {"Gemm", "MatMul"} & {row.operator for row in item.profile}
+        assert not eager.profile
     Page((workplace / "page.html").read_text())
     assert report.command in (workplace / "page.md").read_text()
 

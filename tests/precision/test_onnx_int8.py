@@ -25,6 +25,7 @@ from sam3x import api
 from sam3x.errors import PreconditionError, SpecError, VerificationError
 from sam3x.pipeline import export_pipeline, module_image_source
 from sam3x.pipeline.compatibility import SMALL
+from sam3x.pipeline.doctor import doctor_pipeline
 from sam3x.precision.doctor import doctor
 from sam3x.sources.image import random_image_source
 from sam3x.targets.onnx import quantize as onnx_quantize
@@ -244,6 +245,34 @@ def test_scales_of_a_users_pictures(pictures: Path, tmp_path: Path) -> None:
     manifest = export_pipeline(random_image_source(SMALL), output=tmp_path / "out", fp32_ops="convolution", **options)
     item = manifest.component("vision_encoder")
     assert manifest.verified and item.metadata["int8_convolutions"] == 0 < item.metadata["int8_products"]
+
+
+def test_the_doctor_ranks_what_the_file_has_in_int8(pictures: Path, tmp_path: Path) -> None:
+    source = random_image_source(SMALL)
+    options: dict[str, Any] = {"components": ["vision_encoder"], "precision": "int8"}
+    manifest = export_pipeline(source, output=tmp_path / "out", calibrate=str(pictures), fp32_ops="auto:1e9", **options)
+    item = manifest.component("vision_encoder")
+    assert item.metadata["fp32_ops"] == []
+    report = doctor_pipeline(source, folder=tmp_path / "out", precision="int8", bound=1e9)
+    kinds = Counter(row.kind for row in report.components[0].operations)
+    assert kinds["convolution"] == item.metadata["int8_convolutions"] > 0 < kinds["linear"]
+    kept = f"auto:{report.components[0].max_abs * 0.9}"
+    manifest = export_pipeline(source, output=tmp_path / "out", calibrate=str(pictures), fp32_ops=kept, **options)
+    found = manifest.component("vision_encoder").metadata
+    assert 0 < found["int8_convolutions"] < item.metadata["int8_convolutions"] and found["fp32_ops"]
+    export_pipeline(source, output=tmp_path / "out", **options)
+    report = doctor_pipeline(source, folder=tmp_path / "out", precision="int8", bound=1e9)
+    assert {row.kind for row in report.components[0].operations} == {"linear"}
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"), [(nn.Conv2d(64, 8, 3), (1, 64, 5, 5)), (nn.Conv2d(32, 32, 2, groups=32), (1, 32, 5, 5))]
+)
+def test_what_the_file_leaves_in_float32_the_emulation_leaves_too(module: nn.Module, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    with torch.no_grad(), eager_in("int8", row_scales=False, int8_convolutions=True):
+        got = module(x), nn.functional.linear(x, torch.ones(8, shape[-1]))
+    assert torch.equal(got[0], module(x)) and torch.equal(got[1], nn.functional.linear(x, torch.ones(8, shape[-1])))
 
 
 @pytest.mark.parametrize(
