@@ -193,7 +193,7 @@ def test_tf32_rounds_the_factors_of_products_to_eleven_bits() -> None:
 
 
 def test_rounding_is_that_of_the_precision_and_leaves_torch_as_it_was() -> None:
-    linear, x = nn.Linear(16, 8), torch.randn(3, 16)
+    linear, x = nn.Linear(16, 16), torch.randn(3, 16)
     weight, fast = linear.weight.detach().clone(), torch.backends.mha.get_fastpath_enabled()
     with torch.no_grad():
         with eager_in("fp16"):
