@@ -21,9 +21,6 @@ KEPT_WHOLE = (aten.linear.default, aten.layer_norm.default, aten.matmul.default,
 _AUTOCAST, _GRAD_MODE = torch.ops.higher_order.wrap_with_autocast, torch.ops.higher_order.wrap_with_set_grad_enabled
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 
-_COMPUTED = {*KEPT_WHOLE, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.batch_norm.default}
-"""Composite operators whose results are new memory."""
-
 _SCATTERED = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
 """A view of a part → what puts a new part into the whole."""
 
@@ -180,7 +177,7 @@ def _functional(op: OpOverload) -> OpOverload | None:
 def _new_memory(node: Node) -> bool:
     """Whether a result surely shares no memory with the arguments; composite operators may return what they were given."""
     op = node.target
-    if not isinstance(op, OpOverload) or (op._can_decompose() and op not in _COMPUTED):
+    if not isinstance(op, OpOverload) or (op._can_decompose() and op not in KEPT_WHOLE):
         return False
     return not any(item.alias_info for item in op._schema.returns)
 
