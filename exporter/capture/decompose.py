@@ -18,6 +18,12 @@ from sam3x.capture.program import erase_dead, sync_outputs
 aten = torch.ops.aten
 KEPT_WHOLE = (aten.linear.default, aten.layer_norm.default, aten.matmul.default, aten.scaled_dot_product_attention.default)
 """Operators the passes and targets want to see as one node."""
+_RESIZED = (aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec)
+"""Composite operators that torch's own table leaves as they are; taken apart they are gathers, which are slower."""
+
+_COMPUTED = {*KEPT_WHOLE, *_RESIZED, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.batch_norm.default}
+"""Composite operators whose results are new memory."""
+
 _AUTOCAST, _GRAD_MODE = torch.ops.higher_order.wrap_with_autocast, torch.ops.higher_order.wrap_with_set_grad_enabled
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 
@@ -177,7 +183,7 @@ def _functional(op: OpOverload) -> OpOverload | None:
 def _new_memory(node: Node) -> bool:
     """Whether a result surely shares no memory with the arguments; composite operators may return what they were given."""
     op = node.target
-    if not isinstance(op, OpOverload) or (op._can_decompose() and op not in KEPT_WHOLE):
+    if not isinstance(op, OpOverload) or (op._can_decompose() and op not in _COMPUTED):
         return False
     return not any(item.alias_info for item in op._schema.returns)
 
@@ -218,7 +224,7 @@ def _expansions(
             raise _NeedsTraceError(node)
         if not isinstance(op, OpOverload) or not isinstance(value, (torch.Tensor, tuple, list)):
             continue
-        composite = core and op not in KEPT_WHOLE and op._can_decompose()
+        composite = core and op not in (*KEPT_WHOLE, *_RESIZED) and op._can_decompose()
         function = table.get(op, op.decompose if composite else None)
         if function is None:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -115,7 +116,10 @@ def test_any_steps_give_what_they_give_in_eager(steps: list[tuple[str, int]]) ->
 
 @pytest.mark.parametrize(
     "step",
-    ["add", "halves", "scaled in place", "hidden in place", "zeros filled", "columns written", "no autocast"],
+    [
+        *("add", "halves", "scaled in place", "hidden in place", "zeros filled", "columns written", "no autocast"),
+        "a convolution, in place",
+    ],
 )
 def test_the_whole_program_is_not_traced_again_where_nodes_change_by_themselves(step: str) -> None:
     with torch.no_grad():
@@ -171,6 +175,25 @@ def test_nodes_that_are_alike_are_traced_once() -> None:
             assert torch.equal(made.module()(*inputs), module(*inputs))
         counts.append(traces.call_count)
     assert counts[0] == counts[1] == 4  # of three fills and a stack
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("size", [{"size": (9, 7)}, {"scale_factor": 2.0}])
+def test_a_picture_is_resized_by_one_operator(mode: str, size: dict[str, Any]) -> None:
+    """torch's own decomposition leaves it; taken apart it is a gather of every pixel, for bilinear four."""
+
+    class Resized(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            aligned = {} if mode == "nearest" else {"align_corners": False}
+            return nn.functional.interpolate((x * y)[None, None], mode=mode, **size, **aligned).relu_()
+
+    with torch.no_grad():
+        program, inputs = exported(Resized())
+        with mock.patch.object(ExportedProgram, "run_decompositions", side_effect=AssertionError):
+            made = decomposed(program)
+        targets = [str(node.target) for node in made.graph.nodes]
+        assert f"aten.upsample_{mode}2d.vec" in targets and not any("index" in name for name in targets)
+        assert torch.equal(made.module()(*inputs), Resized()(*inputs))
 
 
 def test_a_size_is_read_at_one_place() -> None:
