@@ -92,9 +92,16 @@ def _select(given: Mapping[str, Any]) -> Tensor:
     return torch.from_numpy(np.where(given["cond"], given["a"], given["b"]))
 
 
+def _nearest(given: Mapping[str, Any]) -> Tensor:
+    (x,) = _tensors(given, "x")
+    factors = [float(given[f"scale_factor_{side}"]) for side in ("height", "width")]
+    return functional.interpolate(x, scale_factor=factors, mode="nearest")  # type: ignore[arg-type]
+
+
 _OWN: dict[str, Callable[[Mapping[str, Any]], Tensor]] = {
     "conv": _conv,
     "conv_transpose": _conv_transpose,
     "gather_nd": _gather_nd,
     "select": _select,
+    "upsample_nearest_neighbor": _nearest,
 }
