@@ -208,7 +208,7 @@ def _expansions(
 
     Args:
         first: a tensor whose fake mode new values take, where a node takes no tensor.
-        core: also in the place of composite operators that it lacks, but for ``KEPT_WHOLE``.
+        core: also in the place of composite operators that it lacks, but for ``KEPT_WHOLE`` and ``_RESIZED``.
         known_graphs: what was traced so far, added to; layers repeat each other.
 
     Raises:
@@ -242,14 +242,14 @@ def _expansions(
 
 
 def _call(node: Node, inputs: Sequence[Node]) -> Hashable:
-    """What the expansion of ``node`` depends on: its operator, its constants, and the types and places of ``inputs``."""
+    """Return a key that nodes of equal expansions share: the operator, its constants, the types and places of ``inputs``."""
     places = {item: index for index, item in enumerate(inputs)}
     arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda item: f"%{places[item]}")
     return node.target, repr(arguments), tuple(_type(item.meta["val"]) for item in inputs)
 
 
 def _type(value: Any) -> Hashable:
-    """What tells fake tensors and symbolic sizes apart, whatever they are called."""
+    """Return dtype, device, sizes and layout of a fake tensor, or the expression of a symbolic size, as a part of a key."""
     if isinstance(value, (list, tuple)):
         return tuple(_type(item) for item in value)
     if isinstance(value, torch.Tensor):

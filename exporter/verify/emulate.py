@@ -150,7 +150,7 @@ class _Int8(TorchDispatchMode):
 
 
 def convolves_int8(x: Tensor, weight: Tensor, *how: Any) -> bool:
-    """Whether ``aten.convolution`` of these arguments is one that int8 takes: transposed ones stay float32."""
+    """Tell whether int8 takes an ``aten.convolution`` of these arguments: its weight is large and it is not transposed."""
     transposed = how[4]
     return not transposed and worth_int8(weight.shape)
 

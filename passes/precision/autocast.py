@@ -27,7 +27,7 @@ _POSITIONS |= {"sigmoid", "atan2", "grid_sampler_2d", "roi_align", "_to_copy"}
 
 
 def worth_int8(shape: Sequence[int]) -> bool:
-    """Whether a weight of this shape, output channels first, is large enough and of no small head."""
+    """Tell whether int8 takes a weight of this shape, output channels first: it is large, and of no small head."""
     return shape[0] >= SMALLEST_OUTPUT and math.prod(shape) >= SMALLEST
 
 
